@@ -1,0 +1,109 @@
+"""M1Config: a Llama-style decoder whose layers are full attention or Mamba."""
+
+from math import ceil
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+ATTENTION, MAMBA = "full_attention", "linear_attention"  # the names transformers' caches and masks know
+
+
+@strict
+class M1Config(PreTrainedConfig):
+    """Configuration of `M1ForCausalLM`.
+
+    The transformer's fields mean what they mean in `LlamaConfig`. The hybrid's own:
+
+    Args:
+        layer_types: "full_attention" or "linear_attention" (Mamba) for each layer; all Mamba when None.
+        state_size: N, states per channel. Divides head_dim: channels work in groups of N (design §4).
+        conv_kernel: taps of the causal convolution on x.
+        time_step_rank: R, rank of the time-step projection; ceil(hidden_size / 16) when None.
+        mamba_bias: whether the Mamba input projection has a bias (kept when the teacher's q, k, v have one).
+        head_alignment: how C and the output projection were laid out at conversion: "attention" pairs every group
+            with the part of the KV head that its query head attended to, "official" is the released code's order.
+            A record of what `convert` did; the network computes the same either way.
+    """
+
+    model_type = "m1"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    tie_word_embeddings: bool = False
+    rope_parameters: dict | None = None
+    attention_bias: bool = False
+    attention_dropout: int | float | None = 0.0
+    mlp_bias: bool = False
+    layer_types: list[str] | None = None
+    state_size: int = 16
+    conv_kernel: int = 4
+    time_step_rank: int | None = None
+    mamba_bias: bool = False
+    head_alignment: str = "attention"
+
+    def __post_init__(self, **kwargs):  # noqa: ANN003, ANN204
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.time_step_rank is None:
+            self.time_step_rank = ceil(self.hidden_size / 16)
+        if self.layer_types is None:
+            self.layer_types = [MAMBA] * self.num_hidden_layers
+        super().__post_init__(**kwargs)
+
+    @property
+    def mamba_size(self) -> int:
+        """D, the inner width of a Mamba mixer."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def mamba_kv_size(self) -> int:
+        """X, the width of x and B before they are repeated to D."""
+        return self.num_key_value_heads * self.head_dim
+
+    @property
+    def attention_layers(self) -> list[int]:
+        return [i for i, kind in enumerate(self.layer_types) if kind == ATTENTION]
+
+    def validate_architecture(self) -> None:
+        """Called on construction. Raises ValueError naming the field that doesn't fit."""
+        if len(self.layer_types) != self.num_hidden_layers or set(self.layer_types) - {ATTENTION, MAMBA}:
+            raise ValueError(
+                f"layer_types must name {ATTENTION!r} or {MAMBA!r} for each of the {self.num_hidden_layers} layers, "
+                f"got {self.layer_types}"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
+                f"({self.num_key_value_heads})"
+            )
+        if MAMBA in self.layer_types and self.head_dim % self.state_size:
+            raise ValueError(
+                f"head_dim ({self.head_dim}) must be a multiple of state_size ({self.state_size}): Mamba channels work "
+                "in groups of state_size inside each head; choose a state_size that divides head_dim"
+            )
+        if self.head_alignment not in ("attention", "official"):
+            raise ValueError(f"head_alignment must be 'attention' or 'official', got {self.head_alignment!r}")
+
+    def cache_bytes(self, context: int, bytes_per_element: int) -> int:
+        """Bytes of one sequence's cache after `context` tokens: growing KV, plus fixed conv inputs and fp32 states."""
+        attention = len(self.attention_layers)
+        mamba = self.num_hidden_layers - attention
+        per_attention = 2 * self.mamba_kv_size * context * bytes_per_element
+        per_mamba = self.mamba_kv_size * (self.conv_kernel - 1) * bytes_per_element + self.mamba_size * self.state_size * 4
+        return attention * per_attention + mamba * per_mamba

@@ -1,0 +1,235 @@
+"""M1ForCausalLM: a Llama-style decoder with Mamba mixers in most layers. One stack for training and decoding.
+
+Norms, rotary attention and MLPs are transformers' own Llama modules, so a model whose layers are all attention *is* the
+teacher. What this file adds: the mixer per layer, and the bookkeeping that makes packed and padded batches exact.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.masking_utils import create_causal_mask, create_recurrent_attention_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from m1.model.configuration import ATTENTION, MAMBA, M1Config
+from m1.model.mamba import MambaMixer
+
+
+class M1DecoderLayer(GradientCheckpointingLayer):
+    """norm -> mixer -> residual, norm -> MLP -> residual."""
+
+    def __init__(self, config: M1Config, layer_idx: int):
+        super().__init__()
+        self.layer_type = config.layer_types[layer_idx]
+        if self.layer_type == ATTENTION:
+            self.self_attn = LlamaAttention(config, layer_idx)
+        else:
+            self.mamba = MambaMixer(config, layer_idx)
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        masks: dict[str, Tensor | None],
+        position_embeddings: tuple[Tensor, Tensor],
+        seq_idx: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        residual = hidden_states
+        hidden_states = self.input_layernorm(hidden_states)
+        mask = masks[self.layer_type]
+        if self.layer_type == ATTENTION:
+            hidden_states, _ = self.self_attn(
+                hidden_states, position_embeddings, mask, past_key_values=past_key_values, **kwargs
+            )
+        else:
+            hidden_states = self.mamba(hidden_states, seq_idx, mask, past_key_values)
+        hidden_states = residual + hidden_states
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class M1PreTrainedModel(PreTrainedModel):
+    config_class = M1Config
+    config: M1Config
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["M1DecoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": M1DecoderLayer, "attentions": LlamaAttention}  # noqa: RUF012
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, MambaMixer):
+            module.reset_ssm_parameters()
+
+
+class M1Model(M1PreTrainedModel):
+    def __init__(self, config: M1Config):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(M1DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor | None] | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        seq_idx: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Last hidden states [b, T, H].
+
+        Packed rows are told by `seq_idx` [b, T] (the document of each token) or by `position_ids` that start again;
+        either implies the other. Padding is told by a 2D `attention_mask` over cache and input, as everywhere in
+        transformers; padding on the left is exact, also when generating.
+
+        Raises:
+            ValueError: both or neither of input_ids and inputs_embeds.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if seq_idx is None and position_ids is not None and attention_mask is None and past_key_values is None:
+            seq_idx = documents_of(position_ids)
+        if use_cache and past_key_values is None and seq_idx is None:  # a packed row has nothing to continue
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            position_ids = self._position_ids(inputs_embeds, past_key_values, seq_idx)
+        masks = (
+            attention_mask  # `generate` has prepared them
+            if isinstance(attention_mask, dict)
+            else self._masks(inputs_embeds, attention_mask, past_key_values, position_ids, seq_idx)
+        )
+        position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
+        hidden_states = inputs_embeds
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                masks=masks,
+                position_embeddings=position_embeddings,
+                seq_idx=seq_idx,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _position_ids(self, embeds: Tensor, cache: Cache | None, seq_idx: Tensor | None) -> Tensor:
+        """Counted on from the cache, or from each document's first token."""
+        if seq_idx is not None:
+            return positions_of(seq_idx)
+        seen = cache.get_seq_length() if cache is not None and self.config.attention_layers else 0
+        return (torch.arange(embeds.shape[1], device=embeds.device) + seen).unsqueeze(0)
+
+    def _masks(
+        self,
+        embeds: Tensor,
+        attention_mask: Tensor | None,
+        cache: Cache | None,
+        position_ids: Tensor,
+        seq_idx: Tensor | None,
+    ) -> dict[str, Tensor | None]:
+        """The mask of each layer type, by transformers' own functions.
+
+        They read packing from positions that restart, and only without a 2D mask. Nothing is lost by leaving that out
+        for packed rows: their padding stands behind the documents, where no real token looks.
+        """
+        arguments = {"config": self.config, "inputs_embeds": embeds, "past_key_values": cache}
+        masks = {MAMBA: create_recurrent_attention_mask(attention_mask=attention_mask, **arguments)}
+        if self.config.attention_layers:
+            if seq_idx is not None:
+                attention_mask, position_ids = None, positions_of(seq_idx)
+            masks[ATTENTION] = create_causal_mask(
+                attention_mask=attention_mask, position_ids=position_ids, **arguments
+            )
+        return masks
+
+
+class M1ForCausalLM(M1PreTrainedModel, GenerationMixin):
+    """The language model. `save_pretrained`, `from_pretrained`, `generate` and the Auto classes work as usual."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: M1Config):
+        super().__init__(config)
+        self.model = M1Model(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        seq_idx: Tensor | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits [b, T or logits_to_keep, V] and, given `labels` [b, T] (-100 = ignore), the next-token loss."""
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            seq_idx=seq_idx,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep, :])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+def documents_of(position_ids: Tensor) -> Tensor | None:
+    """[b, T] document numbers of packed rows, a new one wherever positions don't go on by 1; None if nowhere."""
+    starts = torch.zeros_like(position_ids)
+    starts[:, 1:] = position_ids.diff(dim=1) != 1
+    return starts.cumsum(dim=1) if starts.any() else None
+
+
+def positions_of(seq_idx: Tensor) -> Tensor:
+    """[b, T] position of each token in its document."""
+    index = torch.arange(seq_idx.shape[1], device=seq_idx.device).expand_as(seq_idx)
+    starts = torch.ones_like(seq_idx, dtype=torch.bool)
+    starts[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
+    return index - torch.where(starts, index, 0).cummax(dim=1).values
