@@ -100,10 +100,21 @@ class M1Config(PreTrainedConfig):
         if self.head_alignment not in ("attention", "official"):
             raise ValueError(f"head_alignment must be 'attention' or 'official', got {self.head_alignment!r}")
 
-    def cache_bytes(self, context: int, bytes_per_element: int) -> int:
-        """Bytes of one sequence's cache after `context` tokens: growing KV, plus fixed conv inputs and fp32 states."""
-        attention = len(self.attention_layers)
-        mamba = self.num_hidden_layers - attention
-        per_attention = 2 * self.mamba_kv_size * context * bytes_per_element
-        per_mamba = self.mamba_kv_size * (self.conv_kernel - 1) * bytes_per_element + self.mamba_size * self.state_size * 4
-        return attention * per_attention + mamba * per_mamba
+
+def cache_bytes(config: PreTrainedConfig, context: int, element_size: int) -> int:
+    """Bytes of one sequence's cache after `context` tokens, for an M1 model or a transformer.
+
+    Attention layers keep keys and values of every token; Mamba layers a fixed number of convolution inputs and a float32
+    state.
+    """
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kv_size = config.num_key_value_heads * head_dim
+    kinds = getattr(config, "layer_types", None) or [ATTENTION] * config.num_hidden_layers
+    total = 0
+    for kind in kinds:
+        if kind == MAMBA:
+            state = config.num_attention_heads * head_dim * config.state_size
+            total += kv_size * (config.conv_kernel - 1) * element_size + state * 4
+        else:
+            total += 2 * kv_size * context * element_size
+    return total

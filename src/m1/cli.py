@@ -1,0 +1,172 @@
+"""The command line: parses, calls one function a command. Bad input is one line on stderr and exit code 2."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from m1.errors import UserError
+from m1.pipeline import run_pipeline, run_stage, sample_progress
+from m1.recipe import load_stage
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__import__("m1").__doc__)
+console = Console()
+errors = Console(stderr=True)
+
+Model = Annotated[Path, typer.Option(help="Checkpoint folder.")]
+Recipe = Annotated[Path, typer.Argument(help="The stage's TOML file.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of this stage.")]
+
+
+@app.command()
+def convert(
+    teacher: Annotated[Path, typer.Option(help="Llama-family checkpoint folder.")],
+    out: Annotated[Path, typer.Option(help="Where the hybrid is saved.")],
+    keep_attention: Annotated[str, typer.Option(help="Layers that stay attention, e.g. 1,3.")],
+    head_alignment: Annotated[str, typer.Option(help='"attention" or "official" (the released code\'s order).')] = "attention",
+    state_size: Annotated[int, typer.Option(help="States a channel; must divide head_dim.")] = 16,
+    seed: int = 0,
+) -> None:
+    """Turn a transformer checkpoint into a hybrid: weights mapped, nothing trained."""
+    from m1.model.convert import convert as run
+
+    model = run(teacher, out, parse_layers(keep_attention), head_alignment, state_size, seed)
+    kept = model.config.attention_layers
+    console.print(f"{out}: {len(kept)} attention layers {kept}, {model.config.num_hidden_layers - len(kept)} Mamba layers")
+
+
+@app.command("import-official")
+def import_official(source: Path, out: Path) -> None:
+    """Read a released M1 checkpoint (config.json + mamba_config.json) and save it as an M1 model."""
+    from m1.model.official import import_official as run
+
+    run(source, out)
+    console.print(f"{source} -> {out}")
+
+
+@app.command("export-official")
+def export_official(source: Path, out: Path) -> None:
+    """Write an M1 model in the released checkpoints' layout."""
+    from m1.model.official import export_official as run
+
+    run(source, out)
+    console.print(f"{source} -> {out}")
+
+
+@app.command()
+def sft(recipe: Recipe, resume: Resume = False) -> None:
+    """Fine-tune on worked solutions (TRL SFTTrainer)."""
+    run_stage(load_stage(recipe, "sft"), resume)
+
+
+@app.command()
+def distill(recipe: Recipe, resume: Resume = False) -> None:
+    """Distil a teacher into a hybrid on assistant tokens."""
+    run_stage(load_stage(recipe, "distill"), resume)
+
+
+@app.command()
+def grpo(recipe: Recipe, resume: Resume = False) -> None:
+    """Reinforcement learning with verifiable rewards (TRL GRPOTrainer)."""
+    run_stage(load_stage(recipe, "grpo"), resume)
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    task: Annotated[str, typer.Option(help="chain, math500, aime24, aime25, amc23, olympiadbench, minerva or gsm8k.")],
+    data: Annotated[Path | None, typer.Option(help='JSONL of {"problem", "answer"}; not needed for chain.')] = None,
+    out: Annotated[Path | None, typer.Option(help="Result folder; MODEL/eval/TASK when not given.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Use the first problems only.")] = None,
+    n: Annotated[int, typer.Option(help="Samples a problem.")] = 16,
+    max_new_tokens: int = 1024,
+    temperature: float = 0.7,
+    max_batch: Annotated[int, typer.Option(help="Sequences decoded together.")] = 256,
+    seed: int = 0,
+) -> None:
+    """Measure pass@1 (avg@n), pass@k and maj@k; every sample and its grade is kept."""
+    from m1.evaluation.evaluate import Settings
+    from m1.evaluation.evaluate import evaluate as run
+    from m1.evaluation.tasks import load_task
+    from m1.train.stage import load_model
+
+    problems = load_task(task, data, limit, seed=seed)
+    network, tokenizer = load_model(model)
+    out = out or model / "eval" / task
+    settings = Settings(task, n, max_new_tokens, temperature, seed)
+    with sample_progress(task) as on_progress:
+        result = run(network, tokenizer, problems, settings, out, max_batch, on_progress)
+    majority = result["maj@k"][str(n)]
+    console.print(f"{task}: {result['n_problems']} problems, {n} samples each")
+    console.print(f"pass@1 {100 * result['pass@1']:.1f} ± {100 * result['pass@1_ci95']:.1f} %")
+    console.print(f"maj@{n} {100 * majority['value']:.1f} ± {100 * majority['ci95']:.1f} %")
+    console.print(f"{result['tokens_per_second']:,.0f} tokens/s, written to {out / 'result.json'}", soft_wrap=True)
+
+
+@app.command()
+def solve(
+    problem: Annotated[str, typer.Argument(help="The question, as a user would type it.")],
+    model: Model,
+    n: Annotated[int, typer.Option(help="Samples at most.")] = 16,
+    seconds: Annotated[float | None, typer.Option(help="Time budget; what is unfinished then is dropped.")] = None,
+    all_samples: Annotated[bool, typer.Option("--all", help="Don't stop early when the vote is decided.")] = False,
+    max_new_tokens: int = 1024,
+    temperature: float = 0.7,
+    seed: int = 0,
+) -> None:
+    """Answer one problem by voting over many samples."""
+    from m1.engine import Engine, SamplingParams
+    from m1.evaluation.evaluate import stop_tokens
+    from m1.reasoning.answers import Grader
+    from m1.reasoning.solve import solve as run
+    from m1.train.stage import load_model
+
+    if n < 1:
+        raise UserError(f"--n {n}: need at least one sample")
+    if seconds is not None and seconds <= 0:
+        raise UserError(f"--seconds {seconds}: need a positive budget")
+    network, tokenizer = load_model(model)
+    params = SamplingParams(max_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    engine = Engine(network, stop_tokens(network, tokenizer))
+    with Grader() as grader:
+        solution = run(problem, engine, tokenizer, grader, params, n, seconds, stop_when_decided=not all_samples)
+    for answer, votes in solution.vote.counts.items():
+        console.print(f"{votes:4d}  {answer}", markup=False, highlight=False)
+    if solution.vote.abstained:
+        console.print(f"{solution.vote.abstained:4d}  (no answer)", markup=False, highlight=False)
+    console.print(
+        f"{len(solution.answers)} of {n} samples, {solution.tokens} tokens, {solution.seconds:.2f} s, "
+        f"stopped: {solution.reason}"
+    )
+    console.print(f"answer: {solution.vote.answer}", markup=False, highlight=False)
+
+
+@app.command()
+def pipeline(recipe_dir: Annotated[Path, typer.Argument(help="Recipe folder with a pipeline.toml.")]) -> None:
+    """Run all stages of a recipe folder; run it again to go on where it was cut off."""
+    summary = run_pipeline(recipe_dir)
+    console.print_json(data=summary)
+
+
+def parse_layers(text: str) -> list[int]:
+    """ "1,3" -> [1, 3]; "" -> []. Raises UserError."""
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise UserError(f"--keep-attention {text!r}: expected layer numbers separated by commas, e.g. 1,3") from None
+
+
+def main() -> None:
+    """Entry point: turns UserError into exit code 2 and Ctrl-C into 130."""
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    try:
+        app()
+    except UserError as error:
+        errors.print(f"m1: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        errors.print("m1: interrupted; what was finished is saved, run the same command (with --resume) to go on")
+        sys.exit(130)

@@ -1,0 +1,128 @@
+"""All stages of a recipe folder in order. Finished stages are skipped, a cut-off one goes on where it was; ends in a report."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from m1.errors import UserError
+from m1.recipe import ConvertStage, DistillStage, EvalStage, GRPOStage, SFTStage, Stage, load_pipeline
+
+console = Console(stderr=True)
+
+
+def run_pipeline(folder: str | Path) -> dict[str, Any]:
+    """Runs the recipe and returns report.json's content.
+
+    Raises:
+        UserError: a mistake in any of its files, or an output folder made by another version of a stage.
+    """
+    pipeline, stages = load_pipeline(folder)
+    for number, (name, stage) in enumerate(stages.items()):
+        bar = "█" * number + "░" * (len(stages) - number)  # a line between the stages' own bars
+        console.rule(f"{pipeline.name} {bar} stage {number + 1} of {len(stages)}: {name}")
+        if finished(stage):
+            console.print(f"{stage.out} is finished")
+        else:
+            run_stage(stage, resume=True)
+    console.rule(f"{pipeline.name} {'█' * len(stages)} report")
+    return report(pipeline.name, pipeline.out, stages)
+
+
+def finished(stage: Stage) -> bool:
+    """Whether the stage's folder holds its complete output. Raises UserError if another recipe made it."""
+    from m1.train.stage import MANIFEST, recipe_hash
+
+    manifest = Path(stage.out, MANIFEST)
+    if not manifest.exists():
+        return False
+    if json.loads(manifest.read_text())["recipe_sha256"] != recipe_hash(stage):
+        raise UserError(f"{stage.out} was made by another recipe: delete it (and what was made from it) to run again")
+    return True
+
+
+def run_stage(stage: Stage, resume: bool = False) -> None:
+    """Runs one stage of any kind."""
+    match stage:
+        case ConvertStage():
+            _convert(stage)
+        case SFTStage():
+            from m1.train.sft import sft
+
+            sft(stage, resume)
+        case DistillStage():
+            from m1.train.distill import distill
+
+            distill(stage, resume)
+        case GRPOStage():
+            from m1.train.grpo import grpo
+
+            grpo(stage, resume)
+        case EvalStage():
+            _evaluate(stage)
+
+
+def report(name: str, out: str, stages: dict[str, Stage]) -> dict[str, Any]:
+    """Collects what the stages wrote."""
+    from m1.evaluation.report import write_report
+
+    manifests = [json.loads(Path(stage.out, "manifest.json").read_text()) for stage in stages.values()]
+    training = {
+        stage_name: Path(stage.out, "metrics.jsonl")
+        for stage_name, stage in stages.items()
+        if isinstance(stage, SFTStage | DistillStage | GRPOStage)
+    }
+    results = {
+        model: json.loads(Path(stage.out, model, "result.json").read_text())
+        for stage in stages.values()
+        if isinstance(stage, EvalStage)
+        for model in stage.models
+    }
+    return write_report(out, f"M1 {name}", sum(m["seconds"] for m in manifests), results, training)
+
+
+def _convert(stage: ConvertStage) -> None:
+    from m1.model.convert import convert
+    from m1.train.stage import write_manifest
+
+    started = time.monotonic()
+    convert(stage.teacher, stage.out, stage.keep_attention, stage.head_alignment, stage.state_size, stage.seed)
+    write_manifest(stage.out, stage, time.monotonic() - started)
+
+
+def _evaluate(stage: EvalStage) -> None:
+    from m1.evaluation.evaluate import Settings, evaluate
+    from m1.evaluation.tasks import load_task
+    from m1.train.stage import load_model, write_manifest
+
+    started = time.monotonic()
+    problems = load_task(stage.task, stage.data, stage.limit, stage.min_steps, stage.max_steps, stage.seed)
+    settings = Settings(stage.task, stage.n, stage.max_new_tokens, stage.temperature, stage.seed)
+    for name, path in stage.models.items():
+        model, tokenizer = load_model(path)
+        with sample_progress(name) as on_progress:
+            result = evaluate(model, tokenizer, problems, settings, Path(stage.out, name), stage.max_batch, on_progress)
+        majority = result["maj@k"][str(stage.n)]["value"]
+        console.print(f"{name}: pass@1 {result['pass@1']:.3f} ± {result['pass@1_ci95']:.3f}, maj@{stage.n} {majority:.3f}")
+    write_manifest(stage.out, stage, time.monotonic() - started)
+
+
+class sample_progress:  # noqa: N801  a context manager, used like a function
+    """A bar of samples: `with sample_progress("gsm8k") as on_progress: ...` calls on_progress(done, total)."""
+
+    def __init__(self, name: str):
+        self.bar = Progress(
+            TextColumn(name), BarColumn(), MofNCompleteColumn(), TextColumn("samples"), TimeElapsedColumn(), console=console
+        )
+
+    def __enter__(self) -> Callable[[int, int], None]:
+        self.bar.start()
+        task = self.bar.add_task("", total=None)
+        return lambda done, total: self.bar.update(task, completed=done, total=total)
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()

@@ -1,0 +1,48 @@
+"""Training data: a recipe's `[data]` table becomes rows with the keys TRL knows."""
+
+from datasets import Dataset
+
+from m1.errors import UserError
+from m1.jsonl import read_jsonl
+from m1.reasoning.chain import chain_problems
+from m1.recipe import Data
+
+
+def conversations(data: Data) -> Dataset:
+    """Rows {"messages": [user, assistant]} for supervised training and distillation."""
+    rows = []
+    for number, row in enumerate(_rows(data), start=1):
+        if "messages" in row:
+            rows.append({"messages": row["messages"]})
+        elif "problem" in row and "solution" in row:
+            prompt = data.prompt_template.replace("{problem}", row["problem"])
+            rows.append({"messages": [_user(prompt), {"role": "assistant", "content": row["solution"]}]})
+        else:
+            raise UserError(f"{data.path}, row {number}: needs `messages`, or `problem` and `solution`; has {sorted(row)}")
+    return Dataset.from_list(rows)
+
+
+def problems(data: Data) -> Dataset:
+    """Rows {"prompt": [user], "answers": [...]} for RL."""
+    rows = []
+    for number, row in enumerate(_rows(data), start=1):
+        if "problem" not in row or not ("answer" in row or "answers" in row):
+            raise UserError(f"{data.path}, row {number}: needs `problem` and `answer` or `answers`; has {sorted(row)}")
+        prompt = data.prompt_template.replace("{problem}", row["problem"])
+        rows.append({"prompt": [_user(prompt)], "answers": row.get("answers") or [row["answer"]]})
+    return Dataset.from_list(rows)
+
+
+def _rows(data: Data) -> list[dict]:
+    if data.task == "chain":
+        found = chain_problems(data.count, data.min_steps, data.max_steps, "train", data.seed)
+        return [{"problem": p.problem, "solution": p.solution, "answer": p.answer} for p in found]
+    assert data.path is not None
+    rows = list(read_jsonl(data.path))[: data.limit]
+    if not rows:
+        raise UserError(f"{data.path} has no rows")
+    return rows
+
+
+def _user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}

@@ -1,0 +1,50 @@
+"""RL with verifiable rewards: TRL's GRPOTrainer, no KL term, an entropy bonus, rollouts from the engine (paper §3.4)."""
+
+from typing import Any
+
+from transformers import set_seed
+from trl import GRPOConfig, GRPOTrainer
+
+from m1.errors import UserError
+from m1.reasoning.answers import Grader
+from m1.recipe import GRPOStage
+from m1.train import stage
+from m1.train.data import problems
+from m1.train.rollout import EngineRollouts
+
+DEFAULTS = {
+    "beta": 0.0,
+    "entropy_coef": 0.01,
+    "num_generations": 8,
+    "gradient_checkpointing": False,
+    "remove_unused_columns": False,
+}
+
+
+def grpo(recipe: GRPOStage, resume: bool = False) -> None:
+    """Trains recipe.model on recipe.data and saves to recipe.out. Raises UserError for bad input."""
+    arguments = stage.trainer_arguments(GRPOConfig, recipe.out, recipe.trainer, **DEFAULTS)
+    if arguments.entropy_coef < 0:
+        raise UserError(f"[trainer] entropy_coef = {arguments.entropy_coef} must not be negative")
+    set_seed(arguments.seed)
+    model, tokenizer = stage.load_model(recipe.model)
+    with Grader() as grader:
+        trainer = GRPOTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=problems(recipe.data),
+            processing_class=tokenizer,
+            reward_funcs=correctness_reward(grader),
+            rollout_func=EngineRollouts(recipe.max_batch),
+        )
+        stage.run(trainer, recipe.out, recipe, resume)
+
+
+def correctness_reward(grader: Grader) -> Any:
+    """A reward function for TRL: 1 where the completion's final answer equals one of the golds, else 0."""
+
+    def correct(completions: list[Any], answers: list[list[str]], **_: Any) -> list[float]:
+        texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+        return [float(ok) for ok in grader.grade_texts(texts, answers)]
+
+    return correct

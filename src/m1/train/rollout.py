@@ -1,0 +1,79 @@
+"""Rollouts for GRPO from this project's engine, behind a gate: its log-probabilities must be the trainer's."""
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from trl import GRPOTrainer
+
+from m1.engine import Completion, Engine, SamplingParams
+from m1.errors import UserError
+
+PARITY_THRESHOLD = 0.02  # mean |difference| of log-probabilities, nats a token; float32 gives about 1e-6
+PARITY_SAMPLES = 8
+
+
+class EngineRollouts:
+    """A `rollout_func` for TRL's GRPOTrainer: called with the prompts of a step, one entry a sample.
+
+    The first call compares the engine's log-probabilities with the trainer's on the same tokens and refuses to train
+    past PARITY_THRESHOLD: with wrong log-probabilities RL learns from noise and says nothing.
+    """
+
+    def __init__(self, max_batch: int):
+        self.max_batch = max_batch
+        self.checked = False
+
+    def __call__(self, prompts: list[Any], trainer: GRPOTrainer) -> dict[str, list]:
+        args = trainer.args
+        tokenizer = trainer.processing_class
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        rendered = [
+            tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False)
+            for prompt in prompts
+        ]
+        params = SamplingParams(
+            max_tokens=args.max_completion_length,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            top_k=args.top_k or 0,
+            seed=args.seed + trainer.state.global_step,
+        )
+        n = trainer.num_generations if model.training else trainer.num_generations_eval
+        if any(rendered[i] != rendered[i - i % n] for i in range(len(rendered))) or len(rendered) % n:
+            n = 1  # groups are split over processes: no shared prefill
+        engine = Engine(model, trainer.eos_token_ids, self.max_batch)
+        completions = engine.generate(rendered[::n], params, n)
+        if not self.checked:
+            check_parity(model, rendered, completions, args.temperature)
+            self.checked = True
+        return {
+            "prompt_ids": rendered,
+            "completion_ids": [c.token_ids for c in completions],
+            "logprobs": [c.logprobs for c in completions],
+        }
+
+
+@torch.no_grad()
+def check_parity(
+    model: PreTrainedModel, prompts: list[list[int]], completions: list[Completion], temperature: float
+) -> float:
+    """Mean |engine - trainer| log-probability over the first samples, by one full forward each.
+
+    Raises:
+        UserError: it is above PARITY_THRESHOLD.
+    """
+    differences = []
+    for prompt, completion in list(zip(prompts, completions, strict=True))[:PARITY_SAMPLES]:
+        tokens = torch.tensor([prompt + completion.token_ids], device=model.device)
+        logits = model(input_ids=tokens, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+        logprobs = (logits / (temperature or 1.0)).log_softmax(-1)
+        picked = logprobs.gather(1, tokens[0, len(prompt) :, None]).squeeze(1)
+        differences.append((picked - torch.tensor(completion.logprobs, device=model.device)).abs())
+    drift = torch.cat(differences).mean().item()
+    if not drift <= PARITY_THRESHOLD:
+        raise UserError(
+            f"the engine's log-probabilities differ from the trainer's by {drift:.4f} nats a token on average "
+            f"(threshold {PARITY_THRESHOLD}): RL on them would learn from noise. Check the model's dtype and kernels"
+        )
+    return drift
