@@ -12,7 +12,9 @@ from m1.errors import UserError
 from m1.pipeline import run_pipeline, run_stage, sample_progress
 from m1.recipe import load_stage
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__import__("m1").__doc__)
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__import__("m1").__doc__
+)
 console = Console()
 errors = Console(stderr=True)
 
@@ -26,7 +28,9 @@ def convert(
     teacher: Annotated[Path, typer.Option(help="Llama-family checkpoint folder.")],
     out: Annotated[Path, typer.Option(help="Where the hybrid is saved.")],
     keep_attention: Annotated[str, typer.Option(help="Layers that stay attention, e.g. 1,3.")],
-    head_alignment: Annotated[str, typer.Option(help='"attention" or "official" (the released code\'s order).')] = "attention",
+    head_alignment: Annotated[
+        str, typer.Option(help='"attention" or "official" (the released code\'s order).')
+    ] = "attention",
     state_size: Annotated[int, typer.Option(help="States a channel; must divide head_dim.")] = 16,
     seed: int = 0,
 ) -> None:
@@ -35,7 +39,9 @@ def convert(
 
     model = run(teacher, out, parse_layers(keep_attention), head_alignment, state_size, seed)
     kept = model.config.attention_layers
-    console.print(f"{out}: {len(kept)} attention layers {kept}, {model.config.num_hidden_layers - len(kept)} Mamba layers")
+    console.print(
+        f"{out}: {len(kept)} attention layers {kept}, {model.config.num_hidden_layers - len(kept)} Mamba layers"
+    )
 
 
 @app.command("import-official")

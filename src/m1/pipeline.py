@@ -1,4 +1,4 @@
-"""All stages of a recipe folder in order. Finished stages are skipped, a cut-off one goes on where it was; ends in a report."""
+"""All stages of a recipe folder in order. Finished ones are skipped, a cut-off one goes on; ends in a report."""
 
 import json
 import time
@@ -107,16 +107,23 @@ def _evaluate(stage: EvalStage) -> None:
         with sample_progress(name) as on_progress:
             result = evaluate(model, tokenizer, problems, settings, Path(stage.out, name), stage.max_batch, on_progress)
         majority = result["maj@k"][str(stage.n)]["value"]
-        console.print(f"{name}: pass@1 {result['pass@1']:.3f} ± {result['pass@1_ci95']:.3f}, maj@{stage.n} {majority:.3f}")
+        console.print(
+            f"{name}: pass@1 {result['pass@1']:.3f} ± {result['pass@1_ci95']:.3f}, maj@{stage.n} {majority:.3f}"
+        )
     write_manifest(stage.out, stage, time.monotonic() - started)
 
 
-class sample_progress:  # noqa: N801  a context manager, used like a function
+class sample_progress:
     """A bar of samples: `with sample_progress("gsm8k") as on_progress: ...` calls on_progress(done, total)."""
 
     def __init__(self, name: str):
         self.bar = Progress(
-            TextColumn(name), BarColumn(), MofNCompleteColumn(), TextColumn("samples"), TimeElapsedColumn(), console=console
+            TextColumn(name),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("samples"),
+            TimeElapsedColumn(),
+            console=console,
         )
 
     def __enter__(self) -> Callable[[int, int], None]:

@@ -1,7 +1,7 @@
-"""Recipes: TOML files that become frozen, validated dataclasses. An unknown key is refused, naming the nearest known one.
+"""Recipes: TOML files that become frozen, validated dataclasses. An unknown key is refused, naming the nearest one.
 
-One file a stage; its `stage` key says which. `[trainer]` holds the arguments of the stage's own trainer (TRL's `SFTConfig`
-or `GRPOConfig`) under their own names.
+One file a stage; its `stage` key says which. `[trainer]` holds the arguments of the stage's own trainer (TRL's
+`SFTConfig` or `GRPOConfig`) under their own names.
 """
 
 import dataclasses
@@ -29,16 +29,22 @@ class Data:
     task: Literal["chain"] | None = None
     count: int = 10_000  # chain problems to make
     min_steps: int = 2
-    max_steps: int = 10
+    max_steps: int = 8
+    slip_rate: float = 0.0  # share of a chain's worked steps that are wrong
     seed: int = 0
     limit: int | None = None  # rows of a file to use
     prompt_template: str = "{problem}"
+    bucket: int | None = (
+        None  # rows come in runs of this many of similar length: little padding under a sequential sampler
+    )
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.task is None):
-            raise UserError("[data] needs exactly one of `path` (a JSONL file) and `task` (\"chain\")")
+            raise UserError('[data] needs exactly one of `path` (a JSONL file) and `task` ("chain")')
         if not 1 <= self.min_steps <= self.max_steps:
             raise UserError(f"[data] min_steps={self.min_steps}, max_steps={self.max_steps}: need 1 <= min <= max")
+        if not 0 <= self.slip_rate < 1:
+            raise UserError(f"[data] slip_rate={self.slip_rate}: need 0 <= slip_rate < 1")
         if "{problem}" not in self.prompt_template:
             raise UserError(f"[data] prompt_template={self.prompt_template!r} has no {{problem}} in it")
 
@@ -65,7 +71,9 @@ class SFTStage:
 
     def __post_init__(self) -> None:
         if (self.model is None) == (not self.init):
-            raise UserError("an sft stage needs exactly one of `model` (a checkpoint folder) and `[init]` (a new model)")
+            raise UserError(
+                "an sft stage needs exactly one of `model` (a checkpoint folder) and `[init]` (a new model)"
+            )
 
 
 @dataclass(frozen=True)
@@ -105,7 +113,7 @@ class EvalStage:
     max_new_tokens: int = 128
     temperature: float = 1.0
     min_steps: int = 2
-    max_steps: int = 10
+    max_steps: int = 8
     seed: int = 0
     max_batch: int = 256
 
@@ -130,7 +138,7 @@ class Pipeline:
 
 
 def load_pipeline(folder: str | Path) -> tuple[Pipeline, dict[str, Stage]]:
-    """The pipeline of a recipe folder and all its stages, so that a mistake in the last one shows before the first runs."""
+    """A recipe folder's pipeline and all its stages: a mistake in the last one shows before the first runs."""
     folder = Path(folder)
     pipeline = build(Pipeline, read_toml(folder / "pipeline.toml"), str(folder / "pipeline.toml"))
     return pipeline, {name: load_stage(folder / f"{name}.toml") for name in pipeline.stages}
@@ -162,9 +170,7 @@ def build(cls: type[T], table: dict[str, Any], where: str) -> T:
     hints = typing.get_type_hints(cls)
     check_keys(table, hints, where)
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
-    required = [
-        f.name for f in fields if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]
+    required = [f.name for f in fields if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
     if missing := [name for name in required if name not in table]:
         raise UserError(f"{where}: missing key {missing[0]!r}")
     values = {}

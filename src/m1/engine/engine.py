@@ -164,4 +164,3 @@ def _left_pad(prompts: list[Sequence[int]], device: torch.device) -> tuple[Tenso
         tokens[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
     return tokens.to(device), mask.to(device)
-

@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,11 +72,10 @@ def evaluate(
             missing = [p for p in problems if p.id not in done]
             before = max((row["seconds"] for row in done.values()), default=0.0)
             if missing:
-                made = _sample_round(
+                rows += _sample_round(
                     engine, tokenizer, missing, settings, round_, before, grader, samples_path,
-                    lambda count, base=len(rows): on_progress(base + count, total),
+                    partial(_advance, on_progress, len(rows), total),
                 )  # fmt: skip
-                rows += made
         result = summarize(rows, problems, settings, grader) | model_facts(model)
         result["grading"] = dict(grader.counts)
     (out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
@@ -101,7 +101,9 @@ def summarize(
     curve = []
     for k in range(1, settings.n + 1):  # the votes as they stood after k rounds: no resampling, measured seconds
         accuracy = majority_at_k([group[:k] for group in answers], golds, k, grader)
-        curve.append({"samples": k, "seconds": sum(round_seconds[:k]), "accuracy": accuracy.value, "ci95": accuracy.ci95})
+        curve.append(
+            {"samples": k, "seconds": sum(round_seconds[:k]), "accuracy": accuracy.value, "ci95": accuracy.ci95}
+        )
     return {
         "settings": dataclasses.asdict(settings),
         "n_problems": len(problems),
@@ -116,6 +118,10 @@ def summarize(
         "seconds": sum(round_seconds),
         "tokens_per_second": tokens / sum(round_seconds),
     }
+
+
+def _advance(on_progress: Callable[[int, int], None], before: int, total: int, made: int) -> None:
+    on_progress(before + made, total)
 
 
 def model_facts(model: PreTrainedModel) -> dict[str, Any]:

@@ -110,7 +110,9 @@ def _seconds_curve(results: dict[str, dict[str, Any]]) -> Figure:
         curve = result["accuracy_against_seconds"]
         x, y = [p["seconds"] for p in curve], [p["accuracy"] for p in curve]
         axis.plot(x, y, marker=".", label=name)
-        axis.fill_between(x, [p["accuracy"] - p["ci95"] for p in curve], [p["accuracy"] + p["ci95"] for p in curve], alpha=0.12)
+        axis.fill_between(
+            x, [p["accuracy"] - p["ci95"] for p in curve], [p["accuracy"] + p["ci95"] for p in curve], alpha=0.12
+        )
     axis.set(xlabel="measured seconds of generation, all problems", ylabel="accuracy of the vote", ylim=(0, 1.02))
     axis.legend()
     return figure

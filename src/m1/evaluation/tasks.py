@@ -25,7 +25,7 @@ class Problem:
 
 
 def load_task(
-    task: str, data: str | Path | None, limit: int | None = None, min_steps: int = 2, max_steps: int = 10, seed: int = 0
+    task: str, data: str | Path | None, limit: int | None = None, min_steps: int = 2, max_steps: int = 8, seed: int = 0
 ) -> list[Problem]:
     """The problems of a task: the first `limit` rows of the file `data`, or `limit` held-out chain problems.
 

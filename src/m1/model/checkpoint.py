@@ -39,7 +39,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     """All tensors of a checkpoint: model.safetensors, its shards by their index, or pytorch_model.bin.
 
     Raises:
-        UserError: no weights, a missing shard, a truncated or malformed file, a tensor the index names but no shard has.
+        UserError: no weights, a missing shard, a truncated or malformed file, a tensor named by the index alone.
     """
     index_path = folder / "model.safetensors.index.json"
     if index_path.exists():
@@ -48,13 +48,17 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         for shard in sorted(set(weight_map.values())):
             weights |= _load_safetensors(folder / shard)
         if missing := sorted(set(weight_map) - set(weights)):
-            raise UserError(f"{index_path} names {missing[0]!r}, which is in none of its shards: copy the checkpoint again")
+            raise UserError(
+                f"{index_path} names {missing[0]!r}, which is in none of its shards: copy the checkpoint again"
+            )
         return weights
     if (folder / "model.safetensors").exists():
         return _load_safetensors(folder / "model.safetensors")
     if (folder / "pytorch_model.bin").exists():
         return torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
-    raise UserError(f"no weights in {folder}: expected model.safetensors, model.safetensors.index.json or pytorch_model.bin")
+    raise UserError(
+        f"no weights in {folder}: expected model.safetensors, model.safetensors.index.json or pytorch_model.bin"
+    )
 
 
 def _load_safetensors(path: Path) -> dict[str, Tensor]:

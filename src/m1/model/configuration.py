@@ -19,7 +19,7 @@ class M1Config(PreTrainedConfig):
         state_size: N, states per channel. Divides head_dim: channels work in groups of N (design §4).
         conv_kernel: taps of the causal convolution on x.
         time_step_rank: R, rank of the time-step projection; ceil(hidden_size / 16) when None.
-        mamba_bias: whether the Mamba input projection has a bias (kept when the teacher's q, k, v have one).
+        attention_bias: biases of q, k, v and o, also in Mamba layers: of the input and output projection they become.
         head_alignment: how C and the output projection were laid out at conversion: "attention" pairs every group
             with the part of the KV head that its query head attended to, "official" is the released code's order.
             A record of what `convert` did; the network computes the same either way.
@@ -52,10 +52,9 @@ class M1Config(PreTrainedConfig):
     state_size: int = 16
     conv_kernel: int = 4
     time_step_rank: int | None = None
-    mamba_bias: bool = False
     head_alignment: str = "attention"
 
-    def __post_init__(self, **kwargs):  # noqa: ANN003, ANN204
+    def __post_init__(self, **kwargs):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
@@ -75,6 +74,11 @@ class M1Config(PreTrainedConfig):
     def mamba_kv_size(self) -> int:
         """X, the width of x and B before they are repeated to D."""
         return self.num_key_value_heads * self.head_dim
+
+    @property
+    def mamba_widths(self) -> list[int]:
+        """Rows of a Mamba input projection: z, x, B, C, dt."""
+        return [self.mamba_size, self.mamba_kv_size, self.mamba_kv_size, self.mamba_size, self.time_step_rank]
 
     @property
     def attention_layers(self) -> list[int]:
@@ -104,8 +108,8 @@ class M1Config(PreTrainedConfig):
 def cache_bytes(config: PreTrainedConfig, context: int, element_size: int) -> int:
     """Bytes of one sequence's cache after `context` tokens, for an M1 model or a transformer.
 
-    Attention layers keep keys and values of every token; Mamba layers a fixed number of convolution inputs and a float32
-    state.
+    Attention layers keep keys and values of every token; Mamba layers a fixed number of convolution inputs and a
+    float32 state.
     """
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kv_size = config.num_key_value_heads * head_dim

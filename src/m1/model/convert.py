@@ -1,6 +1,6 @@
 """A transformer checkpoint becomes a hybrid: weights are mapped, nothing is trained (paper §3.1, design §4).
 
-    C <- Q   B <- K   x <- V   out_proj <- O        z, dt, conv, A, D are new
+C <- Q   B <- K   x <- V   out_proj <- O        z, dt, conv, A, D are new
 """
 
 import shutil
@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -72,22 +73,19 @@ def hybrid_config(
 ) -> M1Config:
     """The hybrid's configuration. Raises UserError for layers the teacher lacks or sizes that don't fit."""
     kept = sorted(set(keep_attention))
+    if not kept:
+        raise UserError("keep at least one attention layer: transformers' caches count positions there")
     if outside := [layer for layer in kept if not 0 <= layer < teacher.num_hidden_layers]:
         raise UserError(
-            f"--keep-attention names layer {outside[0]}, but the teacher has layers 0 to {teacher.num_hidden_layers - 1}"
+            f"--keep-attention names layer {outside[0]}, "
+            f"but the teacher has layers 0 to {teacher.num_hidden_layers - 1}"
         )
     kinds = [ATTENTION if i in kept else MAMBA for i in range(teacher.num_hidden_layers)]
     shared = {field: getattr(teacher, field) for field in SHARED_FIELDS if hasattr(teacher, field)}
     try:
-        return M1Config(
-            **shared,
-            layer_types=kinds,
-            state_size=state_size,
-            mamba_bias=teacher.attention_bias,
-            head_alignment=head_alignment,
-        )
-    except ValueError as error:
-        raise UserError(f"this teacher can't be converted: {error}") from None
+        return M1Config(**shared, layer_types=kinds, state_size=state_size, head_alignment=head_alignment)
+    except StrictDataclassError as error:
+        raise UserError(f"this teacher can't be converted: {error.__cause__ or error}") from None
 
 
 def group_permutation(heads: int, kv_heads: int, head_dim: int, state_size: int) -> Tensor:
@@ -118,12 +116,13 @@ def hybrid_weights(weights: dict[str, Tensor], config: M1Config, model: M1ForCau
         if i in config.attention_layers:
             continue
         attention, mamba = f"model.layers.{i}.self_attn.", f"model.layers.{i}.mamba."
-        for name in ["weight", "bias"] if config.mamba_bias else ["weight"]:
+        for name in ["weight", "bias"] if config.attention_bias else ["weight"]:
             q, k, v = (_take(weights, f"{attention}{part}_proj.{name}") for part in "qkv")
-            z, _, _, _, dt = fresh[f"{mamba}in_proj.{name}"].split(model.model.layers[i].mamba.widths)
+            z, _, _, _, dt = fresh[f"{mamba}in_proj.{name}"].split(config.mamba_widths)
             weights[f"{mamba}in_proj.{name}"] = torch.cat([z, v, k, q[order], dt])
         weights[f"{mamba}out_proj.weight"] = _take(weights, f"{attention}o_proj.weight")[:, order]
-        weights.pop(f"{attention}o_proj.bias", None)
+        if config.attention_bias:
+            weights[f"{mamba}out_proj.bias"] = _take(weights, f"{attention}o_proj.bias")
         for name in ("conv1d.weight", "conv1d.bias", "dt_proj.weight", "dt_proj.bias", "A_log", "D"):
             weights[mamba + name] = fresh[mamba + name]
     return weights
@@ -141,7 +140,9 @@ def load_weights(model: M1ForCausalLM, weights: dict[str, Tensor], source: Path)
         raise UserError(f"{source} has a tensor {unknown[0]!r} that this model has no place for ({len(unknown)} such)")
     for name, tensor in weights.items():
         if tensor.shape != own[name].shape:
-            raise UserError(f"{source}: {name!r} is {list(tensor.shape)}, its config.json asks for {list(own[name].shape)}")
+            raise UserError(
+                f"{source}: {name!r} is {list(tensor.shape)}, its config.json asks for {list(own[name].shape)}"
+            )
     model.load_state_dict(weights)
 
 

@@ -32,22 +32,22 @@ class MambaMixer(nn.Module):
         super().__init__()
         self.layer_idx = layer_idx
         self.state_size, self.conv_kernel = config.state_size, config.conv_kernel
-        inner, kv, rank = config.mamba_size, config.mamba_kv_size, config.time_step_rank
-        self.repeats = inner // kv
-        self.widths = [inner, kv, kv, inner, rank]  # z | x | B | C | dt
-        self.in_proj = nn.Linear(config.hidden_size, sum(self.widths), bias=config.mamba_bias)
+        inner, rank = config.mamba_size, config.time_step_rank
+        self.repeats = inner // config.mamba_kv_size
+        self.widths = config.mamba_widths
+        self.in_proj = nn.Linear(config.hidden_size, sum(self.widths), bias=config.attention_bias)
         self.conv1d = nn.Conv1d(inner, inner, self.conv_kernel, groups=inner)  # holds the weights; ops.causal_conv runs
         self.dt_proj = nn.Linear(rank, inner)
         self.A_log = nn.Parameter(torch.empty(inner, self.state_size))
         self.D = nn.Parameter(torch.empty(inner))
-        self.out_proj = nn.Linear(inner, config.hidden_size, bias=False)
+        self.out_proj = nn.Linear(inner, config.hidden_size, bias=config.attention_bias)
 
     @torch.no_grad()
     def reset_ssm_parameters(self) -> None:
         """Mamba's initialisation of what attention has no counterpart for: A, D, time steps and convolution.
 
-        A_n = -n (S4D-real), D = 1, steps log-uniform in TIME_STEP_RANGE. The convolution starts as the identity, so
-        that a freshly converted layer sees the teacher's values unmixed.
+        A_n = -n (S4D-real), D = 1, steps log-uniform in TIME_STEP_RANGE, torch's own initialisation of a convolution.
+        (A convolution that starts as the identity distils more slowly: docs/training.md.)
         """
         self.A_log.copy_(torch.arange(1, self.state_size + 1, device=self.A_log.device).log().expand_as(self.A_log))
         self.D.fill_(1.0)
@@ -55,9 +55,7 @@ class MambaMixer(nn.Module):
         steps = torch.exp(torch.rand(self.dt_proj.bias.shape, device=self.dt_proj.bias.device) * (high - low) + low)
         self.dt_proj.bias.copy_(steps + torch.log(-torch.expm1(-steps)))  # softplus of it is `steps`
         nn.init.uniform_(self.dt_proj.weight, -(self.dt_proj.in_features**-0.5), self.dt_proj.in_features**-0.5)
-        self.conv1d.weight.zero_()
-        self.conv1d.weight[:, 0, -1] = 1.0
-        self.conv1d.bias.zero_()
+        self.conv1d.reset_parameters()
 
     def forward(
         self,

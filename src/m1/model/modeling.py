@@ -163,9 +163,7 @@ class M1Model(M1PreTrainedModel):
         if self.config.attention_layers:
             if seq_idx is not None:
                 attention_mask, position_ids = None, positions_of(seq_idx)
-            masks[ATTENTION] = create_causal_mask(
-                attention_mask=attention_mask, position_ids=position_ids, **arguments
-            )
+            masks[ATTENTION] = create_causal_mask(attention_mask=attention_mask, position_ids=position_ids, **arguments)
         return masks
 
 

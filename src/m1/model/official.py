@@ -55,7 +55,7 @@ def export_official(source: str | Path, out: str | Path) -> None:
     if read_json(source / "config.json").get("model_type") != "m1":
         raise UserError(f"{source} is not an M1 checkpoint (model_type 'm1')")
     config = M1Config.from_pretrained(source)
-    if config.mamba_bias or config.attention_bias:
+    if config.attention_bias:
         raise UserError("the released layout has no projection biases, this model has them: it can't be exported")
     weights = _export_weights(read_weights(source), config)
     out.mkdir(parents=True, exist_ok=True)

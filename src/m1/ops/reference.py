@@ -17,7 +17,7 @@ def starts_document(seq_idx: Tensor, t: int) -> Tensor:
 
 
 def repeat_groups(x: Tensor, group: int, repeats: int) -> Tensor:
-    """[..., X] -> [..., X * repeats]: each group of `group` channels stands `repeats` times in a row (as GQA repeats)."""
+    """[..., X] -> [..., X * repeats]: every `group` channels stand `repeats` times in a row, as in GQA."""
     return x.unflatten(-1, (-1, group)).repeat_interleave(repeats, dim=-2).flatten(-2)
 
 
@@ -37,18 +37,18 @@ def selective_scan(
     """
     b, T, d = x.shape
     n = A.shape[1]
+    x, dt, A, B, C, D = (t.float() for t in (x, dt, A, B, C, D))
     B = repeat_groups(B, n, d // B.shape[-1]).unflatten(-1, (-1, n))  # [b, T, D/N, N]: one vector a group of N channels
     C = C.unflatten(-1, (-1, n))
-    x, dt, A = x.float(), dt.float(), A.float()
     h = x.new_zeros(b, d, n) if initial_state is None else initial_state.float()
     ys = []
     for t in range(T):
         if seq_idx is not None:
             h = h.masked_fill(starts_document(seq_idx, t)[..., None], 0.0)
-        B_t = B[:, t].float().repeat_interleave(n, dim=1)  # [b, D, N]
-        C_t = C[:, t].float().repeat_interleave(n, dim=1)
+        B_t = B[:, t].repeat_interleave(n, dim=1)  # [b, D, N]
+        C_t = C[:, t].repeat_interleave(n, dim=1)
         h = torch.exp(dt[:, t, :, None] * A) * h + (dt[:, t] * x[:, t])[..., None] * B_t
-        ys.append((C_t * h).sum(-1) + D.float() * x[:, t])
+        ys.append((C_t * h).sum(-1) + D * x[:, t])
     return torch.stack(ys, dim=1), h
 
 

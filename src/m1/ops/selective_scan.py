@@ -73,7 +73,7 @@ class _CpuScan(torch.autograd.Function):
     """The C++ kernel under autograd. Tensors are float32; see cpu/selective_scan.cpp for layouts."""
 
     @staticmethod
-    def forward(ctx, x, dt, A, B, C, D, h0, seq_idx, kernels):  # noqa: ANN001, ANN205
+    def forward(ctx, x, dt, A, B, C, D, h0, seq_idx, kernels):  # noqa: ANN001
         b, T, d = x.shape
         x, dt, B, C = (_rows(t) for t in (x, dt, B, C))
         A, D, h0 = A.contiguous(), D.contiguous(), None if h0 is None else h0.contiguous()
@@ -83,13 +83,21 @@ class _CpuScan(torch.autograd.Function):
         if any(ctx.needs_input_grad):
             chunks = -(-T // KERNEL_CHUNK)
             saved = torch.empty(b, chunks, d // KERNEL_STATE_SIZE, KERNEL_STATE_SIZE, KERNEL_STATE_SIZE)
-        _call(kernels.m1_selective_scan_forward, *_sizes(x, B), *_operands(x, dt, A, B, C, D, seq_idx), h0, y, h_last, saved)
+        _call(
+            kernels.m1_selective_scan_forward,
+            *_sizes(x, B),
+            *_operands(x, dt, A, B, C, D, seq_idx),
+            h0,
+            y,
+            h_last,
+            saved,
+        )
         ctx.save_for_backward(x, dt, A, B, C, D, seq_idx, saved)
         ctx.kernels = kernels
         return y, h_last
 
     @staticmethod
-    def backward(ctx, dy, dh_last):  # noqa: ANN001, ANN205
+    def backward(ctx, dy, dh_last):  # noqa: ANN001
         x, dt, A, B, C, D, seq_idx, saved = ctx.saved_tensors
         b, T, d = x.shape
         dx, ddt, dC = (torch.empty(b, T, d) for _ in range(3))
@@ -119,9 +127,11 @@ def _operands(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
 
 
 def _call(function, *arguments) -> None:  # noqa: ANN001
-    """Passes tensors as data pointers, integers as int64, None as a null pointer."""
+    """Calls a C function: tensors are passed as data pointers, None as a null pointer, integers as int64."""
     function.restype = None
-    function(*(
-        ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_void_p(None) if a is None else ctypes.c_int64(a)
-        for a in arguments
-    ))  # fmt: skip
+    function(
+        *(
+            ctypes.c_int64(a) if isinstance(a, int) else ctypes.c_void_p(None if a is None else a.data_ptr())
+            for a in arguments
+        )
+    )

@@ -1,7 +1,8 @@
 r"""Answers: taken out of a text, compared with golds, put into clusters of equal ones.
 
-Comparison is math-verify's (design §7). It runs in worker processes, because it can hang or exhaust memory on hostile input
-and its own timeout works in main threads alone: a worker that takes too long, or dies, is replaced and costs one answer.
+Comparison is math-verify's (design §7). It runs in a worker process, because it can hang or exhaust memory on hostile
+input and its own timeout works in main threads alone: a worker that takes too long, or dies, is replaced and costs one
+answer.
 """
 
 import multiprocessing
@@ -31,7 +32,7 @@ def extract_answer(text: str) -> str | None:
 
 @lru_cache(maxsize=100_000)
 def normalize(answer: str) -> str:
-    """Spelling that never changes a value: outer spaces and dollars, a final period, a plain integer's leading zeros."""
+    """Without spelling that never changes a value: outer spaces and dollars, a final period, leading zeros."""
     answer = answer.strip().strip("$").strip().removesuffix(".").replace(r"\!", "").replace(r"\,", "")
     if re.fullmatch(r"[+-]?\d{1,300}", answer):
         return str(int(answer))
@@ -78,7 +79,7 @@ class Grader:
         gold, answer = normalize(gold), normalize(answer)
         if gold == answer:
             return True
-        if _is_integer(gold) and _is_integer(answer) or not answer or len(answer) > MAX_ANSWER_CHARACTERS:
+        if (_is_integer(gold) and _is_integer(answer)) or not answer or len(answer) > MAX_ANSWER_CHARACTERS:
             return False
         if (gold, answer) not in self._known:
             self._known[gold, answer] = self._ask_worker(gold, answer)

@@ -1,11 +1,15 @@
 """Training data: a recipe's `[data]` table becomes rows with the keys TRL knows."""
 
+import random
+
 from datasets import Dataset
 
 from m1.errors import UserError
 from m1.jsonl import read_jsonl
 from m1.reasoning.chain import chain_problems
 from m1.recipe import Data
+
+BUCKET_WINDOW = 16  # runs sorted together: enough for similar lengths, few enough that runs stay random samples
 
 
 def conversations(data: Data) -> Dataset:
@@ -18,8 +22,10 @@ def conversations(data: Data) -> Dataset:
             prompt = data.prompt_template.replace("{problem}", row["problem"])
             rows.append({"messages": [_user(prompt), {"role": "assistant", "content": row["solution"]}]})
         else:
-            raise UserError(f"{data.path}, row {number}: needs `messages`, or `problem` and `solution`; has {sorted(row)}")
-    return Dataset.from_list(rows)
+            raise UserError(
+                f"{data.path}, row {number}: needs `messages`, or `problem` and `solution`; has {sorted(row)}"
+            )
+    return Dataset.from_list(bucketed(rows, data.bucket, data.seed) if data.bucket else rows)
 
 
 def problems(data: Data) -> Dataset:
@@ -33,9 +39,20 @@ def problems(data: Data) -> Dataset:
     return Dataset.from_list(rows)
 
 
+def bucketed(rows: list[dict], size: int, seed: int) -> list[dict]:
+    """The rows in runs of `size` similar lengths, runs in random order: sorted inside windows of BUCKET_WINDOW runs."""
+    window = size * BUCKET_WINDOW
+    runs = []
+    for start in range(0, len(rows), window):
+        ordered = sorted(rows[start : start + window], key=lambda row: sum(len(m["content"]) for m in row["messages"]))
+        runs += [ordered[i : i + size] for i in range(0, len(ordered), size)]
+    random.Random(seed).shuffle(runs)
+    return [row for run in runs for row in run]
+
+
 def _rows(data: Data) -> list[dict]:
     if data.task == "chain":
-        found = chain_problems(data.count, data.min_steps, data.max_steps, "train", data.seed)
+        found = chain_problems(data.count, data.min_steps, data.max_steps, "train", data.seed, data.slip_rate)
         return [{"problem": p.problem, "solution": p.solution, "answer": p.answer} for p in found]
     assert data.path is not None
     rows = list(read_jsonl(data.path))[: data.limit]

@@ -30,8 +30,9 @@ def distill(recipe: DistillStage, resume: bool = False) -> None:
     """Trains recipe.model towards recipe.teacher and saves to recipe.out. Raises UserError for bad input."""
     arguments = stage.trainer_arguments(SFTConfig, recipe.out, recipe.trainer, **DEFAULTS)
     set_seed(arguments.seed)
-    model, tokenizer = stage.load_model(recipe.model)
-    teacher, _ = stage.load_model(recipe.teacher)
+    options = stage.model_options(recipe.trainer)
+    model, tokenizer = stage.load_model(recipe.model, **options)
+    teacher, _ = stage.load_model(recipe.teacher, **options)
     if teacher.config.vocab_size != model.config.vocab_size:
         raise UserError(
             f"{recipe.teacher} has a vocabulary of {teacher.config.vocab_size} and {recipe.model} of "
@@ -123,7 +124,9 @@ def divergence_from_states(
     def chunk_loss(student: Tensor, teacher: Tensor) -> Tensor:
         return divergence(student @ student_head.T, teacher @ teacher_head.T, kind).sum()
 
-    total = student_states.new_zeros((), dtype=torch.float32) + 0 * student_states.sum()  # a gradient even without tokens
+    total = (
+        student_states.new_zeros((), dtype=torch.float32) + 0 * student_states.sum()
+    )  # a gradient even without tokens
     for student, teacher in zip(student_states.split(CHUNK_TOKENS), teacher_states.split(CHUNK_TOKENS), strict=True):
         total = total + checkpoint(chunk_loss, student, teacher, use_reentrant=False)
     return total

@@ -1,4 +1,4 @@
-"""RL with verifiable rewards: TRL's GRPOTrainer, no KL term, an entropy bonus, rollouts from the engine (paper §3.4)."""
+"""RL with verifiable rewards (paper §3.4): TRL's GRPOTrainer, no KL term, an entropy bonus, the engine's rollouts."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ def grpo(recipe: GRPOStage, resume: bool = False) -> None:
     if arguments.entropy_coef < 0:
         raise UserError(f"[trainer] entropy_coef = {arguments.entropy_coef} must not be negative")
     set_seed(arguments.seed)
-    model, tokenizer = stage.load_model(recipe.model)
+    model, tokenizer = stage.load_model(recipe.model, **stage.model_options(recipe.trainer))
     with Grader() as grader:
         trainer = GRPOTrainer(
             model=model,

@@ -1,6 +1,8 @@
 """Supervised fine-tuning with TRL, of a checkpoint or of a new small transformer (the pocket recipe's teacher)."""
 
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from typing import Any
+
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from m1.errors import UserError
@@ -16,7 +18,11 @@ def sft(recipe: SFTStage, resume: bool = False) -> None:
     """Trains on assistant tokens and saves to recipe.out. Raises UserError for bad input."""
     arguments = stage.trainer_arguments(SFTConfig, recipe.out, recipe.trainer, **DEFAULTS)
     set_seed(arguments.seed)
-    model, tokenizer = stage.load_model(recipe.model) if recipe.model else new_transformer(recipe.init)
+    options = stage.model_options(recipe.trainer)
+    if recipe.model:
+        model, tokenizer = stage.load_model(recipe.model, **options)
+    else:
+        model, tokenizer = new_transformer(recipe.init, **options)
     trainer = SFTTrainer(
         model=model,
         args=arguments,
@@ -26,7 +32,7 @@ def sft(recipe: SFTStage, resume: bool = False) -> None:
     stage.run(trainer, recipe.out, recipe, resume)
 
 
-def new_transformer(init: dict) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def new_transformer(init: dict[str, Any], **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A Llama of the given shape with fresh weights, and the byte tokenizer."""
     check_keys(init, LlamaConfig.__dataclass_fields__, "[init]")
     tokenizer = byte_tokenizer(init.get("max_position_embeddings", 2048))
@@ -35,4 +41,4 @@ def new_transformer(init: dict) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
         config = LlamaConfig(**({"vocab_size": len(tokenizer)} | tokens | init))
     except (TypeError, ValueError) as error:
         raise UserError(f"[init]: {error}") from None
-    return LlamaForCausalLM(config), tokenizer
+    return AutoModelForCausalLM.from_config(config, **options), tokenizer

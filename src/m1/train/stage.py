@@ -1,9 +1,9 @@
 """What every training stage shares: its folder, metrics, interruption, resumption and manifest.
 
-    OUT/checkpoints/   the trainer's own checkpoints; a stage that was cut off goes on from the last one
-    OUT/metrics.jsonl  one line a logged step; OUT/tensorboard/ the same
-    OUT/               the trained model and tokenizer
-    OUT/manifest.json  written last: recipe, versions, git commit, seconds. Its presence means the stage is finished
+OUT/checkpoints/   the trainer's own checkpoints; a stage that was cut off goes on from the last one
+OUT/metrics.jsonl  one line a logged step; OUT/tensorboard/ the same
+OUT/               the trained model and tokenizer
+OUT/manifest.json  written last: recipe, versions, git commit, seconds. Its presence means the stage is finished
 """
 
 import dataclasses
@@ -42,12 +42,16 @@ MANIFEST = "manifest.json"
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
 
-def load_model(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A checkpoint folder (M1 or any transformers causal LM) and its tokenizer. Raises UserError if it is none."""
+def load_model(path: str | Path, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A checkpoint folder (M1 or any transformers causal LM) and its tokenizer. Raises UserError if it is none.
+
+    Args:
+        options: for `from_pretrained`, e.g. attn_implementation.
+    """
     if not (Path(path) / "config.json").exists():
         raise UserError(f"{path} is not a checkpoint folder (no config.json in it)")
     try:
-        return AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+        return AutoModelForCausalLM.from_pretrained(path, **options), AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"can't load {path}: {error}") from None
     except Exception as error:
@@ -68,16 +72,22 @@ def trainer_arguments(cls: type[Arguments], out: str | Path, given: dict[str, An
         "bf16": torch.cuda.is_available(),
         "disable_tqdm": False,
     }
+    given = {key: value for key, value in given.items() if key != "model_init_kwargs"}  # see model_options
     try:
         return cls(**(common | defaults | given))
     except (TypeError, ValueError) as error:
         raise UserError(f"[trainer]: {error}") from None
 
 
+def model_options(given: dict[str, Any]) -> dict[str, Any]:
+    """`[trainer] model_init_kwargs`: for the model's construction, which is the stages' work here."""
+    return given.get("model_init_kwargs", {})
+
+
 def run(trainer: Trainer, out: str | Path, recipe: Any, resume: bool) -> None:
     """Trains, saves the model, writes the manifest.
 
-    Ctrl-C finishes the step, saves a checkpoint and raises KeyboardInterrupt; `resume` goes on from the last checkpoint.
+    Ctrl-C finishes the step, saves a checkpoint and raises KeyboardInterrupt; `resume` goes on from the last one.
 
     Raises:
         UserError: OUT holds a finished or unfinished stage and `resume` is off, or it was made by another recipe.
@@ -123,7 +133,12 @@ class MetricsCallback(TrainerCallback):
         self.started = time.monotonic()
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict | None = None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict | None = None,
+        **kwargs: Any,
     ) -> None:
         seconds = self.seconds_before + time.monotonic() - self.started
         append_jsonl(self.path, [{"step": state.global_step, "seconds": round(seconds, 2), **(logs or {})}])

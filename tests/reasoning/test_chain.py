@@ -1,0 +1,49 @@
+"""Chain problems: right answers, and training and held-out problems that can't overlap."""
+
+import re
+
+import pytest
+
+from m1.reasoning.chain import chain_problems, solve_chain
+
+
+def test_by_hand():
+    problem = solve_chain(7, [("+", 5), ("*", 3), ("-", 4)])
+    assert problem.problem == "7+5*3-4 mod 10"
+    assert problem.solution == "7+5=2\n2*3=6\n6-4=2\n\\boxed{2}"
+    assert problem.answer == "2"
+
+
+def test_a_slip_is_carried_on_and_the_answer_stays_true():
+    problem = solve_chain(7, [("+", 5), ("*", 3), ("-", 4)], [0, 2, 0])
+    assert problem.solution == "7+5=2\n2*3=8\n8-4=4\n\\boxed{4}"
+    assert problem.answer == "2"
+
+
+def test_slip_rate_is_the_share_of_wrong_steps():
+    problems = chain_problems(500, 4, 8, "train", 0, slip_rate=0.1)
+    wrong = total = 0
+    for p in problems:
+        for line in p.solution.split("\n")[:-1]:
+            left, right = line.split("=")
+            wrong, total = wrong + (eval(left) % 10 != int(right)), total + 1
+    assert abs(wrong / total - 0.1) < 0.02
+
+
+def test_answers_against_an_independent_evaluation():
+    for p in chain_problems(200, 1, 9, "train", 0):
+        digits = re.findall(r"\d", p.problem.removesuffix(" mod 10"))
+        expression = "(" * (len(digits) - 1) + re.sub(r"([+*-]\d)", r"\1)", p.problem.removesuffix(" mod 10"))
+        assert str(eval(expression) % 10) == p.answer
+
+
+def test_splits_are_disjoint_and_without_duplicates():
+    train = {p.problem for seed in range(3) for p in chain_problems(2000, 1, 3, "train", seed)}
+    test = [p.problem for p in chain_problems(200, 1, 3, "test", 0)]
+    assert not train & set(test)
+    assert len(set(test)) == 200
+
+
+def test_more_problems_than_there_are():
+    with pytest.raises(ValueError, match="of 1000 different test problems"):
+        chain_problems(1000, 1, 1, "test", 0)

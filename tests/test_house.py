@@ -1,0 +1,50 @@
+"""The rules of the house: which room may import which, and that the README's table is the committed result."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCES = ROOT / "src" / "m1"
+FORBIDDEN = {
+    "ops": ("transformers", "trl", "datasets", "m1.model", "m1.engine", "m1.train", "m1.evaluation", "m1.reasoning"),
+    "model": ("trl", "datasets", "m1.engine", "m1.train", "m1.evaluation", "m1.reasoning"),
+    "engine": ("trl", "datasets", "m1.train", "m1.evaluation", "m1.reasoning"),
+    "reasoning": ("trl", "datasets", "m1.train", "m1.evaluation"),
+    "evaluation": ("trl", "datasets"),
+}
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+@pytest.mark.parametrize("room", FORBIDDEN)
+def test_imports_point_downward(room):
+    for path in (SOURCES / room).glob("**/*.py"):
+        for name in imports(path):
+            for forbidden in FORBIDDEN[room]:
+                assert name != forbidden and not name.startswith(forbidden + "."), f"{path.name} imports {name}"
+
+
+def test_the_package_imports_without_the_trainers():
+    code = (
+        "import sys; sys.modules['trl'] = sys.modules['datasets'] = None;"
+        "import m1, m1.model, m1.ops, m1.engine; print(m1.__all__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_readme_table_is_the_committed_result():
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "readme.py"), "--check"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

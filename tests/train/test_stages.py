@@ -1,0 +1,130 @@
+"""Each stage through its real trainer on a tiny model: it learns, resumes, packs exactly, and refuses to overwrite."""
+
+import json
+
+import pytest
+import torch
+
+from m1.errors import UserError
+from m1.jsonl import read_jsonl
+from m1.pipeline import finished, run_stage
+from m1.recipe import Data, DistillStage, GRPOStage, SFTStage
+from m1.train import rollout
+from m1.train.stage import load_model
+
+CHAIN = Data(task="chain", count=64, min_steps=1, max_steps=2)
+TRAINER = {
+    "max_steps": 4,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1e-3,
+    "logging_steps": 1,
+    "gradient_checkpointing": False,
+    "bf16": False,
+}
+
+
+def metrics(out):
+    return list(read_jsonl(out / "metrics.jsonl"))
+
+
+def test_distil_lowers_the_divergence_and_switches_it(hybrid_dir, teacher_dir, tmp_path):
+    trainer = TRAINER | {"max_steps": 12, "lr_scheduler_type": "constant"}
+    stage = DistillStage(str(hybrid_dir), str(teacher_dir), str(tmp_path), CHAIN, "reverse_kl", 10, trainer)
+    run_stage(stage)
+    rows = metrics(tmp_path)
+    forward = [row["forward_kl"] for row in rows if "forward_kl" in row]
+    assert len(forward) == 10 and forward[-1] < 0.7 * forward[0]
+    assert len([row for row in rows if "reverse_kl" in row]) == 2
+    assert finished(stage)
+    with pytest.raises(UserError, match="already holds this stage's output"):
+        run_stage(stage)
+
+
+def test_packed_distillation_equals_unpacked(hybrid_dir, teacher_dir, tmp_path):
+    """The first step's loss of one batch, packed into a row and padded: the same documents, the same number."""
+    losses = []
+    data = Data(task="chain", count=8, min_steps=1, max_steps=4)
+    for name, options in {
+        "padded": {"per_device_train_batch_size": 8},
+        "packed": {"per_device_train_batch_size": 8, "packing": True, "max_length": 512},
+    }.items():
+        trainer = TRAINER | {"max_steps": 1, "learning_rate": 0.0} | options
+        out = tmp_path / name
+        run_stage(DistillStage(str(hybrid_dir), str(teacher_dir), str(out), data, "reverse_kl", 0, trainer))
+        losses.append(metrics(out)[0]["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_interrupted_stage_goes_on(hybrid_dir, tmp_path, monkeypatch):
+    """Ctrl-C after step 2 keeps a checkpoint; resuming ends where an uninterrupted run ends."""
+    from m1.train import stage as stage_module
+
+    def sft(out):
+        return SFTStage(str(out), CHAIN, model=str(hybrid_dir), trainer=TRAINER)
+
+    run_stage(sft(tmp_path / "whole"))
+    on_step_end = stage_module._InterruptCallback.on_step_end
+
+    def interrupt(self, args, state, control, **kwargs):
+        self.requested = self.requested or state.global_step == 2
+        return on_step_end(self, args, state, control, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage_module._InterruptCallback, "on_step_end", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run_stage(sft(tmp_path / "cut"))
+    assert not finished(sft(tmp_path / "cut"))
+    with pytest.raises(UserError, match="--resume"):
+        run_stage(sft(tmp_path / "cut"))
+    run_stage(sft(tmp_path / "cut"), resume=True)
+    assert [row["step"] for row in metrics(tmp_path / "cut") if "loss" in row] == [1, 2, 3, 4]
+    whole, cut = (load_model(tmp_path / name)[0].state_dict() for name in ("whole", "cut"))
+    for name, tensor in whole.items():
+        torch.testing.assert_close(cut[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_grpo_runs_on_engine_rollouts(hybrid_dir, tmp_path):
+    trainer = TRAINER | {
+        "max_steps": 2,
+        "num_generations": 4,
+        "per_device_train_batch_size": 8,
+        "max_completion_length": 12,
+    }
+    run_stage(GRPOStage(str(hybrid_dir), str(tmp_path), CHAIN, trainer=trainer))
+    rows = [row for row in metrics(tmp_path) if "reward" in row]
+    assert len(rows) == 2 and all(row["entropy"] > 0 and row["entropy_coef"] > 0 for row in rows)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["recipe"]["model"] == str(hybrid_dir) and manifest["versions"]["trl"]
+
+
+def test_parity_gate_refuses_wrong_logprobs(hybrid_dir, tmp_path, monkeypatch):
+    from m1.engine import engine
+
+    def shifted(logits, params, generator, sample=engine.sample):
+        tokens, logprobs = sample(logits, params, generator)
+        return tokens, logprobs + 0.1
+
+    monkeypatch.setattr(engine, "sample", shifted)
+    trainer = TRAINER | {"num_generations": 4, "max_completion_length": 8}
+    with pytest.raises(UserError, match=r"differ from the trainer's by 0\.1"):
+        run_stage(GRPOStage(str(hybrid_dir), str(tmp_path), CHAIN, trainer=trainer))
+    assert rollout.PARITY_THRESHOLD < 0.1
+
+
+def test_unknown_trainer_argument(hybrid_dir, tmp_path):
+    stage = SFTStage(str(tmp_path), CHAIN, model=str(hybrid_dir), trainer={"learning_rat": 1e-3})
+    with pytest.raises(UserError, match="unknown key 'learning_rat'; did you mean 'learning_rate'"):
+        run_stage(stage)
+
+
+def test_real_training_rows(tmp_path, hybrid_dir):
+    """Files of {problem, solution} and of messages are both read; the template's braces are left alone."""
+    path = tmp_path / "rows.jsonl"
+    rows = [
+        {"problem": "1+1", "solution": r"\boxed{2}"},
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows * 4))
+    data = Data(path=str(path), prompt_template="{problem} Answer in \\boxed{}.")
+    run_stage(SFTStage(str(tmp_path / "out"), data, model=str(hybrid_dir), trainer=TRAINER | {"max_steps": 1}))
+    assert (tmp_path / "out" / "manifest.json").exists()
