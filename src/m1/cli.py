@@ -8,15 +8,16 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+import m1
 from m1.errors import UserError
 from m1.pipeline import run_pipeline, run_stage, sample_progress
 from m1.recipe import load_stage
 
-app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__import__("m1").__doc__
-)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=m1.__doc__)
 console = Console()
 errors = Console(stderr=True)
+
+INTERRUPTED = 130  # the shell's exit code for Ctrl-C
 
 Model = Annotated[Path, typer.Option(help="Checkpoint folder.")]
 Recipe = Annotated[Path, typer.Argument(help="The stage's TOML file.")]
@@ -166,13 +167,14 @@ def parse_layers(text: str) -> list[int]:
 
 
 def main() -> None:
-    """Entry point: turns UserError into exit code 2 and Ctrl-C into 130."""
+    """Entry point: a UserError is one line and exit code 2, Ctrl-C a line and 130."""
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     try:
         app()
     except UserError as error:
         errors.print(f"m1: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        errors.print("m1: interrupted; what was finished is saved, run the same command (with --resume) to go on")
-        sys.exit(130)
+    except SystemExit as exit_:
+        if exit_.code == INTERRUPTED:  # what typer makes of a KeyboardInterrupt
+            errors.print("m1: interrupted; finished work is saved: run it again (a stage with --resume) to go on")
+        raise

@@ -1,0 +1,107 @@
+"""The shipped pocket recipe, every stage through the command line, made small; the README's commands on its output."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from m1 import cli
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "pocket"
+SMALLER = {
+    r"^max_steps = \d{2,}$": "max_steps = 2",  # the trainers'; problems have at most 8 steps
+    r"^count = \d+": "count = 64",
+    r"^limit = \d+": "limit = 4",
+    r"^n = \d+": "n = 2",
+    r"^forward_kl_steps = \d+": "forward_kl_steps = 1",
+    r"^warmup_steps = \d+": "warmup_steps = 1",
+    r"^per_device_train_batch_size = \d+": "per_device_train_batch_size = 8",
+    r"^hidden_size = \d+": "hidden_size = 64",
+    r"^max_(new_tokens|completion_length) = \d+": r"max_\1 = 8",
+}
+MODELS = ["teacher", "converted", "distilled", "sft", "grpo"]
+
+
+def m1(*arguments):
+    argv, sys.argv = sys.argv, ["m1", *map(str, arguments)]
+    try:
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+    finally:
+        sys.argv = argv
+    return exit_.value.code or 0
+
+
+@pytest.fixture(scope="module")
+def pocket(tmp_path_factory):
+    """The folder the pipeline ran in."""
+    folder = tmp_path_factory.mktemp("pocket")
+    (folder / "recipe").mkdir()
+    for path in RECIPE.glob("*.toml"):
+        text = path.read_text().replace("runs/pocket", str(folder / "runs"))
+        for pattern, replacement in SMALLER.items():
+            text = re.sub(pattern, replacement, text, flags=re.MULTILINE)
+        (folder / "recipe" / path.name).write_text(text)
+    assert m1("pipeline", folder / "recipe") == 0
+    return folder
+
+
+def test_report(pocket):
+    report = json.loads((pocket / "runs" / "report.json").read_text())
+    assert list(report["models"]) == MODELS and report["seconds"] > 0
+    for model in report["models"].values():
+        assert 0 <= model["pass@1"] <= 1 and 0 <= model["maj@2"] <= 1 and model["n_problems"] == 4
+        assert model["tokens_per_second"] > 0 and model["parameters"] > 0
+    caches = {name: model["cache_bytes_per_sequence_at_4k"] for name, model in report["models"].items()}
+    assert caches["grpo"] < 0.6 * caches["teacher"]
+    page = (pocket / "runs" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 3 and "://" not in page and "{{" not in page
+
+
+def test_running_again_does_nothing_again(pocket, capsys):
+    before = {path: path.stat().st_mtime_ns for path in (pocket / "runs").glob("*/model.safetensors")}
+    assert len(before) == 5
+    assert m1("pipeline", pocket / "recipe") == 0
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_a_changed_recipe_is_not_mixed_with_old_output(pocket, capsys):
+    path = pocket / "recipe" / "sft.toml"
+    text = path.read_text()
+    try:
+        path.write_text(text.replace("learning_rate = 5e-4", "learning_rate = 6e-4"))
+        assert m1("pipeline", pocket / "recipe") == 2
+        assert "was made by another recipe" in capsys.readouterr().err
+    finally:
+        path.write_text(text)
+
+
+def test_solve_prints_votes_and_answer(pocket, capsys):
+    model = pocket / "runs" / "grpo"
+    assert m1("solve", "7+5*3-4 mod 10", "--model", model, "--n", 4, "--max-new-tokens", 8) == 0
+    out = capsys.readouterr().out
+    assert "4 of 4 samples" in out and "answer: " in out
+
+
+def test_real_problems_are_graded_and_a_cut_off_run_goes_on(pocket, tmp_path, capsys):
+    problems = tmp_path / "math.jsonl"
+    rows = [
+        {"id": f"p{i}", "problem": rf"What is $\frac{{{i}}}{{2}}$?", "answer": rf"\frac{{{i}}}{{2}}"} for i in range(3)
+    ]
+    problems.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "out"
+    command = ("eval", "--model", pocket / "runs" / "grpo", "--task", "math500", "--data", problems)
+    command += ("--n", 2, "--max-new-tokens", 6, "--out", out)
+    assert m1(*command) == 0
+    samples = (out / "samples.jsonl").read_text().splitlines(keepends=True)
+    assert len(samples) == 6
+    result = json.loads((out / "result.json").read_text())
+    assert result["n_problems"] == 3 and result["settings"]["task"] == "math500" and "grading" in result
+    (out / "samples.jsonl").write_text("".join(samples[:4]) + samples[4][:20])  # killed while writing the fifth
+    (out / "result.json").unlink()
+    assert m1(*command) == 0
+    assert (out / "samples.jsonl").read_text().splitlines(keepends=True)[:4] == samples[:4]
+    rows = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert sorted((row["problem"], row["round"]) for row in rows) == [(f"p{i}", r) for i in range(3) for r in range(2)]
