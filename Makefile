@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install demo test test-slow lint format clean
+.PHONY: install demo test lint format clean
 
 install: $(INSTALLED)
 
@@ -20,10 +20,7 @@ demo: install
 	$(BIN)/m1 pipeline recipes/pocket
 
 test: install
-	$(BIN)/pytest -m "not slow"
-
-test-slow: install
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest
 
 lint: install
 	$(BIN)/ruff check .

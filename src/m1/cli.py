@@ -98,7 +98,7 @@ def evaluate(
     from m1.evaluation.evaluate import Settings
     from m1.evaluation.evaluate import evaluate as run
     from m1.evaluation.tasks import load_task
-    from m1.train.stage import load_model
+    from m1.model.checkpoint import load_model
 
     problems = load_task(task, data, limit, seed=seed)
     network, tokenizer = load_model(model)
@@ -127,9 +127,9 @@ def solve(
     """Answer one problem by voting over many samples."""
     from m1.engine import Engine, SamplingParams
     from m1.evaluation.evaluate import stop_tokens
+    from m1.model.checkpoint import load_model
     from m1.reasoning.answers import Grader
     from m1.reasoning.solve import solve as run
-    from m1.train.stage import load_model
 
     if n < 1:
         raise UserError(f"--n {n}: need at least one sample")

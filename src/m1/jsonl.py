@@ -1,4 +1,4 @@
-"""JSON Lines, read strictly and written a line at a time."""
+"""JSON Lines, read strictly and written a line at a time; whole JSON files, replaced in one step."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -29,6 +29,15 @@ def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
         yield row
 
 
+def problem_and_golds(row: dict[str, Any], where: str) -> tuple[str, list[str]]:
+    """A row's `problem` and its `answers` (or its one `answer`) as strings. Raises UserError naming `where`."""
+    golds = row.get("answers") or row.get("answer")
+    golds = golds if isinstance(golds, list) else [golds]
+    if not isinstance(row.get("problem"), str) or not all(isinstance(gold, str | int | float) for gold in golds):
+        raise UserError(f"{where}: needs a text `problem` and `answer` (or a list `answers`); has {sorted(row)}")
+    return row["problem"], [str(gold) for gold in golds]
+
+
 def append_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
     """Appends rows, each on its own line, first mending a line that an interrupted run left unfinished."""
     path = Path(path)
@@ -47,3 +56,12 @@ def drop_torn_line(path: Path) -> None:
         if file.read(1) != b"\n":
             file.seek(0)
             file.truncate(file.read().rfind(b"\n") + 1)
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Writes beside the file and renames: a reader sees the old content or the new, never a part."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(path.name + ".part")
+    draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    draft.replace(path)

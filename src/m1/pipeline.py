@@ -22,6 +22,11 @@ def run_pipeline(folder: str | Path) -> dict[str, Any]:
         UserError: a mistake in any of its files, or an output folder made by another version of a stage.
     """
     pipeline, stages = load_pipeline(folder)
+    for name, stage in stages.items():
+        try:
+            check_trainer(stage)
+        except UserError as error:
+            raise UserError(f"{name}.toml: {error}") from None
     for number, (name, stage) in enumerate(stages.items()):
         bar = "█" * number + "░" * (len(stages) - number)  # a line between the stages' own bars
         console.rule(f"{pipeline.name} {bar} stage {number + 1} of {len(stages)}: {name}")
@@ -33,6 +38,23 @@ def run_pipeline(folder: str | Path) -> dict[str, Any]:
     return report(pipeline.name, pipeline.out, stages)
 
 
+def check_trainer(stage: Stage) -> None:
+    """Builds the stage's trainer arguments, so that a mistake in them shows before anything runs."""
+    match stage:
+        case SFTStage():
+            from m1.train.sft import arguments_of as sft_arguments
+
+            sft_arguments(stage)
+        case DistillStage():
+            from m1.train.distill import arguments_of as distill_arguments
+
+            distill_arguments(stage)
+        case GRPOStage():
+            from m1.train.grpo import arguments_of as grpo_arguments
+
+            grpo_arguments(stage)
+
+
 def finished(stage: Stage) -> bool:
     """Whether the stage's folder holds its complete output. Raises UserError if another recipe made it."""
     from m1.train.stage import MANIFEST, recipe_hash
@@ -41,7 +63,10 @@ def finished(stage: Stage) -> bool:
     if not manifest.exists():
         return False
     if json.loads(manifest.read_text())["recipe_sha256"] != recipe_hash(stage):
-        raise UserError(f"{stage.out} was made by another recipe: delete it (and what was made from it) to run again")
+        raise UserError(
+            f"{stage.out} was made by another recipe or from other inputs: "
+            "delete it, and what was made from it, to run again"
+        )
     return True
 
 
@@ -97,7 +122,8 @@ def _convert(stage: ConvertStage) -> None:
 def _evaluate(stage: EvalStage) -> None:
     from m1.evaluation.evaluate import Settings, evaluate
     from m1.evaluation.tasks import load_task
-    from m1.train.stage import load_model, write_manifest
+    from m1.model.checkpoint import load_model
+    from m1.train.stage import write_manifest
 
     started = time.monotonic()
     problems = load_task(stage.task, stage.data, stage.limit, stage.min_steps, stage.max_steps, stage.seed)

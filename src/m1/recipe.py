@@ -141,7 +141,11 @@ def load_pipeline(folder: str | Path) -> tuple[Pipeline, dict[str, Stage]]:
     """A recipe folder's pipeline and all its stages: a mistake in the last one shows before the first runs."""
     folder = Path(folder)
     pipeline = build(Pipeline, read_toml(folder / "pipeline.toml"), str(folder / "pipeline.toml"))
-    return pipeline, {name: load_stage(folder / f"{name}.toml") for name in pipeline.stages}
+    stages = {name: load_stage(folder / f"{name}.toml") for name in pipeline.stages}
+    evaluations = [stage for stage in stages.values() if isinstance(stage, EvalStage)]
+    if len(evaluations) != 1 or not evaluations[0].models:
+        raise UserError(f"{folder}/pipeline.toml: the report needs exactly one eval stage with [models]")
+    return pipeline, stages
 
 
 def load_stage(path: str | Path, expected: str | None = None) -> Stage:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -86,6 +87,37 @@ def test_head_dim_that_the_state_size_does_not_divide(run, tmp_path):
     check(run("convert", "--teacher", folder, *arguments), "head_dim (24) must be a multiple of state_size (16)")
 
 
+def test_same_limits_when_a_hybrid_is_loaded(run, hybrid_dir, tmp_path):
+    shutil.copytree(hybrid_dir, tmp_path / "m")
+    path = tmp_path / "m" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"head_dim": 24}))
+    check(run("solve", "1+1", "--model", tmp_path / "m"), "head_dim (24) must be a multiple of state_size (16)")
+
+
+def test_a_tensor_that_is_missing_is_not_made_up(run, copy_of_teacher):
+    from safetensors.torch import load_file, save_file
+
+    path = copy_of_teacher / "model.safetensors"
+    weights = load_file(path)
+    del weights["model.layers.2.mlp.up_proj.weight"]
+    save_file(weights, path, metadata={"format": "pt"})
+    check(run("solve", "1+1", "--model", copy_of_teacher), "no tensor 'model.layers.2.mlp.up_proj.weight'")
+
+
+def test_out_that_is_the_source(run, copy_of_teacher):
+    before = (copy_of_teacher / "model.safetensors").read_bytes()
+    check(
+        run("convert", "--teacher", copy_of_teacher, "--out", copy_of_teacher, "--keep-attention", "1"), "source itself"
+    )
+    assert (copy_of_teacher / "model.safetensors").read_bytes() == before
+
+
+def test_tokenizer_without_a_chat_template(run, hybrid_dir, tmp_path):
+    shutil.copytree(hybrid_dir, tmp_path / "m")
+    (tmp_path / "m" / "chat_template.jinja").unlink()
+    check(run("solve", "1+1", "--model", tmp_path / "m"), "has no chat template")
+
+
 def test_other_architectures(run, copy_of_teacher, tmp_path):
     path = copy_of_teacher / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "gpt2"}))
@@ -95,7 +127,7 @@ def test_other_architectures(run, copy_of_teacher, tmp_path):
 
 @pytest.mark.parametrize(
     ("layers", "words"),
-    [("99", "names layer 99, but the teacher has layers 0 to 3"), ("a,b", "'a,b'"), ("", "keep at least one")],
+    [("99", "kept in layer 99, but the teacher has layers 0 to 3"), ("a,b", "'a,b'"), ("", "keep at least one")],
 )
 def test_keep_attention(run, copy_of_teacher, tmp_path, layers, words):
     arguments = ("--out", tmp_path / "o", "--keep-attention", layers)
@@ -111,8 +143,13 @@ def test_misspelt_recipe_key(run, tmp_path):
 def test_pipeline_checks_every_stage_before_the_first_runs(run, tmp_path):
     (tmp_path / "pipeline.toml").write_text('name = "x"\nout = "x"\nstages = ["a", "b"]\n')
     (tmp_path / "a.toml").write_text('stage = "convert"\nteacher = "t"\nout = "o"\nkeep_attention = [1]\n')
-    (tmp_path / "b.toml").write_text('stage = "sft"\nout = "o"\nmodel = "m"\n[dta]\n')
-    check(run("pipeline", tmp_path), "b.toml", "did you mean 'data'")
+    (tmp_path / "b.toml").write_text('stage = "eval"\nout = "o"\n[model]\n')
+    check(run("pipeline", tmp_path), "b.toml", "did you mean 'models'")
+    (tmp_path / "b.toml").write_text('stage = "eval"\nout = "o"\n[models]\nx = "y"\n')
+    (tmp_path / "a.toml").write_text(
+        'stage = "grpo"\nmodel = "m"\nout = "o"\n[data]\ntask = "chain"\n[trainer]\nlearning_rat = 1\n'
+    )
+    check(run("pipeline", tmp_path), "a.toml", "did you mean 'learning_rate'")
     check(run("pipeline", tmp_path / "nowhere"), "can't read recipe")
 
 
@@ -122,7 +159,11 @@ def test_pipeline_checks_every_stage_before_the_first_runs(run, tmp_path):
         (b'{"problem": "1+1", "answer": "2"}\n{"problem": \n', "line 2: not JSON"),
         (b'{"problem": "1+1", "answer": "2"}\n\xff\xfe\n', "line 2: not UTF-8"),
         (b"[1]\n", "line 1: expected a JSON object"),
-        (b'{"problem": "1+1"}\n', "row 1: needs `problem` and `answer`"),
+        (b'{"problem": "1+1"}\n', "row 1: needs a text `problem` and `answer`"),
+        (
+            b'{"id": 1, "problem": "1", "answer": 1}\n{"id": 1, "problem": "2", "answer": 2}\n',
+            "'1' stands more than once",
+        ),
         (b"", "has no problems"),
     ],
 )
@@ -141,10 +182,12 @@ def test_eval_arguments(run, hybrid_dir, tmp_path):
     check(run("eval", "--model", tmp_path, "--task", "chain"), "not a checkpoint folder")
 
 
-def test_samples_of_other_settings_are_not_mixed(run, hybrid_dir, tmp_path):
+def test_samples_of_other_settings_are_not_mixed(run, hybrid_dir, teacher_dir, tmp_path):
     base = ("eval", "--model", hybrid_dir, "--task", "chain", "--limit", 2, "--n", 1, "--out", tmp_path)
     assert run(*base, "--max-new-tokens", 4)[0] == 0
     check(run(*base, "--max-new-tokens", 5), "max_new_tokens=4", "choose another --out")
+    other = ("eval", "--model", teacher_dir, *base[3:], "--max-new-tokens", 4)
+    check(run(*other), "other model", "choose another --out")
     assert len((tmp_path / "samples.jsonl").read_text().splitlines()) == 2
 
 

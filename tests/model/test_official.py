@@ -17,7 +17,7 @@ THETA, EPS = 5000.0, 1e-5
 
 @pytest.fixture
 def released(tmp_path):
-    """A folder in the released layout, made from design §10 by hand, with random weights everywhere."""
+    """A folder in the released layout, made by hand from docs/model.md, with random weights everywhere."""
     folder = tmp_path / "released"
     folder.mkdir()
     config = {

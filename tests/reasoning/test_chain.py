@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from m1.errors import UserError
 from m1.reasoning.chain import chain_problems, solve_chain
 
 
@@ -45,5 +46,5 @@ def test_splits_are_disjoint_and_without_duplicates():
 
 
 def test_more_problems_than_there_are():
-    with pytest.raises(ValueError, match="of 1000 different test problems"):
+    with pytest.raises(UserError, match="of 1000 different test problems"):
         chain_problems(1000, 1, 1, "test", 0)

@@ -10,7 +10,8 @@ from m1.reasoning.solve import solve
 from m1.reasoning.voting import Vote, vote
 
 SAMPLES = st.lists(st.sampled_from(["1", "01", "2", "3", None]), max_size=12)
-GRADER = Grader()  # these answers are all decided without a worker
+GRADER = Grader()
+GRADER.start = lambda: None  # these answers are all decided without a worker
 
 
 @given(SAMPLES, st.randoms())

@@ -1,16 +1,18 @@
 """Each stage through its real trainer on a tiny model: it learns, resumes, packs exactly, and refuses to overwrite."""
 
+import dataclasses
 import json
+import math
 
 import pytest
 import torch
 
 from m1.errors import UserError
 from m1.jsonl import read_jsonl
+from m1.model.checkpoint import load_model
 from m1.pipeline import finished, run_stage
 from m1.recipe import Data, DistillStage, GRPOStage, SFTStage
 from m1.train import rollout
-from m1.train.stage import load_model
 
 CHAIN = Data(task="chain", count=64, min_steps=1, max_steps=2)
 TRAINER = {
@@ -36,8 +38,24 @@ def test_distil_lowers_the_divergence_and_switches_it(hybrid_dir, teacher_dir, t
     assert len(forward) == 10 and forward[-1] < 0.7 * forward[0]
     assert len([row for row in rows if "reverse_kl" in row]) == 2
     assert finished(stage)
-    with pytest.raises(UserError, match="already holds this stage's output"):
-        run_stage(stage)
+    for resume in (False, True):
+        with pytest.raises(UserError, match="already holds this stage's finished output"):
+            run_stage(stage, resume)
+
+
+def test_bfloat16_checkpoints_are_trained_in_float32(hybrid_dir, teacher_dir, tmp_path):
+    """What every published checkpoint is. A bfloat16 weight would round RL-sized updates away."""
+    for name, folder in (("teacher", teacher_dir), ("hybrid", hybrid_dir)):
+        model, tokenizer = load_model(folder)
+        model.to(torch.bfloat16).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    trainer = TRAINER | {"max_steps": 2, "bf16": True}
+    stage = DistillStage(
+        str(tmp_path / "hybrid"), str(tmp_path / "teacher"), str(tmp_path / "out"), CHAIN, trainer=trainer
+    )
+    run_stage(stage)
+    assert load_model(tmp_path / "out")[0].dtype == torch.float32
+    assert all(math.isfinite(row["reverse_kl"]) for row in metrics(tmp_path / "out") if "reverse_kl" in row)
 
 
 def test_packed_distillation_equals_unpacked(hybrid_dir, teacher_dir, tmp_path):
@@ -76,6 +94,12 @@ def test_interrupted_stage_goes_on(hybrid_dir, tmp_path, monkeypatch):
     assert not finished(sft(tmp_path / "cut"))
     with pytest.raises(UserError, match="--resume"):
         run_stage(sft(tmp_path / "cut"))
+    other = dataclasses.replace(sft(tmp_path / "cut"), trainer=TRAINER | {"learning_rate": 2e-3})
+    with pytest.raises(UserError, match="begun with another recipe"):
+        run_stage(other, resume=True)
+    (tmp_path / "cut" / "checkpoints" / "checkpoint-9").mkdir()  # half-written when the power went
+    with (tmp_path / "cut" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "lo')
     run_stage(sft(tmp_path / "cut"), resume=True)
     assert [row["step"] for row in metrics(tmp_path / "cut") if "loss" in row] == [1, 2, 3, 4]
     whole, cut = (load_model(tmp_path / name)[0].state_dict() for name in ("whole", "cut"))

@@ -37,6 +37,8 @@ class Engine:
 
     def __init__(self, model: PreTrainedModel, stop_token_ids: Sequence[int] | None = None, max_batch: int = 256):
         self.model = model
+        if max_batch < 1:
+            raise UserError(f"max_batch={max_batch}: need room for at least one sequence")
         eos = model.generation_config.eos_token_id if stop_token_ids is None else list(stop_token_ids)
         self.stop = torch.tensor([eos] if isinstance(eos, int) else eos or [], dtype=torch.long, device=model.device)
         self.max_batch = max_batch

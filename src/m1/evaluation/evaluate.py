@@ -8,6 +8,7 @@ number of seconds each. Samples are written as they finish; a run that was cut o
 """
 
 import dataclasses
+import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -16,13 +17,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from m1.engine import Completion, Engine, SamplingParams
 from m1.errors import UserError
 from m1.evaluation.metrics import majority_at_k, pass_at_1, pass_at_k
 from m1.evaluation.tasks import Problem
-from m1.jsonl import append_jsonl, drop_torn_line, read_jsonl
+from m1.jsonl import append_jsonl, drop_torn_line, read_jsonl, write_json
+from m1.model.checkpoint import read_json
 from m1.model.configuration import cache_bytes
 from m1.reasoning.answers import Grader, extract_answer
 from m1.reasoning.solve import chat_prompt
@@ -60,7 +63,7 @@ def evaluate(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     samples_path = out / "samples.jsonl"
-    _check_settings(out / "settings.json", settings, problems)
+    _check_settings(out / "settings.json", settings, problems, model)
     drop_torn_line(samples_path)
     rows = list(read_jsonl(samples_path)) if samples_path.exists() else []
     engine = Engine(model, stop_tokens(model, tokenizer), max_batch)
@@ -78,7 +81,7 @@ def evaluate(
                 )  # fmt: skip
         result = summarize(rows, problems, settings, grader) | model_facts(model)
         result["grading"] = dict(grader.counts)
-    (out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_json(out / "result.json", result)
     return result
 
 
@@ -187,13 +190,26 @@ def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> l
     return sorted({*own, tokenizer.eos_token_id} - {None})
 
 
-def _check_settings(path: Path, settings: Settings, problems: list[Problem]) -> None:
-    """A folder holds the samples of one setting: others would be mixed into its metrics."""
-    current = {**dataclasses.asdict(settings), "problems": [p.id for p in problems]}
+def _check_settings(path: Path, settings: Settings, problems: list[Problem], model: PreTrainedModel) -> None:
+    """A folder holds the samples of one model, setting and set of problems: others would be mixed into its metrics."""
+    asked = json.dumps([dataclasses.astuple(p) for p in problems]).encode()
+    current = {
+        **dataclasses.asdict(settings),
+        "problems": hashlib.sha256(asked).hexdigest(),
+        "model": weights_hash(model),
+    }
     if path.exists():
-        stored = json.loads(path.read_text())
+        stored = read_json(path)
         for key, value in current.items():
             if stored.get(key) != value:
-                what = "other problems" if key == "problems" else f"{key}={stored.get(key)}"
+                what = f"other {key}" if key in ("problems", "model") else f"{key}={stored.get(key)}"
                 raise UserError(f"{path.parent} holds samples made with {what}: choose another --out or delete it")
-    path.write_text(json.dumps(current) + "\n")
+    write_json(path, current)
+
+
+def weights_hash(model: PreTrainedModel) -> str:
+    """sha256 of all parameters' bytes."""
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -3,7 +3,6 @@
 import base64
 import html
 import io
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from m1.jsonl import read_jsonl
+from m1.jsonl import read_jsonl, write_json
 
 PAGE = Path(__file__).with_name("report.html")
 
@@ -29,6 +28,7 @@ def write_report(
         training: stage name -> its metrics.jsonl.
     """
     out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
     report = {"seconds": round(seconds, 1), "models": {name: _summary(result) for name, result in results.items()}}
     figures = {
         "Learning curves": _learning_curves(training),
@@ -40,7 +40,7 @@ def write_report(
     page = page.replace("{{title}}", html.escape(title)).replace("{{seconds}}", f"{seconds / 60:.1f}")
     page = page.replace("{{table}}", _table(results)).replace("{{figures}}", body)
     (out / "report.html").write_text(page, encoding="utf-8")
-    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_json(out / "report.json", report)
     return report
 
 

@@ -1,10 +1,11 @@
 r"""What is evaluated: benchmark files and chain problems, each with the prompt it is asked with."""
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from m1.errors import UserError
-from m1.jsonl import read_jsonl
+from m1.jsonl import problem_and_golds, read_jsonl
 from m1.reasoning.chain import chain_problems
 
 # The paper's prompt asks to think step by step and to put the final answer in \boxed{}.
@@ -47,11 +48,12 @@ def load_task(
     for number, row in enumerate(read_jsonl(data), start=1):
         if limit is not None and number > limit:
             break
-        if "problem" not in row or not ("answer" in row or "answers" in row):
-            raise UserError(f"{data}, row {number}: needs `problem` and `answer` or `answers`; has {sorted(row)}")
-        prompt = PROMPTS[task].replace("{problem}", row["problem"])
-        golds = row.get("answers") or [row["answer"]]
-        problems.append(Problem(str(row.get("id", f"{task}/{number}")), prompt, tuple(map(str, golds))))
+        problem, golds = problem_and_golds(row, f"{data}, row {number}")
+        prompt = PROMPTS[task].replace("{problem}", problem)
+        problems.append(Problem(str(row.get("id", f"{task}/{number}")), prompt, tuple(golds)))
     if not problems:
         raise UserError(f"{data} has no problems in it")
+    repeated = [id_ for id_, count in Counter(p.id for p in problems).items() if count > 1]
+    if repeated:
+        raise UserError(f"{data}: the id {repeated[0]!r} stands more than once; ids must differ")
     return problems

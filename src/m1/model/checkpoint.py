@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from m1.errors import UserError
 
@@ -26,13 +28,42 @@ TOKENIZER_FILES = (
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises UserError for a missing or malformed file."""
+    """The object in a JSON file. Raises UserError for a missing or malformed one."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing: give the folder of a Hugging Face checkpoint") from None
+    except OSError as error:
+        raise UserError(f"can't read {path}: {error.strerror}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} should hold a JSON object, it holds a {type(content).__name__}")
+    return content
+
+
+def load_model(path: str | Path, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A checkpoint folder (M1 or any transformers causal LM), on the accelerator if there is one, and its tokenizer.
+
+    Args:
+        options: for `from_pretrained`, e.g. dtype or attn_implementation.
+
+    Raises:
+        UserError: no checkpoint, a damaged one, tensors missing or misshapen, an impossible configuration.
+    """
+    path = Path(path)
+    read_json(path / "config.json")
+    try:
+        model, loaded = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except SafetensorError as error:
+        raise UserError(f"{path}: its weights are truncated or damaged ({error})") from None
+    except (OSError, ValueError, KeyError, RuntimeError, StrictDataclassError) as error:
+        reason = str(error.__cause__ if isinstance(error, StrictDataclassError) else error).strip().splitlines()[0]
+        raise UserError(f"can't load {path}: {reason}") from None
+    if missing := sorted(loaded["missing_keys"]):
+        raise UserError(f"{path} has no tensor {missing[0]!r} ({len(missing)} missing): copy the checkpoint again")
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ class M1Config(PreTrainedConfig):
 
     Args:
         layer_types: "full_attention" or "linear_attention" (Mamba) for each layer; all Mamba when None.
-        state_size: N, states per channel. Divides head_dim: channels work in groups of N (design §4).
+        state_size: N, states per channel. Divides head_dim: channels work in groups of N.
         conv_kernel: taps of the causal convolution on x.
         time_step_rank: R, rank of the time-step projection; ceil(hidden_size / 16) when None.
         attention_bias: biases of q, k, v and o, also in Mamba layers: of the input and output projection they become.
@@ -96,6 +96,8 @@ class M1Config(PreTrainedConfig):
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
                 f"({self.num_key_value_heads})"
             )
+        if self.state_size < 1:
+            raise ValueError(f"state_size ({self.state_size}) must be at least 1")
         if MAMBA in self.layer_types and self.head_dim % self.state_size:
             raise ValueError(
                 f"head_dim ({self.head_dim}) must be a multiple of state_size ({self.state_size}): Mamba channels work "

@@ -1,4 +1,4 @@
-"""A transformer checkpoint becomes a hybrid: weights are mapped, nothing is trained (paper §3.1, design §4).
+"""A transformer checkpoint becomes a hybrid: weights are mapped, nothing is trained (paper §3.1).
 
 C <- Q   B <- K   x <- V   out_proj <- O        z, dt, conv, A, D are new
 """
@@ -47,6 +47,7 @@ def convert(
         UserError: not a supported checkpoint, a damaged one, or layers it doesn't have.
     """
     teacher, out = Path(teacher), Path(out)
+    refuse_same_folder(teacher, out)
     teacher_config = read_teacher_config(teacher)
     config = hybrid_config(teacher_config, keep_attention, head_alignment, state_size)
     weights = read_weights(teacher)
@@ -77,7 +78,7 @@ def hybrid_config(
         raise UserError("keep at least one attention layer: transformers' caches count positions there")
     if outside := [layer for layer in kept if not 0 <= layer < teacher.num_hidden_layers]:
         raise UserError(
-            f"--keep-attention names layer {outside[0]}, "
+            f"attention is to be kept in layer {outside[0]}, "
             f"but the teacher has layers 0 to {teacher.num_hidden_layers - 1}"
         )
     kinds = [ATTENTION if i in kept else MAMBA for i in range(teacher.num_hidden_layers)]
@@ -93,7 +94,7 @@ def group_permutation(heads: int, kv_heads: int, head_dim: int, state_size: int)
 
     The mixer pairs group g of N channels with group g // rep of x and B. Left alone ("official"), group j of a query
     head meets another part of its KV head whenever head_dim > N. Putting group (h, j) at rep * ((h // rep) * J
-    + j) + h % rep, with J = head_dim / N and rep = heads / kv_heads, makes every pairing the teacher's (design §4).
+    + j) + h % rep, with J = head_dim / N and rep = heads / kv_heads, makes every pairing the teacher's.
     """
     rep, parts = heads // kv_heads, head_dim // state_size
     permutation = torch.empty(heads * parts, dtype=torch.long)
@@ -144,6 +145,11 @@ def load_weights(model: M1ForCausalLM, weights: dict[str, Tensor], source: Path)
                 f"{source}: {name!r} is {list(tensor.shape)}, its config.json asks for {list(own[name].shape)}"
             )
     model.load_state_dict(weights)
+
+
+def refuse_same_folder(source: Path, out: Path) -> None:
+    if source.resolve() == out.resolve():
+        raise UserError(f"{out} is the source itself: choose another folder, its weights would be overwritten")
 
 
 def copy_tokenizer(source: Path, out: Path) -> None:

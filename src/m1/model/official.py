@@ -1,4 +1,4 @@
-"""The released checkpoints' layout, both ways (design §10).
+"""The released checkpoints' layout, both ways (docs/model.md).
 
     config.json        the teacher's Llama configuration; its rope scaling is ignored by the code it belongs to
     mamba_config.json  {d_model, ssm_cfg, rms_norm_eps, vocab_size, d_inner, d_xb, intermediate_size, hidden_act,
@@ -21,7 +21,7 @@ from transformers import LlamaConfig
 from m1.errors import UserError
 from m1.model.checkpoint import read_json, read_weights
 from m1.model.configuration import M1Config
-from m1.model.convert import SHARED_FIELDS, copy_tokenizer, hybrid_config, load_weights
+from m1.model.convert import SHARED_FIELDS, copy_tokenizer, hybrid_config, load_weights, refuse_same_folder
 from m1.model.modeling import M1ForCausalLM
 
 SSM_DEFAULTS = {"expand": 1, "ngroups": 1, "d_state": 16}
@@ -34,6 +34,7 @@ def import_official(source: str | Path, out: str | Path) -> M1ForCausalLM:
         UserError: missing or malformed files, tensors that don't fit, or settings this model doesn't have.
     """
     source, out = Path(source), Path(out)
+    refuse_same_folder(source, out)
     config = _import_config(source)
     weights = _import_weights(read_weights(source), config)
     dtype = weights["model.embed_tokens.weight"].dtype
@@ -49,14 +50,20 @@ def export_official(source: str | Path, out: str | Path) -> None:
     """Writes the M1 checkpoint `source` in the released layout: config.json, mamba_config.json, model.safetensors.
 
     Raises:
-        UserError: not an M1 checkpoint, or one with biases or a head alignment the released code can't express.
+        UserError: not an M1 checkpoint, or one with biases or rope scaling, which the released code doesn't have.
     """
     source, out = Path(source), Path(out)
+    refuse_same_folder(source, out)
     if read_json(source / "config.json").get("model_type") != "m1":
         raise UserError(f"{source} is not an M1 checkpoint (model_type 'm1')")
     config = M1Config.from_pretrained(source)
-    if config.attention_bias:
+    if config.attention_bias or config.mlp_bias:
         raise UserError("the released layout has no projection biases, this model has them: it can't be exported")
+    if config.rope_parameters["rope_type"] != "default":
+        raise UserError(
+            f"the released code ignores rope scaling, this model has {config.rope_parameters['rope_type']!r}: "
+            "exported, it would compute something else"
+        )
     weights = _export_weights(read_weights(source), config)
     out.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous() for k, v in weights.items()}, out / "model.safetensors", metadata={"format": "pt"})

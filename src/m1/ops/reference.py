@@ -1,4 +1,4 @@
-"""The specification of every op: plain loops over time, one line per term of the formula (design of the paper's §3).
+"""The specification of every op: plain loops over time, one line per term of the formula.
 
 Every other backend must equal these functions: outputs, final states and gradients (tests/ops). They run anywhere
 PyTorch runs and are differentiable, so they are also the fallback where no kernel is available.

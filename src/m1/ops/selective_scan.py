@@ -5,6 +5,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from m1.ops import reference
 from m1.ops.build import load_cpu_kernels
@@ -77,12 +78,12 @@ class _CpuScan(torch.autograd.Function):
         b, T, d = x.shape
         x, dt, B, C = (_rows(t) for t in (x, dt, B, C))
         A, D, h0 = A.contiguous(), D.contiguous(), None if h0 is None else h0.contiguous()
-        y = torch.empty(b, T, d)
-        h_last = torch.empty(b, d, KERNEL_STATE_SIZE)
+        y = x.new_empty(b, T, d)
+        h_last = x.new_empty(b, d, KERNEL_STATE_SIZE)
         saved = None
         if any(ctx.needs_input_grad):
             chunks = -(-T // KERNEL_CHUNK)
-            saved = torch.empty(b, chunks, d // KERNEL_STATE_SIZE, KERNEL_STATE_SIZE, KERNEL_STATE_SIZE)
+            saved = x.new_empty(b, chunks, d // KERNEL_STATE_SIZE, KERNEL_STATE_SIZE, KERNEL_STATE_SIZE)
         _call(
             kernels.m1_selective_scan_forward,
             *_sizes(x, B),
@@ -97,13 +98,14 @@ class _CpuScan(torch.autograd.Function):
         return y, h_last
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy, dh_last):  # noqa: ANN001
         x, dt, A, B, C, D, seq_idx, saved = ctx.saved_tensors
         b, T, d = x.shape
-        dx, ddt, dC = (torch.empty(b, T, d) for _ in range(3))
-        dB = torch.empty(b, T, B.shape[-1])
-        dA, dh0 = (torch.empty(b, d, KERNEL_STATE_SIZE) for _ in range(2))
-        dD = torch.empty(b, d)
+        dx, ddt, dC = (x.new_empty(b, T, d) for _ in range(3))
+        dB = x.new_empty(b, T, B.shape[-1])
+        dA, dh0 = (x.new_empty(b, d, KERNEL_STATE_SIZE) for _ in range(2))
+        dD = x.new_empty(b, d)
         gradients = [dx, ddt, dA, dB, dC, dD, dh0]
         operands = _operands(x, dt, A, B, C, D, seq_idx)
         _call(

@@ -1,16 +1,20 @@
 r"""Answers: taken out of a text, compared with golds, put into clusters of equal ones.
 
-Comparison is math-verify's (design §7). It runs in a worker process, because it can hang or exhaust memory on hostile
+Comparison is math-verify's. It runs in a worker process, because it can hang or exhaust memory on hostile
 input and its own timeout works in main threads alone: a worker that takes too long, or dies, is replaced and costs one
 answer.
 """
 
-import multiprocessing
+import contextlib
+import json
 import re
+import select
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
-from multiprocessing.connection import Connection
+from pathlib import Path
 from types import TracebackType
 
 TIMEOUT_SECONDS = 10.0
@@ -19,15 +23,18 @@ MAX_ANSWER_CHARACTERS = 1000  # nothing longer is an answer; it is compared as t
 
 
 def extract_answer(text: str) -> str | None:
-    r"""The content of the last balanced \boxed{}, stripped; None without one."""
-    for match in reversed(list(re.finditer(r"\\boxed\s*\{", text))):
-        depth = 1
-        for i in range(match.end(), len(text)):
-            escaped = text[i - 1] == "\\" and text[i - 2] != "\\"
-            depth += {"{": 1, "}": -1}.get(text[i], 0) if not escaped else 0
-            if depth == 0:
-                return text[match.end() : i].strip()
-    return None
+    r"""The content of the last \boxed{} whose braces balance, stripped; None without one. One pass over the text."""
+    starts: list[int | None] = []  # of the open braces: where a \boxed's content begins, None for other braces
+    last: tuple[int, int] | None = None
+    for match in re.finditer(r"\\boxed\s*\{|\\.|[{}]", text, re.DOTALL):
+        token = match.group()
+        if token == "}":
+            start = starts.pop() if starts else None
+            if start is not None and (last is None or start > last[0]):
+                last = (start, match.start())
+        elif token.endswith("{") and (token == "{" or len(token) > 2):
+            starts.append(match.end() if len(token) > 2 else None)
+    return text[last[0] : last[1]].strip() if last else None
 
 
 @lru_cache(maxsize=100_000)
@@ -100,11 +107,16 @@ class Grader:
             clusters.setdefault(home, []).extend(spellings[spelling])
         return clusters
 
-    def _ask_worker(self, gold: str, answer: str) -> bool:
-        self.counts["graded"] += 1
+    def start(self) -> None:
+        """Starts the worker now, so that the first hard pair doesn't wait for it."""
         if self._worker is None:
             self._worker = _Worker()
+
+    def _ask_worker(self, gold: str, answer: str) -> bool:
+        self.counts["graded"] += 1
         try:
+            self.start()
+            assert self._worker
             return self._worker.ask(gold, answer, self.timeout)
         except TimeoutError:
             self.counts["timeout"] += 1
@@ -115,50 +127,44 @@ class Grader:
 
 
 class _Worker:
-    """One math-verify process and the pipe to it."""
+    """One grading_worker process and the pipes to it. Raises TimeoutError or EOFError where it hangs or dies."""
 
     def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
-        self.process.start()
-        theirs.close()
-        if not self.pipe.poll(STARTUP_SECONDS) or self.pipe.recv() != "ready":
+        script = Path(__file__).with_name("grading_worker.py")
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", str(script)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            self._read_line(STARTUP_SECONDS)
+        except (TimeoutError, EOFError):
             self.kill()
-            raise RuntimeError(f"the math-verify process did not start within {STARTUP_SECONDS:.0f} s")
+            raise
 
     def ask(self, gold: str, answer: str, timeout: float) -> bool:
-        self.pipe.send((gold, answer))
-        if not self.pipe.poll(timeout):
-            raise TimeoutError
-        return self.pipe.recv()
+        assert self.process.stdin
+        self.process.stdin.write(json.dumps([gold, answer]).encode() + b"\n")
+        self.process.stdin.flush()
+        return json.loads(self._read_line(timeout))
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.join()
-        self.pipe.close()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            with contextlib.suppress(OSError):  # what was still to be flushed
+                pipe.close()  # type: ignore[union-attr]
 
-
-def _serve(pipe: Connection) -> None:
-    """Runs in the worker: math-verify without its own timeouts, which the parent's replaces."""
-    import logging
-    import signal
-
-    from math_verify import parse, verify
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    logging.disable(logging.CRITICAL)
-    pipe.send("ready")
-    while True:
-        try:
-            gold, answer = pipe.recv()
-        except EOFError:
-            return
-        try:
-            sides = [parse(rf"\boxed{{{side}}}", parsing_timeout=None) for side in (gold, answer)]
-            pipe.send(bool(verify(*sides, timeout_seconds=None)))
-        except Exception:  # an answer it can't parse isn't equal to anything
-            pipe.send(False)
+    def _read_line(self, timeout: float) -> bytes:
+        """A worker writes whole lines, so one that can be read from has a whole line."""
+        assert self.process.stdout
+        if not select.select([self.process.stdout], [], [], timeout)[0]:
+            raise TimeoutError
+        line = self.process.stdout.readline()
+        if not line.endswith(b"\n"):
+            raise EOFError
+        return line
 
 
 def _is_integer(answer: str) -> bool:

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from m1.errors import UserError
+
 MODULUS = 10
 HELD_OUT_SHARE = 16  # one problem in 16 is held out
 
@@ -62,8 +64,12 @@ def chain_problems(
             learned from them slips when it samples, which is what voting averages out and RL trains away.
 
     Raises:
-        ValueError: fewer than `count` different problems could be found.
+        UserError: fewer than `count` different problems could be found.
     """
+    if not 1 <= min_steps <= max_steps or count < 1:
+        raise UserError(
+            f"count={count}, min_steps={min_steps}, max_steps={max_steps}: need 1 <= min <= max and a count"
+        )
     rng = random.Random(f"chain-{split}-{seed}")
     found: dict[str, ChainProblem] = {}
     attempts = 0

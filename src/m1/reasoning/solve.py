@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedTokenizerBase
 
 from m1.engine import Completion, Engine, SamplingParams
-from m1.reasoning.answers import Grader, extract_answer
+from m1.errors import UserError
+from m1.reasoning.answers import TIMEOUT_SECONDS, Grader, extract_answer
 from m1.reasoning.voting import Vote, vote
 
 
@@ -44,6 +45,7 @@ def solve(
         on_answer: called as each sample finishes, with the tally so far and the number of finished samples.
         clock: for tests.
     """
+    grader.start()
     started = clock()
     prompt = chat_prompt(tokenizer, problem)
     solution = Solution(vote=Vote({}, 0))
@@ -52,6 +54,8 @@ def solve(
         text = tokenizer.decode(completion.token_ids, skip_special_tokens=True)
         solution.texts.append(text)
         solution.answers.append(extract_answer(text))
+        if seconds is not None:  # grading is on the clock, too
+            grader.timeout = max(0.1, min(TIMEOUT_SECONDS, started + seconds - clock()))
         solution.vote = vote(solution.answers, grader)
         on_answer(solution.vote, len(solution.answers))
 
@@ -69,6 +73,11 @@ def solve(
 
 
 def chat_prompt(tokenizer: PreTrainedTokenizerBase, problem: str) -> list[int]:
-    """Token ids of the problem as a user's message, ready for the assistant's."""
+    """Token ids of the problem as a user's message, ready for the assistant's. Raises UserError without a template."""
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"the tokenizer of {tokenizer.name_or_path} has no chat template: add chat_template.jinja beside it, "
+            "e.g. the instruct model's"
+        )
     messages = [{"role": "user", "content": problem}]
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)

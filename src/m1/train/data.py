@@ -5,7 +5,7 @@ import random
 from datasets import Dataset
 
 from m1.errors import UserError
-from m1.jsonl import read_jsonl
+from m1.jsonl import problem_and_golds, read_jsonl
 from m1.reasoning.chain import chain_problems
 from m1.recipe import Data
 
@@ -32,10 +32,8 @@ def problems(data: Data) -> Dataset:
     """Rows {"prompt": [user], "answers": [...]} for RL."""
     rows = []
     for number, row in enumerate(_rows(data), start=1):
-        if "problem" not in row or not ("answer" in row or "answers" in row):
-            raise UserError(f"{data.path}, row {number}: needs `problem` and `answer` or `answers`; has {sorted(row)}")
-        prompt = data.prompt_template.replace("{problem}", row["problem"])
-        rows.append({"prompt": [_user(prompt)], "answers": row.get("answers") or [row["answer"]]})
+        problem, golds = problem_and_golds(row, f"{data.path}, row {number}")
+        rows.append({"prompt": [_user(data.prompt_template.replace("{problem}", problem))], "answers": golds})
     return Dataset.from_list(rows)
 
 

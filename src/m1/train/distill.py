@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from m1.errors import UserError
+from m1.model.checkpoint import load_model
 from m1.recipe import DistillStage
 from m1.train import stage
 from m1.train.data import conversations
@@ -28,11 +29,11 @@ CHUNK_TOKENS = 1024  # tokens whose logits exist at a time
 
 def distill(recipe: DistillStage, resume: bool = False) -> None:
     """Trains recipe.model towards recipe.teacher and saves to recipe.out. Raises UserError for bad input."""
-    arguments = stage.trainer_arguments(SFTConfig, recipe.out, recipe.trainer, **DEFAULTS)
+    arguments = arguments_of(recipe)
     set_seed(arguments.seed)
     options = stage.model_options(recipe.trainer)
-    model, tokenizer = stage.load_model(recipe.model, **options)
-    teacher, _ = stage.load_model(recipe.teacher, **options)
+    model, tokenizer = load_model(recipe.model, **options)
+    teacher, _ = load_model(recipe.teacher, **(options | {"dtype": "auto"}))
     if teacher.config.vocab_size != model.config.vocab_size:
         raise UserError(
             f"{recipe.teacher} has a vocabulary of {teacher.config.vocab_size} and {recipe.model} of "
@@ -48,6 +49,11 @@ def distill(recipe: DistillStage, resume: bool = False) -> None:
         forward_kl_steps=recipe.forward_kl_steps,
     )
     stage.run(trainer, recipe.out, recipe, resume)
+
+
+def arguments_of(recipe: DistillStage) -> SFTConfig:
+    """Raises UserError for a `[trainer]` that can't be."""
+    return stage.trainer_arguments(SFTConfig, recipe.out, recipe.trainer, **DEFAULTS)
 
 
 class DistillTrainer(SFTTrainer):
@@ -122,7 +128,8 @@ def divergence_from_states(
     """
 
     def chunk_loss(student: Tensor, teacher: Tensor) -> Tensor:
-        return divergence(student @ student_head.T, teacher @ teacher_head.T, kind).sum()
+        logits = (x.to(head.dtype) @ head.T for x, head in ((student, student_head), (teacher, teacher_head)))
+        return divergence(*logits, kind).sum()
 
     total = (
         student_states.new_zeros((), dtype=torch.float32) + 0 * student_states.sum()

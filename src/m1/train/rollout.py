@@ -37,7 +37,7 @@ class EngineRollouts:
             temperature=args.temperature,
             top_p=args.top_p,
             top_k=args.top_k or 0,
-            seed=args.seed + trainer.state.global_step,
+            seed=(args.seed + trainer.state.global_step) * 1009 + trainer.accelerator.process_index,
         )
         n = trainer.num_generations if model.training else trainer.num_generations_eval
         if any(rendered[i] != rendered[i - i % n] for i in range(len(rendered))) or len(rendered) % n:

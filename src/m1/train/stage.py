@@ -20,49 +20,22 @@ from types import FrameType
 from typing import Any, TypeVar
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-import m1.model  # noqa: F401  registers the Auto classes
 from m1.errors import UserError
-from m1.jsonl import append_jsonl, read_jsonl
+from m1.jsonl import append_jsonl, drop_torn_line, read_jsonl, write_json
 from m1.recipe import check_keys
 
-MANIFEST = "manifest.json"
+MANIFEST, RECIPE = "manifest.json", "recipe.json"
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
 
-def load_model(path: str | Path, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A checkpoint folder (M1 or any transformers causal LM) and its tokenizer. Raises UserError if it is none.
-
-    Args:
-        options: for `from_pretrained`, e.g. attn_implementation.
-    """
-    if not (Path(path) / "config.json").exists():
-        raise UserError(f"{path} is not a checkpoint folder (no config.json in it)")
-    try:
-        return AutoModelForCausalLM.from_pretrained(path, **options), AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"can't load {path}: {error}") from None
-    except Exception as error:
-        if type(error).__name__ == "SafetensorError":
-            raise UserError(f"{path}: its weights are truncated or damaged ({error})") from None
-        raise
-
-
 def trainer_arguments(cls: type[Arguments], out: str | Path, given: dict[str, Any], **defaults: Any) -> Arguments:
-    """The trainer's arguments from a recipe's `[trainer]`, whose keys are checked, over `defaults`."""
-    check_keys(given, [f.name for f in dataclasses.fields(cls) if f.init], "[trainer]")
+    """The trainer's arguments from a recipe's `[trainer]` over `defaults`. Raises UserError for a bad one."""
+    known = {f.name for f in dataclasses.fields(cls) if f.init} - {"output_dir", "resume_from_checkpoint"}
+    check_keys(given, known, "[trainer]")
+    if not isinstance(given.get("model_init_kwargs", {}), dict):
+        raise UserError(f"[trainer]: model_init_kwargs = {given['model_init_kwargs']!r} should be a table")
     common = {
         "output_dir": str(Path(out) / "checkpoints"),
         "save_total_limit": 1,
@@ -80,8 +53,12 @@ def trainer_arguments(cls: type[Arguments], out: str | Path, given: dict[str, An
 
 
 def model_options(given: dict[str, Any]) -> dict[str, Any]:
-    """`[trainer] model_init_kwargs`: for the model's construction, which is the stages' work here."""
-    return given.get("model_init_kwargs", {})
+    """`[trainer] model_init_kwargs`: for the model's construction, which is the stages' work here.
+
+    Trained weights are float32 unless it says otherwise, as in TRL: at RL's learning rates an update of a bfloat16
+    weight rounds to nothing.
+    """
+    return {"dtype": torch.float32, **given.get("model_init_kwargs", {})}
 
 
 def run(trainer: Trainer, out: str | Path, recipe: Any, resume: bool) -> None:
@@ -90,29 +67,38 @@ def run(trainer: Trainer, out: str | Path, recipe: Any, resume: bool) -> None:
     Ctrl-C finishes the step, saves a checkpoint and raises KeyboardInterrupt; `resume` goes on from the last one.
 
     Raises:
-        UserError: OUT holds a finished or unfinished stage and `resume` is off, or it was made by another recipe.
+        UserError: OUT holds a finished stage, an unfinished one and `resume` is off, or one of another recipe.
     """
     out = Path(out)
     checkpoints = out / "checkpoints"
-    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-    if not resume and ((out / MANIFEST).exists() or last):
-        raise UserError(f"{out} already holds this stage's output: give --resume to go on, or delete it to start again")
-    if not resume or not last:
+    last = last_checkpoint(checkpoints)
+    if (out / MANIFEST).exists():
+        raise UserError(f"{out} already holds this stage's finished output: delete it to run the stage again")
+    if last and not resume:
+        raise UserError(f"{out} holds this stage, cut off: give --resume to go on, or delete it to start again")
+    if last and json.loads((out / RECIPE).read_text())["sha256"] != recipe_hash(recipe):
+        raise UserError(f"{out} was begun with another recipe: delete it to start again, or undo the change")
+    if not last:
         shutil.rmtree(checkpoints, ignore_errors=True)
         (out / "metrics.jsonl").unlink(missing_ok=True)
+    write_json(out / RECIPE, {"sha256": recipe_hash(recipe)})
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(out / "tensorboard")
-    out.mkdir(parents=True, exist_ok=True)
-    interrupt = _InterruptCallback()
+    interrupt, metrics = _InterruptCallback(), MetricsCallback(out / "metrics.jsonl")
     trainer.add_callback(interrupt)
-    trainer.add_callback(MetricsCallback(out / "metrics.jsonl"))
-    started = time.monotonic()
+    trainer.add_callback(metrics)
     with interrupt:
         trainer.train(resume_from_checkpoint=last)
     if interrupt.requested:
         raise KeyboardInterrupt
     trainer.save_model(str(out))
+    write_manifest(out, recipe, metrics.seconds())
     shutil.rmtree(checkpoints, ignore_errors=True)
-    write_manifest(out, recipe, time.monotonic() - started)
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest complete one: trainer_state.json is written last, a checkpoint without it was cut off."""
+    complete = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
 
 
 class MetricsCallback(TrainerCallback):
@@ -126,6 +112,7 @@ class MetricsCallback(TrainerCallback):
     ) -> None:
         self.seconds_before = 0.0
         if self.path.exists():
+            drop_torn_line(self.path)
             rows = [row for row in read_jsonl(self.path) if row["step"] <= state.global_step]
             self.path.unlink()
             append_jsonl(self.path, rows)
@@ -140,8 +127,11 @@ class MetricsCallback(TrainerCallback):
         logs: dict | None = None,
         **kwargs: Any,
     ) -> None:
-        seconds = self.seconds_before + time.monotonic() - self.started
-        append_jsonl(self.path, [{"step": state.global_step, "seconds": round(seconds, 2), **(logs or {})}])
+        append_jsonl(self.path, [{"step": state.global_step, "seconds": round(self.seconds(), 2), **(logs or {})}])
+
+    def seconds(self) -> float:
+        """Of training, over all sessions."""
+        return self.seconds_before + time.monotonic() - self.started
 
 
 class _InterruptCallback(TrainerCallback):
@@ -177,15 +167,18 @@ def write_manifest(out: str | Path, recipe: Any, seconds: float) -> None:
         "versions": versions,
         "git_commit": _git_commit(),
     }
-    Path(out, MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    write_json(Path(out, MANIFEST), manifest)
 
 
 def recipe_hash(recipe: Any) -> str:
-    """Of the recipe and of the data files it names: a stage is done again, on request, when either changes."""
+    """Of all a stage's output depends on: the recipe, the data file it names and the stages its models come from."""
     digest = hashlib.sha256(json.dumps(dataclasses.asdict(recipe), sort_keys=True).encode())
-    path = getattr(getattr(recipe, "data", None), "path", None)
-    if path and Path(path).exists():
-        digest.update(Path(path).read_bytes())
+    data = getattr(recipe, "data", None)
+    models = [getattr(recipe, "model", None), getattr(recipe, "teacher", None), *getattr(recipe, "models", {}).values()]
+    inputs = [getattr(data, "path", data), *(Path(model, MANIFEST) for model in models if model)]
+    for path in inputs:
+        if path and Path(path).is_file():
+            digest.update(Path(path).read_bytes())
     return digest.hexdigest()
 
 
