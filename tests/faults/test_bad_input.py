@@ -179,7 +179,7 @@ def test_eval_arguments(run, hybrid_dir, tmp_path):
     check(run(*base, "--task", "math500"), "needs --data")
     check(run(*base, "--task", "chain", "--n", "0"), "n=0")
     check(run(*base, "--task", "chain", "--max-new-tokens", 5000, "--limit", 1), "model's context of 512")
-    check(run("eval", "--model", tmp_path, "--task", "chain"), "not a checkpoint folder")
+    check(run("eval", "--model", tmp_path, "--task", "chain"), "config.json is missing")
 
 
 def test_samples_of_other_settings_are_not_mixed(run, hybrid_dir, teacher_dir, tmp_path):

@@ -97,7 +97,7 @@ def test_dead_worker_costs_one_answer(monkeypatch):
     with Grader() as grader:
         assert grader.equal(r"\frac{1}{2}", "0.5")
         grader._worker.process.kill()
-        grader._worker.process.join()
+        grader._worker.process.wait()
         assert not grader.equal(r"\frac{1}{3}", "1/3")
         assert grader.counts["crash"] == 1
         assert grader.equal(r"\frac{1}{4}", "0.25")

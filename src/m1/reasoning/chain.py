@@ -75,7 +75,7 @@ def chain_problems(
     attempts = 0
     while len(found) < count:
         attempts += 1
-        if attempts > 100 * count * HELD_OUT_SHARE:
+        if attempts > 20 * count * HELD_OUT_SHARE:
             raise ValueError(
                 f"only {len(found)} of {count} different {split} problems of {min_steps}-{max_steps} steps"
             )

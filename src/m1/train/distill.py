@@ -128,8 +128,9 @@ def divergence_from_states(
     """
 
     def chunk_loss(student: Tensor, teacher: Tensor) -> Tensor:
-        logits = (x.to(head.dtype) @ head.T for x, head in ((student, student_head), (teacher, teacher_head)))
-        return divergence(*logits, kind).sum()
+        student_logits = student.to(student_head.dtype) @ student_head.T
+        teacher_logits = teacher.to(teacher_head.dtype) @ teacher_head.T
+        return divergence(student_logits, teacher_logits, kind).sum()
 
     total = (
         student_states.new_zeros((), dtype=torch.float32) + 0 * student_states.sum()
