@@ -1,9 +1,11 @@
 """All stages of a recipe folder in order. Finished ones are skipped, a cut-off one goes on; ends in a report."""
 
+import importlib
 import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from rich.console import Console
@@ -14,6 +16,9 @@ from m1.recipe import ConvertStage, DistillStage, EvalStage, GRPOStage, SFTStage
 
 console = Console(stderr=True)
 
+# Each trained stage's module in m1.train, and the function in it. Imported when needed: TRL takes seconds.
+TRAINED: dict[type, str] = {SFTStage: "sft", DistillStage: "distill", GRPOStage: "grpo"}
+
 
 def run_pipeline(folder: str | Path) -> dict[str, Any]:
     """Runs the recipe and returns report.json's content.
@@ -22,9 +27,10 @@ def run_pipeline(folder: str | Path) -> dict[str, Any]:
         UserError: a mistake in any of its files, or an output folder made by another version of a stage.
     """
     pipeline, stages = load_pipeline(folder)
-    for name, stage in stages.items():
+    for name, stage in stages.items():  # a mistake in a trainer's arguments shows before anything runs
         try:
-            check_trainer(stage)
+            if type(stage) in TRAINED:
+                _module(stage).arguments_of(stage)
         except UserError as error:
             raise UserError(f"{name}.toml: {error}") from None
     for number, (name, stage) in enumerate(stages.items()):
@@ -36,23 +42,6 @@ def run_pipeline(folder: str | Path) -> dict[str, Any]:
             run_stage(stage, resume=True)
     console.rule(f"{pipeline.name} {'█' * len(stages)} report")
     return report(pipeline.name, pipeline.out, stages)
-
-
-def check_trainer(stage: Stage) -> None:
-    """Builds the stage's trainer arguments, so that a mistake in them shows before anything runs."""
-    match stage:
-        case SFTStage():
-            from m1.train.sft import arguments_of as sft_arguments
-
-            sft_arguments(stage)
-        case DistillStage():
-            from m1.train.distill import arguments_of as distill_arguments
-
-            distill_arguments(stage)
-        case GRPOStage():
-            from m1.train.grpo import arguments_of as grpo_arguments
-
-            grpo_arguments(stage)
 
 
 def finished(stage: Stage) -> bool:
@@ -75,20 +64,10 @@ def run_stage(stage: Stage, resume: bool = False) -> None:
     match stage:
         case ConvertStage():
             _convert(stage)
-        case SFTStage():
-            from m1.train.sft import sft
-
-            sft(stage, resume)
-        case DistillStage():
-            from m1.train.distill import distill
-
-            distill(stage, resume)
-        case GRPOStage():
-            from m1.train.grpo import grpo
-
-            grpo(stage, resume)
         case EvalStage():
             _evaluate(stage)
+        case _:
+            getattr(_module(stage), TRAINED[type(stage)])(stage, resume)
 
 
 def report(name: str, out: str, stages: dict[str, Stage]) -> dict[str, Any]:
@@ -97,9 +76,7 @@ def report(name: str, out: str, stages: dict[str, Stage]) -> dict[str, Any]:
 
     manifests = [json.loads(Path(stage.out, "manifest.json").read_text()) for stage in stages.values()]
     training = {
-        stage_name: Path(stage.out, "metrics.jsonl")
-        for stage_name, stage in stages.items()
-        if isinstance(stage, SFTStage | DistillStage | GRPOStage)
+        stage_name: Path(stage.out, "metrics.jsonl") for stage_name, stage in stages.items() if type(stage) in TRAINED
     }
     results = {
         model: json.loads(Path(stage.out, model, "result.json").read_text())
@@ -108,6 +85,10 @@ def report(name: str, out: str, stages: dict[str, Stage]) -> dict[str, Any]:
         for model in stage.models
     }
     return write_report(out, f"M1 {name}", sum(m["seconds"] for m in manifests), results, training)
+
+
+def _module(stage: Stage) -> ModuleType:
+    return importlib.import_module(f"m1.train.{TRAINED[type(stage)]}")
 
 
 def _convert(stage: ConvertStage) -> None:

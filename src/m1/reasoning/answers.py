@@ -108,15 +108,14 @@ class Grader:
         return clusters
 
     def start(self) -> None:
-        """Starts the worker now, so that the first hard pair doesn't wait for it."""
-        if self._worker is None:
-            self._worker = _Worker()
+        """Starts the worker now, if it can be, so that the first hard pair doesn't wait for it."""
+        with contextlib.suppress(TimeoutError, EOFError, OSError):  # the first hard pair will meet and count it
+            self._worker = self._worker or _Worker()
 
     def _ask_worker(self, gold: str, answer: str) -> bool:
         self.counts["graded"] += 1
         try:
-            self.start()
-            assert self._worker
+            self._worker = self._worker or _Worker()
             return self._worker.ask(gold, answer, self.timeout)
         except TimeoutError:
             self.counts["timeout"] += 1

@@ -76,9 +76,7 @@ def chain_problems(
     while len(found) < count:
         attempts += 1
         if attempts > 20 * count * HELD_OUT_SHARE:
-            raise UserError(
-                f"only {len(found)} of {count} different {split} problems of {min_steps}-{max_steps} steps"
-            )
+            raise UserError(f"only {len(found)} of {count} different {split} problems of {min_steps}-{max_steps} steps")
         steps = [(rng.choice("+-*"), rng.randrange(MODULUS)) for _ in range(rng.randint(min_steps, max_steps))]
         slips = [rng.randrange(1, MODULUS) if rng.random() < slip_rate else 0 for _ in steps]
         problem = solve_chain(rng.randrange(MODULUS), steps, slips)
