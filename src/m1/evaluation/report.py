@@ -97,7 +97,7 @@ def _vote_curve(results: dict[str, dict[str, Any]]) -> Figure:
     for name, result in results.items():
         points = [(int(k), m["value"]) for k, m in result["maj@k"].items()]
         axis.plot(*zip(*points, strict=True), marker="o", label=name)
-    axis.set(xscale="log", xlabel="votes a problem", ylabel="accuracy", ylim=(0, 1.02))
+    axis.set(xscale="log", xlabel="votes a problem", ylabel="accuracy", ylim=(-0.02, 1.02))
     axis.set_xticks(ticks := [k for k, _ in points], labels=[str(k) for k in ticks])
     axis.minorticks_off()
     axis.legend()
@@ -113,7 +113,7 @@ def _seconds_curve(results: dict[str, dict[str, Any]]) -> Figure:
         axis.fill_between(
             x, [p["accuracy"] - p["ci95"] for p in curve], [p["accuracy"] + p["ci95"] for p in curve], alpha=0.12
         )
-    axis.set(xlabel="measured seconds of generation, all problems", ylabel="accuracy of the vote", ylim=(0, 1.02))
+    axis.set(xlabel="measured seconds of generation, all problems", ylabel="accuracy of the vote", ylim=(-0.02, 1.02))
     axis.legend()
     return figure
 
