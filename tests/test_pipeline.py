@@ -1,5 +1,7 @@
 """The shipped pocket recipe, every stage through the command line, made small; the README's commands on its output."""
 
+import dataclasses
+import itertools
 import json
 import re
 import sys
@@ -76,6 +78,25 @@ def test_a_changed_recipe_is_not_mixed_with_old_output(pocket, capsys):
         assert "was made by another recipe" in capsys.readouterr().err
     finally:
         path.write_text(text)
+
+
+def test_an_interrupted_evaluation_counts_all_its_seconds(pocket, monkeypatch):
+    from m1 import pipeline
+    from m1.evaluation import evaluate as module
+    from m1.recipe import load_stage
+
+    stage = load_stage(pocket / "recipe" / "eval.toml")
+    stage = dataclasses.replace(stage, out=str(pocket / "runs" / "eval-again"))
+    clock = itertools.count(0, 50)
+    monkeypatch.setattr(pipeline.time, "monotonic", lambda: next(clock))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "evaluate", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+        pipeline.run_stage(stage)
+    spent = json.loads((pocket / "runs" / "eval-again" / "seconds.json").read_text())["seconds"]
+    assert spent == 50
+    pipeline.run_stage(stage)
+    manifest = json.loads((pocket / "runs" / "eval-again" / "manifest.json").read_text())
+    assert manifest["seconds"] > spent + 50
 
 
 def test_solve_prints_votes_and_answer(pocket, capsys):

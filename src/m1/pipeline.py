@@ -103,21 +103,29 @@ def _convert(stage: ConvertStage) -> None:
 def _evaluate(stage: EvalStage) -> None:
     from m1.evaluation.evaluate import Settings, evaluate
     from m1.evaluation.tasks import load_task
-    from m1.model.checkpoint import load_model
+    from m1.jsonl import write_json
+    from m1.model.checkpoint import load_model, read_json
     from m1.train.stage import write_manifest
 
+    spent = Path(stage.out, "seconds.json")  # over all sessions: an interrupted evaluation goes on
+    before = read_json(spent)["seconds"] if spent.exists() else 0.0
     started = time.monotonic()
     problems = load_task(stage.task, stage.data, stage.limit, stage.min_steps, stage.max_steps, stage.seed)
     settings = Settings(stage.task, stage.n, stage.max_new_tokens, stage.temperature, stage.seed)
-    for name, path in stage.models.items():
-        model, tokenizer = load_model(path)
-        with sample_progress(name) as on_progress:
-            result = evaluate(model, tokenizer, problems, settings, Path(stage.out, name), stage.max_batch, on_progress)
-        majority = result["maj@k"][str(stage.n)]["value"]
-        console.print(
-            f"{name}: pass@1 {result['pass@1']:.3f} ± {result['pass@1_ci95']:.3f}, maj@{stage.n} {majority:.3f}"
-        )
-    write_manifest(stage.out, stage, time.monotonic() - started)
+    try:
+        for name, path in stage.models.items():
+            model, tokenizer = load_model(path)
+            out = Path(stage.out, name)
+            with sample_progress(name) as on_progress:
+                result = evaluate(model, tokenizer, problems, settings, out, stage.max_batch, on_progress)
+            majority = result["maj@k"][str(stage.n)]["value"]
+            console.print(
+                f"{name}: pass@1 {result['pass@1']:.3f} ± {result['pass@1_ci95']:.3f}, maj@{stage.n} {majority:.3f}"
+            )
+    finally:
+        seconds = before + time.monotonic() - started
+        write_json(spent, {"seconds": seconds})
+    write_manifest(stage.out, stage, seconds)
 
 
 class sample_progress:
