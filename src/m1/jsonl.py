@@ -39,10 +39,9 @@ def problem_and_golds(row: dict[str, Any], where: str) -> tuple[str, list[str]]:
 
 
 def append_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Appends rows, each on its own line, first mending a line that an interrupted run left unfinished."""
+    """Appends rows, each on its own line. A run that goes on calls `drop_torn_line` once, first."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    drop_torn_line(path)
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
@@ -56,6 +55,22 @@ def drop_torn_line(path: Path) -> None:
         if file.read(1) != b"\n":
             file.seek(0)
             file.truncate(file.read().rfind(b"\n") + 1)
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises UserError for a missing or malformed one."""
+    path = Path(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: give the folder of a Hugging Face checkpoint") from None
+    except OSError as error:
+        raise UserError(f"can't read {path}: {error.strerror}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} should hold a JSON object, it holds a {type(content).__name__}")
+    return content
 
 
 def write_json(path: str | Path, content: Any) -> None:

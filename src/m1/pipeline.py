@@ -1,7 +1,6 @@
 """All stages of a recipe folder in order. Finished ones are skipped, a cut-off one goes on; ends in a report."""
 
 import importlib
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from m1.errors import UserError
+from m1.jsonl import read_json, write_json
 from m1.recipe import ConvertStage, DistillStage, EvalStage, GRPOStage, SFTStage, Stage, load_pipeline
 
 console = Console(stderr=True)
@@ -51,7 +51,7 @@ def finished(stage: Stage) -> bool:
     manifest = Path(stage.out, MANIFEST)
     if not manifest.exists():
         return False
-    if json.loads(manifest.read_text())["recipe_sha256"] != recipe_hash(stage):
+    if read_json(manifest)["recipe_sha256"] != recipe_hash(stage):
         raise UserError(
             f"{stage.out} was made by another recipe or from other inputs: "
             "delete it, and what was made from it, to run again"
@@ -74,12 +74,12 @@ def report(name: str, out: str, stages: dict[str, Stage]) -> dict[str, Any]:
     """Collects what the stages wrote."""
     from m1.evaluation.report import write_report
 
-    manifests = [json.loads(Path(stage.out, "manifest.json").read_text()) for stage in stages.values()]
+    manifests = [read_json(Path(stage.out, "manifest.json")) for stage in stages.values()]
     training = {
         stage_name: Path(stage.out, "metrics.jsonl") for stage_name, stage in stages.items() if type(stage) in TRAINED
     }
     results = {
-        model: json.loads(Path(stage.out, model, "result.json").read_text())
+        model: read_json(Path(stage.out, model, "result.json"))
         for stage in stages.values()
         if isinstance(stage, EvalStage)
         for model in stage.models
@@ -103,8 +103,7 @@ def _convert(stage: ConvertStage) -> None:
 def _evaluate(stage: EvalStage) -> None:
     from m1.evaluation.evaluate import Settings, evaluate
     from m1.evaluation.tasks import load_task
-    from m1.jsonl import write_json
-    from m1.model.checkpoint import load_model, read_json
+    from m1.model.checkpoint import load_model
     from m1.train.stage import write_manifest
 
     spent = Path(stage.out, "seconds.json")  # over all sessions: an interrupted evaluation goes on

@@ -34,9 +34,7 @@ class Data:
     seed: int = 0
     limit: int | None = None  # rows of a file to use
     prompt_template: str = "{problem}"
-    bucket: int | None = (
-        None  # rows come in runs of this many of similar length: little padding under a sequential sampler
-    )
+    bucket: int | None = None  # rows in runs of this many of similar length: little padding, if sampled sequentially
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.task is None):

@@ -24,8 +24,7 @@ from m1.engine import Completion, Engine, SamplingParams
 from m1.errors import UserError
 from m1.evaluation.metrics import majority_at_k, pass_at_1, pass_at_k
 from m1.evaluation.tasks import Problem
-from m1.jsonl import append_jsonl, drop_torn_line, read_jsonl, write_json
-from m1.model.checkpoint import read_json
+from m1.jsonl import append_jsonl, drop_torn_line, read_json, read_jsonl, write_json
 from m1.model.configuration import cache_bytes
 from m1.reasoning.answers import Grader, extract_answer
 from m1.reasoning.solve import chat_prompt

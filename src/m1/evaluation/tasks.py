@@ -1,4 +1,4 @@
-r"""What is evaluated: benchmark files and chain problems, each with the prompt it is asked with."""
+"""What is evaluated: benchmark files and chain problems, each with the prompt it is asked with."""
 
 from collections import Counter
 from dataclasses import dataclass

@@ -1,6 +1,5 @@
 """Reading checkpoint folders as Hugging Face writes them: config.json beside one or more weight files."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from m1.errors import UserError
+from m1.jsonl import read_json
 
 # What travels beside the weights when a checkpoint is converted.
 TOKENIZER_FILES = (
@@ -25,21 +25,6 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises UserError for a missing or malformed one."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: give the folder of a Hugging Face checkpoint") from None
-    except OSError as error:
-        raise UserError(f"can't read {path}: {error.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} should hold a JSON object, it holds a {type(content).__name__}")
-    return content
 
 
 def load_model(path: str | Path, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

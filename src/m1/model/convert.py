@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
 from m1.errors import UserError
-from m1.model.checkpoint import TOKENIZER_FILES, read_json, read_weights
+from m1.jsonl import read_json
+from m1.model.checkpoint import TOKENIZER_FILES, read_weights
 from m1.model.configuration import ATTENTION, MAMBA, M1Config
 from m1.model.modeling import M1ForCausalLM
 

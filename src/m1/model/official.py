@@ -19,7 +19,8 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from m1.errors import UserError
-from m1.model.checkpoint import read_json, read_weights
+from m1.jsonl import read_json
+from m1.model.checkpoint import read_weights
 from m1.model.configuration import M1Config
 from m1.model.convert import SHARED_FIELDS, copy_tokenizer, hybrid_config, load_weights, refuse_same_folder
 from m1.model.modeling import M1ForCausalLM

@@ -33,7 +33,6 @@ def solve(
     n: int = 16,
     seconds: float | None = None,
     stop_when_decided: bool = True,
-    on_answer: Callable[[Vote, int], None] = lambda tally, finished: None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Solution:
     """Votes over n samples of the problem (a user message, given to the chat template as it stands).
@@ -42,7 +41,6 @@ def solve(
     answers tie in value but not in spelling), or when `seconds` are over; a budget is overrun by one step at most.
 
     Args:
-        on_answer: called as each sample finishes, with the tally so far and the number of finished samples.
         clock: for tests.
     """
     grader.start()
@@ -57,7 +55,6 @@ def solve(
         if seconds is not None:  # grading is on the clock, too
             grader.timeout = max(0.1, min(TIMEOUT_SECONDS, started + seconds - clock()))
         solution.vote = vote(solution.answers, grader)
-        on_answer(solution.vote, len(solution.answers))
 
     def should_stop() -> bool:
         if seconds is not None and clock() - started >= seconds:
@@ -72,12 +69,16 @@ def solve(
     return solution
 
 
-def chat_prompt(tokenizer: PreTrainedTokenizerBase, problem: str) -> list[int]:
-    """Token ids of the problem as a user's message, ready for the assistant's. Raises UserError without a template."""
+def chat_prompt(tokenizer: PreTrainedTokenizerBase, problem: str | list[dict[str, str]]) -> list[int]:
+    """Token ids of a user's message, or of whole messages, ready for the assistant's.
+
+    Raises:
+        UserError: the tokenizer has no chat template.
+    """
     if not tokenizer.chat_template:
         raise UserError(
             f"the tokenizer of {tokenizer.name_or_path} has no chat template: add chat_template.jinja beside it, "
             "e.g. the instruct model's"
         )
-    messages = [{"role": "user", "content": problem}]
+    messages = [{"role": "user", "content": problem}] if isinstance(problem, str) else problem
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)

@@ -8,6 +8,7 @@ from trl import GRPOTrainer
 
 from m1.engine import Completion, Engine, SamplingParams
 from m1.errors import UserError
+from m1.reasoning.solve import chat_prompt
 
 PARITY_THRESHOLD = 0.02  # mean |difference| of log-probabilities, nats a token; float32 gives about 1e-6
 PARITY_SAMPLES = 8
@@ -26,12 +27,8 @@ class EngineRollouts:
 
     def __call__(self, prompts: list[Any], trainer: GRPOTrainer) -> dict[str, list]:
         args = trainer.args
-        tokenizer = trainer.processing_class
         model = trainer.accelerator.unwrap_model(trainer.model)
-        rendered = [
-            tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False)
-            for prompt in prompts
-        ]
+        rendered = [chat_prompt(trainer.processing_class, prompt) for prompt in prompts]
         params = SamplingParams(
             max_tokens=args.max_completion_length,
             temperature=args.temperature,

@@ -23,7 +23,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from m1.errors import UserError
-from m1.jsonl import append_jsonl, drop_torn_line, read_jsonl, write_json
+from m1.jsonl import append_jsonl, drop_torn_line, read_json, read_jsonl, write_json
 from m1.recipe import check_keys
 
 MANIFEST, RECIPE = "manifest.json", "recipe.json"
@@ -76,7 +76,7 @@ def run(trainer: Trainer, out: str | Path, recipe: Any, resume: bool) -> None:
         raise UserError(f"{out} already holds this stage's finished output: delete it to run the stage again")
     if last and not resume:
         raise UserError(f"{out} holds this stage, cut off: give --resume to go on, or delete it to start again")
-    if last and json.loads((out / RECIPE).read_text())["sha256"] != recipe_hash(recipe):
+    if last and read_json(out / RECIPE)["sha256"] != recipe_hash(recipe):
         raise UserError(f"{out} was begun with another recipe: delete it to start again, or undo the change")
     if not last:
         shutil.rmtree(checkpoints, ignore_errors=True)
