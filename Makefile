@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+TEST_INSTALLED := .venv/.test-installed
 
 .PHONY: install demo test lint format clean
 
@@ -15,11 +16,16 @@ $(INSTALLED): requirements/torch.txt requirements/lock.txt pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $(INSTALLED)
 
+# What only the tests need: PEFT and the lm-evaluation-harness, which must run on these models.
+$(TEST_INSTALLED): $(INSTALLED) requirements/test.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/test.txt
+	touch $(TEST_INSTALLED)
+
 # A transformer becomes a hybrid, is trained in three stages and answers by voting: runs/pocket/report.html.
 demo: install
 	$(BIN)/m1 pipeline recipes/pocket
 
-test: install
+test: $(TEST_INSTALLED)
 	$(BIN)/pytest
 
 lint: install

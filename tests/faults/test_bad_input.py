@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import save_checkpoint, tiny_llama
+from checkpoints import save_checkpoint, tiny_teacher
 
 from m1 import cli
 
@@ -37,7 +37,7 @@ def check(result, *words):
 
 @pytest.fixture
 def copy_of_teacher(tmp_path):
-    return save_checkpoint(tiny_llama(), tmp_path / "teacher")
+    return save_checkpoint(tiny_teacher(), tmp_path / "teacher")
 
 
 def test_missing_weights(run, copy_of_teacher, tmp_path):
@@ -61,7 +61,7 @@ def test_truncated_weights(run, copy_of_teacher, tmp_path):
 
 
 def test_missing_shard(run, tmp_path):
-    folder = save_checkpoint(tiny_llama(), tmp_path / "teacher", max_shard_size="200KB")
+    folder = save_checkpoint(tiny_teacher(), tmp_path / "teacher", max_shard_size="200KB")
     shard = sorted(folder.glob("model-*.safetensors"))[1]
     shard.unlink()
     arguments = ("--out", tmp_path / "o", "--keep-attention", "1")
@@ -82,7 +82,7 @@ def test_missing_tensor(run, copy_of_teacher, tmp_path):
 
 
 def test_head_dim_that_the_state_size_does_not_divide(run, tmp_path):
-    folder = save_checkpoint(tiny_llama(head_dim=24), tmp_path / "teacher")
+    folder = save_checkpoint(tiny_teacher(head_dim=24), tmp_path / "teacher")
     arguments = ("--out", tmp_path / "o", "--keep-attention", "1")
     check(run("convert", "--teacher", folder, *arguments), "head_dim (24) must be a multiple of state_size (16)")
 

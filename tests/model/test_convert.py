@@ -1,29 +1,63 @@
-"""What conversion does to weights: which rows go where, under both head alignments."""
+"""What conversion does to weights: which rows go where, for every teacher, mixer and head alignment."""
 
 import pytest
 import torch
-from conftest import save_checkpoint, tiny_llama
+from checkpoints import FAMILIES, save_checkpoint, tiny_teacher
 
-from m1.model.convert import convert, group_permutation
+from m1.errors import UserError
+from m1.model.convert import convert, evenly_spaced, group_permutation
 
 N, HEADS, KV_HEADS, HEAD_DIM = 16, 4, 2, 32
+IDENTITY = torch.arange(HEADS * HEAD_DIM)
 
 
-def mixer_rows(model, layer):
+def converted(tmp_path, family="llama", layer=2, **options):
+    """The rows of a converted mixer's input projection, the mixer, and the attention layer it was."""
+    teacher = tiny_teacher(family)
+    save_checkpoint(teacher, tmp_path / "teacher")
+    model = convert(tmp_path / "teacher", tmp_path / "out", [1, 3], **options)
     mamba = model.model.layers[layer].mamba
-    return dict(zip(["z", "x", "B", "C", "dt"], mamba.in_proj.weight.split(mamba.widths), strict=True)), mamba
+    parts = {}
+    for kind in ("weight", "bias"):
+        if getattr(mamba.in_proj, kind) is not None:
+            rows = getattr(mamba.in_proj, kind).split(mamba.widths)
+            parts |= {f"{name}.{kind}": tensor for name, tensor in zip(["z", "x", "B", "C", "dt"], rows, strict=True)}
+    return parts, mamba, teacher.model.layers[layer].self_attn
 
 
-@pytest.mark.parametrize("alignment", ["attention", "official"])
-def test_projections_are_the_teachers(tmp_path, teacher_dir, alignment):
-    model = convert(teacher_dir, tmp_path, [1, 3], alignment)
-    rows, mamba = mixer_rows(model, 2)
-    attention = tiny_llama().model.layers[2].self_attn
-    order = group_permutation(HEADS, KV_HEADS, HEAD_DIM, N) if alignment == "attention" else torch.arange(128)
-    assert torch.equal(rows["x"], attention.v_proj.weight)
-    assert torch.equal(rows["B"], attention.k_proj.weight)
-    assert torch.equal(rows["C"], attention.q_proj.weight[order])
+@pytest.mark.parametrize(
+    ("mixer", "alignment"), [("mamba", "attention"), ("mamba", "official"), ("mamba2", "attention")]
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_projections_are_the_teachers(tmp_path, family, mixer, alignment):
+    rows, mamba, attention = converted(tmp_path, family, mixer=mixer, head_alignment=alignment)
+    permuted = (mixer, alignment) == ("mamba", "attention")
+    order = group_permutation(HEADS, KV_HEADS, HEAD_DIM, N) if permuted else IDENTITY
+    assert permuted != torch.equal(order, IDENTITY)
+    for kind in ["weight", "bias"] if family == "qwen2" else ["weight"]:
+        assert torch.equal(rows[f"x.{kind}"], getattr(attention.v_proj, kind))
+        assert torch.equal(rows[f"B.{kind}"], getattr(attention.k_proj, kind))
+        assert torch.equal(rows[f"C.{kind}"], getattr(attention.q_proj, kind)[order])
     assert torch.equal(mamba.out_proj.weight, attention.o_proj.weight[:, order])
+    assert (mamba.in_proj.bias is None) == (family != "qwen2") and mamba.out_proj.bias is None
+
+
+@pytest.mark.parametrize(
+    ("mixer", "alignment"), [("mamba", "attention"), ("mamba", "official"), ("mamba2", "attention")]
+)
+@torch.no_grad()
+def test_qk_norm_becomes_the_norm_of_B_and_C(tmp_path, mixer, alignment):
+    """B and C are the teacher's normalised keys and queries, channel by channel."""
+    _, mamba, attention = converted(tmp_path, "qwen3", mixer=mixer, head_alignment=alignment)
+    hidden = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0))
+    _, _, B, C, _ = mamba.project(hidden)
+    order = (
+        group_permutation(HEADS, KV_HEADS, HEAD_DIM, N) if (mixer, alignment) == ("mamba", "attention") else IDENTITY
+    )
+    keys = attention.k_norm(attention.k_proj(hidden).unflatten(-1, (-1, HEAD_DIM))).flatten(-2)
+    queries = attention.q_norm(attention.q_proj(hidden).unflatten(-1, (-1, HEAD_DIM))).flatten(-2)
+    torch.testing.assert_close(B, keys)
+    torch.testing.assert_close(C, queries[..., order])
 
 
 def test_attention_alignment_pairs_every_group_with_its_own_kv_part():
@@ -41,13 +75,12 @@ def test_alignments_agree_where_head_dim_is_the_state_size():
     assert torch.equal(group_permutation(8, 2, 16, 16), torch.arange(128))
 
 
-def test_biases_are_carried_over(tmp_path):
-    teacher = tiny_llama(attention_bias=True)
-    attention = teacher.model.layers[0].self_attn
-    for part in (attention.v_proj, attention.o_proj):
-        torch.nn.init.normal_(part.bias)
+def test_llama_biases_are_carried_over(tmp_path):
+    """Llama's attention_bias covers the output projection too."""
+    teacher = tiny_teacher(attention_bias=True)
     save_checkpoint(teacher, tmp_path / "teacher")
     mamba = convert(tmp_path / "teacher", tmp_path / "out", [1]).model.layers[0].mamba
+    attention = teacher.model.layers[0].self_attn
     assert torch.equal(mamba.in_proj.bias.split(mamba.widths)[1], attention.v_proj.bias)
     assert torch.equal(mamba.out_proj.bias, attention.o_proj.bias)
 
@@ -57,3 +90,17 @@ def test_same_seed_same_model(tmp_path, teacher_dir):
     states = [m.state_dict() for m in models]
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
     assert any(not torch.equal(states[0][k], states[2][k]) for k in states[0])
+
+
+@pytest.mark.parametrize(
+    ("layers", "ratio", "kept"),
+    [(4, 0.5, [1, 3]), (8, 0.25, [3, 7]), (28, 6 / 28, [3, 8, 13, 17, 22, 27]), (4, 1.0, [0, 1, 2, 3]), (4, 0.01, [3])],
+)
+def test_evenly_spaced_layers(layers, ratio, kept):
+    assert evenly_spaced(layers, ratio) == kept
+
+
+@pytest.mark.parametrize("ratio", [0.0, -0.5, 1.5])
+def test_impossible_ratio(ratio):
+    with pytest.raises(UserError, match="above 0 and at most 1"):
+        evenly_spaced(4, ratio)

@@ -4,11 +4,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tolerance import assert_rms_close
 
 from m1.ops import reference, selective_scan
 
 pytestmark = pytest.mark.filterwarnings("error:no C.. compiler", "error:compiling")
 
+NAMES = ["y", "state", "dx", "ddt", "dA", "dB", "dC", "dD", "dh0"]
 LENGTHS = [1, 2, 3, 15, 16, 17, 63, 500]
 
 
@@ -34,20 +36,12 @@ def run(backend, inputs, seq_idx, h0):
     return [y, state, *torch.autograd.grad([y, state], leaves, grads)]
 
 
-def assert_rms_close(actual, expected, tolerance):
-    names = ["y", "state", "dx", "ddt", "dA", "dB", "dC", "dD", "dh0"]
-    for name, a, e in zip(names, actual, expected, strict=True):
-        error = (a.float() - e.float()).square().mean().sqrt()
-        scale = e.float().square().mean().sqrt() + 1e-6
-        assert error / scale <= tolerance, f"{name}: RMS ratio {error / scale:.2e}"
-
-
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("packed", [False, True])
 def test_kernel_equals_reference(length, packed):
     inputs, seq_idx, h0 = make(2, length)
     seq_idx = seq_idx if packed else None
-    assert_rms_close(run("cpu", inputs, seq_idx, h0), run("reference", inputs, seq_idx, h0), 1e-4)
+    assert_rms_close(run("cpu", inputs, seq_idx, h0), run("reference", inputs, seq_idx, h0), 1e-4, NAMES)
 
 
 def test_training_path_without_states():
@@ -64,7 +58,7 @@ def test_training_path_without_states():
 
 def test_bfloat16_inputs():
     inputs, seq_idx, h0 = make(2, 63, dtype=torch.bfloat16)
-    assert_rms_close(run("cpu", inputs, seq_idx, h0), run("reference", inputs, seq_idx, h0), 0.005)
+    assert_rms_close(run("cpu", inputs, seq_idx, h0), run("reference", inputs, seq_idx, h0), 0.005, NAMES)
 
 
 @settings(max_examples=25, deadline=None)
@@ -77,7 +71,7 @@ def test_bfloat16_inputs():
 )
 def test_any_shape(b, T, kv_groups, rep, seed):
     inputs, seq_idx, h0 = make(b, T, 16 * kv_groups * rep, 16 * kv_groups, seed)
-    assert_rms_close(run("cpu", inputs, seq_idx, h0), run("reference", inputs, seq_idx, h0), 1e-4)
+    assert_rms_close(run("cpu", inputs, seq_idx, h0), run("reference", inputs, seq_idx, h0), 1e-4, NAMES)
 
 
 def test_every_output_element_is_written(monkeypatch):

@@ -16,13 +16,17 @@ class M1Config(PreTrainedConfig):
 
     Args:
         layer_types: "full_attention" or "linear_attention" (Mamba) for each layer; all Mamba when None.
-        state_size: N, states per channel. Divides head_dim: channels work in groups of N.
-        conv_kernel: taps of the causal convolution on x.
-        time_step_rank: R, rank of the time-step projection; ceil(hidden_size / 16) when None.
-        attention_bias: biases of q, k, v and o, also in Mamba layers: of the input and output projection they become.
+        mixer: "mamba" (Mamba-1) or "mamba2".
+        state_size: N, states per channel. Mamba-1: 16 when None; divides head_dim, as channels work in groups of N.
+            Mamba-2: head_dim.
+        conv_kernel: taps of the causal convolution.
+        time_step_rank: R, rank of Mamba-1's time-step projection; ceil(hidden_size / 16) when None.
+        attention_bias: biases of q, k and v (and o), also of the projections they become in Mamba layers.
+        attention_out_bias: bias of o alone; as attention_bias when None (Llama). Qwen2 has the others without it.
+        qk_norm: RMSNorm on each head's queries and keys (Qwen3), on each head's C and B in Mamba layers.
         head_alignment: how C and the output projection were laid out at conversion: "attention" pairs every group
             with the part of the KV head that its query head attended to, "official" is the released code's order.
-            A record of what `convert` did; the network computes the same either way.
+            A record of what `convert` did; of the network's work only `qk_norm` depends on it.
     """
 
     model_type = "m1"
@@ -46,10 +50,13 @@ class M1Config(PreTrainedConfig):
     tie_word_embeddings: bool = False
     rope_parameters: dict | None = None
     attention_bias: bool = False
+    attention_out_bias: bool | None = None
+    qk_norm: bool = False
     attention_dropout: int | float | None = 0.0
     mlp_bias: bool = False
     layer_types: list[str] | None = None
-    state_size: int = 16
+    mixer: str = "mamba"
+    state_size: int | None = None
     conv_kernel: int = 4
     time_step_rank: int | None = None
     head_alignment: str = "attention"
@@ -61,6 +68,10 @@ class M1Config(PreTrainedConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.time_step_rank is None:
             self.time_step_rank = ceil(self.hidden_size / 16)
+        if self.attention_out_bias is None:
+            self.attention_out_bias = self.attention_bias
+        if self.state_size is None:
+            self.state_size = self.head_dim if self.mixer == "mamba2" else 16
         if self.layer_types is None:
             self.layer_types = [MAMBA] * self.num_hidden_layers
         super().__post_init__(**kwargs)
@@ -78,7 +89,13 @@ class M1Config(PreTrainedConfig):
     @property
     def mamba_widths(self) -> list[int]:
         """Rows of a Mamba input projection: z, x, B, C, dt."""
-        return [self.mamba_size, self.mamba_kv_size, self.mamba_kv_size, self.mamba_size, self.time_step_rank]
+        steps = self.num_attention_heads if self.mixer == "mamba2" else self.time_step_rank
+        return [self.mamba_size, self.mamba_kv_size, self.mamba_kv_size, self.mamba_size, steps]
+
+    @property
+    def conv_cache_size(self) -> int:
+        """Channels of the convolution inputs a Mamba layer caches: x, or x | B | C in Mamba-2."""
+        return 2 * self.mamba_kv_size + self.mamba_size if self.mixer == "mamba2" else self.mamba_kv_size
 
     @property
     def attention_layers(self) -> list[int]:
@@ -96,6 +113,10 @@ class M1Config(PreTrainedConfig):
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
                 f"({self.num_key_value_heads})"
             )
+        if self.mixer not in ("mamba", "mamba2"):
+            raise ValueError(f"mixer must be 'mamba' or 'mamba2', got {self.mixer!r}")
+        if self.mixer == "mamba2" and self.state_size != self.head_dim:
+            raise ValueError(f"state_size ({self.state_size}) must be head_dim ({self.head_dim}) with mixer 'mamba2'")
         if self.state_size < 1:
             raise ValueError(f"state_size ({self.state_size}) must be at least 1")
         if MAMBA in self.layer_types and self.head_dim % self.state_size:
@@ -120,7 +141,7 @@ def cache_bytes(config: PreTrainedConfig, context: int, element_size: int) -> in
     for kind in kinds:
         if kind == MAMBA:
             state = config.num_attention_heads * head_dim * config.state_size
-            total += kv_size * (config.conv_kernel - 1) * element_size + state * 4
+            total += config.conv_cache_size * (config.conv_kernel - 1) * element_size + state * 4
         else:
             total += 2 * kv_size * context * element_size
     return total

@@ -1,11 +1,12 @@
 """A transformer checkpoint becomes a hybrid: weights are mapped, nothing is trained (paper §3.1).
 
-C <- Q   B <- K   x <- V   out_proj <- O        z, dt, conv, A, D are new
+C <- Q   B <- K   x <- V   out_proj <- O        biases and QK-norm with them; the rest of a mixer is new
 """
 
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -16,9 +17,15 @@ from m1.errors import UserError
 from m1.jsonl import read_json
 from m1.model.checkpoint import TOKENIZER_FILES, read_weights
 from m1.model.configuration import ATTENTION, MAMBA, M1Config
-from m1.model.modeling import M1ForCausalLM
+from m1.model.mixer import Mixer
+from m1.model.modeling import M1ForCausalLM, new_mixer
 
-SUPPORTED_TEACHERS = ("llama",)
+# Supported teachers and what their architecture implies without saying it in the configuration.
+TEACHERS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {"attention_bias": True, "attention_out_bias": False},
+    "qwen3": {"qk_norm": True},
+}
 # Fields that mean the same in the teacher's configuration.
 SHARED_FIELDS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -33,16 +40,18 @@ def convert(
     out: str | Path,
     keep_attention: Iterable[int],
     head_alignment: str = "attention",
-    state_size: int = 16,
+    state_size: int | None = None,
     seed: int = 0,
+    mixer: str = "mamba",
 ) -> M1ForCausalLM:
-    """Converts the Llama-family checkpoint folder `teacher` and saves the hybrid, with its tokenizer, to `out`.
+    """Converts the Llama or Qwen checkpoint folder `teacher` and saves the hybrid, with its tokenizer, to `out`.
 
     Args:
         keep_attention: indices of the layers that stay attention.
         head_alignment: "attention" or "official", see `group_permutation`.
-        state_size: N. The fast kernels want 16.
-        seed: of the new parameters (z, dt).
+        state_size: N of Mamba-1, 16 when None, which the fast kernels want.
+        seed: of the new parameters.
+        mixer: "mamba" (Mamba-1) or "mamba2".
 
     Raises:
         UserError: not a supported checkpoint, a damaged one, or layers it doesn't have.
@@ -50,11 +59,15 @@ def convert(
     teacher, out = Path(teacher), Path(out)
     refuse_same_folder(teacher, out)
     teacher_config = read_teacher_config(teacher)
-    config = hybrid_config(teacher_config, keep_attention, head_alignment, state_size)
+    config = hybrid_config(teacher_config, keep_attention, head_alignment, state_size, mixer)
     weights = read_weights(teacher)
     torch.manual_seed(seed)
-    model = M1ForCausalLM(config).to(config.dtype or torch.float32)
-    load_weights(model, hybrid_weights(weights, config, model), source=teacher)
+    for i in set(range(config.num_hidden_layers)) - set(config.attention_layers):
+        prefix = f"model.layers.{i}.self_attn."
+        attention = {name.removeprefix(prefix): weights.pop(name) for name in list(weights) if name.startswith(prefix)}
+        mamba = mixer_from_attention(attention, config, i).state_dict()
+        weights |= {f"model.layers.{i}.mamba.{name}": tensor for name, tensor in mamba.items()}
+    model = model_from_weights(config, weights, source=teacher)
     model.save_pretrained(out)
     copy_tokenizer(teacher, out)
     return model
@@ -65,13 +78,17 @@ def read_teacher_config(folder: Path) -> PreTrainedConfig:
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: give a downloaded Hugging Face checkpoint")
     kind = read_json(folder / "config.json").get("model_type")
-    if kind not in SUPPORTED_TEACHERS:
-        raise UserError(f"{folder} is a {kind!r} model; supported teachers: {', '.join(SUPPORTED_TEACHERS)}")
+    if kind not in TEACHERS:
+        raise UserError(f"{folder} is a {kind!r} model; supported teachers: {', '.join(TEACHERS)}")
     return AutoConfig.from_pretrained(folder)
 
 
 def hybrid_config(
-    teacher: PreTrainedConfig, keep_attention: Iterable[int], head_alignment: str = "attention", state_size: int = 16
+    teacher: PreTrainedConfig,
+    keep_attention: Iterable[int],
+    head_alignment: str = "attention",
+    state_size: int | None = None,
+    mixer: str = "mamba",
 ) -> M1Config:
     """The hybrid's configuration. Raises UserError for layers the teacher lacks or sizes that don't fit."""
     kept = sorted(set(keep_attention))
@@ -82,12 +99,23 @@ def hybrid_config(
             f"attention is to be kept in layer {outside[0]}, "
             f"but the teacher has layers 0 to {teacher.num_hidden_layers - 1}"
         )
+    if set(getattr(teacher, "layer_types", None) or [ATTENTION]) != {ATTENTION}:
+        raise UserError("this teacher attends in sliding windows in some layers, which M1 doesn't: use another one")
     kinds = [ATTENTION if i in kept else MAMBA for i in range(teacher.num_hidden_layers)]
     shared = {field: getattr(teacher, field) for field in SHARED_FIELDS if hasattr(teacher, field)}
+    options = {"layer_types": kinds, "mixer": mixer, "state_size": state_size, "head_alignment": head_alignment}
     try:
-        return M1Config(**shared, layer_types=kinds, state_size=state_size, head_alignment=head_alignment)
+        return M1Config(**shared, **TEACHERS[teacher.model_type], **options)
     except StrictDataclassError as error:
         raise UserError(f"this teacher can't be converted: {error.__cause__ or error}") from None
+
+
+def evenly_spaced(layers: int, ratio: float) -> list[int]:
+    """`ratio` of the layers, at least one: the last of each of as many equal stretches. UserError outside (0, 1]."""
+    if not 0 < ratio <= 1:
+        raise UserError(f"an attention ratio of {ratio}: expected a share of the layers, above 0 and at most 1")
+    count = max(1, round(ratio * layers))
+    return [(i + 1) * layers // count - 1 for i in range(count)]
 
 
 def group_permutation(heads: int, kv_heads: int, head_dim: int, state_size: int) -> Tensor:
@@ -106,46 +134,76 @@ def group_permutation(heads: int, kv_heads: int, head_dim: int, state_size: int)
     return channels[permutation].flatten()
 
 
-def hybrid_weights(weights: dict[str, Tensor], config: M1Config, model: M1ForCausalLM) -> dict[str, Tensor]:
-    """The hybrid's state dict: the teacher's tensors renamed, and `model`'s own fresh ones where it has none."""
+@torch.no_grad()
+def mixer_from_attention(attention: dict[str, Tensor], config: M1Config, layer_idx: int) -> Mixer:
+    """A mixer with the weights of an attention layer, in their dtype; what attention has no counterpart for is random.
+
+    Args:
+        attention: the layer's state dict: {q,k,v,o}_proj.weight, and biases and {q,k}_norm.weight where it has them.
+
+    Raises:
+        UserError: a tensor that is missing, unknown or doesn't fit.
+    """
+    source = f"model.layers.{layer_idx}.self_attn"
+    unused = {name for name in attention if not name.endswith("inv_freq")}
+    mixer = new_mixer(config, layer_idx)
+    mixer.reset_parameters()
     order = torch.arange(config.mamba_size)
     if config.head_alignment == "attention":
         order = group_permutation(
             config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.state_size
         )
-    fresh = model.state_dict()
-    for i in range(config.num_hidden_layers):
-        if i in config.attention_layers:
-            continue
-        attention, mamba = f"model.layers.{i}.self_attn.", f"model.layers.{i}.mamba."
-        for name in ["weight", "bias"] if config.attention_bias else ["weight"]:
-            q, k, v = (_take(weights, f"{attention}{part}_proj.{name}") for part in "qkv")
-            z, _, _, _, dt = fresh[f"{mamba}in_proj.{name}"].split(config.mamba_widths)
-            weights[f"{mamba}in_proj.{name}"] = torch.cat([z, v, k, q[order], dt])
-        weights[f"{mamba}out_proj.weight"] = _take(weights, f"{attention}o_proj.weight")[:, order]
-        if config.attention_bias:
-            weights[f"{mamba}out_proj.bias"] = _take(weights, f"{attention}o_proj.bias")
-        for name in ("conv1d.weight", "conv1d.bias", "dt_proj.weight", "dt_proj.bias", "A_log", "D"):
-            weights[mamba + name] = fresh[mamba + name]
-    return weights
+
+    def take(name: str, shape: torch.Size) -> Tensor:
+        if name not in attention:
+            raise UserError(f"the checkpoint has no tensor '{source}.{name}': it is incomplete")
+        tensor = attention[name]
+        if tensor.shape != shape:
+            raise UserError(f"'{source}.{name}' is {list(tensor.shape)}, its config.json asks for {list(shape)}")
+        unused.discard(name)
+        return tensor
+
+    for kind in ["weight", "bias"] if config.attention_bias else ["weight"]:
+        _, x, B, C, _ = getattr(mixer.in_proj, kind).split(mixer.widths)
+        x.copy_(take(f"v_proj.{kind}", x.shape))
+        B.copy_(take(f"k_proj.{kind}", B.shape))
+        C.copy_(take(f"q_proj.{kind}", C.shape)[order])
+    mixer.out_proj.weight.copy_(take("o_proj.weight", mixer.out_proj.weight.shape)[:, order])
+    if config.attention_out_bias:
+        mixer.out_proj.bias.copy_(take("o_proj.bias", mixer.out_proj.bias.shape))
+    if config.qk_norm:
+        one_head = torch.Size([config.head_dim])
+        B_gain = take("k_norm.weight", one_head).repeat(config.num_key_value_heads)
+        C_gain = take("q_norm.weight", one_head).repeat(config.num_attention_heads)[order]
+        mixer.B_norm.load_state_dict({"weight": B_gain})
+        mixer.C_norm.load_state_dict({"weight": C_gain})
+    if unused:
+        raise UserError(f"the checkpoint has a tensor '{source}.{min(unused)}' that a Mamba layer has no place for")
+    return mixer.to(attention["q_proj.weight"].dtype)
 
 
-def load_weights(model: M1ForCausalLM, weights: dict[str, Tensor], source: Path) -> None:
-    """Loads a complete state dict. Raises UserError naming the first tensor that is missing, unknown or misshapen."""
-    own = model.state_dict()
-    if model.config.tie_word_embeddings:
-        weights = {"lm_head.weight": weights.get("model.embed_tokens.weight", own["lm_head.weight"]), **weights}
+def model_from_weights(config: M1Config, weights: dict[str, Tensor], source: Path) -> M1ForCausalLM:
+    """The model with a complete state dict, in the embedding's dtype, without a second copy of it in memory.
+
+    Raises:
+        UserError: naming the first tensor that is missing, unknown or misshapen.
+    """
+    with torch.device("meta"):
+        expected = M1ForCausalLM(config).state_dict()
+    if config.tie_word_embeddings:
+        weights = {"lm_head.weight": weights.get("model.embed_tokens.weight", expected["lm_head.weight"]), **weights}
     weights = {name: t for name, t in weights.items() if not name.endswith("rotary_emb.inv_freq")}
-    if missing := sorted(set(own) - set(weights)):
+    if missing := sorted(set(expected) - set(weights)):
         raise UserError(f"{source} has no tensor {missing[0]!r} ({len(missing)} missing)")
-    if unknown := sorted(set(weights) - set(own)):
+    if unknown := sorted(set(weights) - set(expected)):
         raise UserError(f"{source} has a tensor {unknown[0]!r} that this model has no place for ({len(unknown)} such)")
     for name, tensor in weights.items():
-        if tensor.shape != own[name].shape:
+        if tensor.shape != expected[name].shape:
             raise UserError(
-                f"{source}: {name!r} is {list(tensor.shape)}, its config.json asks for {list(own[name].shape)}"
+                f"{source}: {name!r} is {list(tensor.shape)}, its config.json asks for {list(expected[name].shape)}"
             )
-    model.load_state_dict(weights)
+    dtype = weights["model.embed_tokens.weight"].dtype
+    return M1ForCausalLM.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
 
 
 def refuse_same_folder(source: Path, out: Path) -> None:
@@ -154,13 +212,7 @@ def refuse_same_folder(source: Path, out: Path) -> None:
 
 
 def copy_tokenizer(source: Path, out: Path) -> None:
+    """Tokenizer, chat template and generation configuration."""
     for name in TOKENIZER_FILES:
         if (source / name).exists():
             shutil.copyfile(source / name, out / name)
-
-
-def _take(weights: dict[str, Tensor], name: str) -> Tensor:
-    try:
-        return weights.pop(name)
-    except KeyError:
-        raise UserError(f"the checkpoint has no tensor {name!r}: it is incomplete or of another architecture") from None

@@ -1,6 +1,6 @@
 """M1ForCausalLM: a Llama-style decoder with Mamba mixers in most layers. One stack for training and decoding.
 
-Norms, rotary attention and MLPs are transformers' own Llama modules, so a model whose layers are all attention *is* the
+Norms, rotary attention and MLPs are transformers' own modules, so a model whose layers are all attention *is* the
 teacher. What this file adds: the mixer per layer, and the bookkeeping that makes packed and padded batches exact.
 """
 
@@ -12,13 +12,31 @@ from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.masking_utils import create_causal_mask, create_recurrent_attention_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from m1.model.configuration import ATTENTION, MAMBA, M1Config
 from m1.model.mamba import MambaMixer
+from m1.model.mamba2 import Mamba2Mixer
+from m1.model.mixer import Mixer
+
+
+def new_mixer(config: M1Config, layer_idx: int) -> Mixer:
+    return Mamba2Mixer(config, layer_idx) if config.mixer == "mamba2" else MambaMixer(config, layer_idx)
+
+
+class M1Attention(Qwen3Attention):
+    """Rotary grouped-query attention: Qwen3's, less the QK-norm (Llama, Qwen2) and the biases the teacher lacks."""
+
+    def __init__(self, config: M1Config, layer_idx: int):
+        super().__init__(config, layer_idx)
+        if not config.qk_norm:
+            self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
+        if config.attention_out_bias != config.attention_bias:
+            self.o_proj = nn.Linear(config.mamba_size, config.hidden_size, bias=config.attention_out_bias)
 
 
 class M1DecoderLayer(GradientCheckpointingLayer):
@@ -28,9 +46,9 @@ class M1DecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.layer_type = config.layer_types[layer_idx]
         if self.layer_type == ATTENTION:
-            self.self_attn = LlamaAttention(config, layer_idx)
+            self.self_attn = M1Attention(config, layer_idx)
         else:
-            self.mamba = MambaMixer(config, layer_idx)
+            self.mamba = new_mixer(config, layer_idx)
         self.mlp = LlamaMLP(config)
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -68,13 +86,13 @@ class M1PreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _can_record_outputs = {"hidden_states": M1DecoderLayer, "attentions": LlamaAttention}  # noqa: RUF012
+    _can_record_outputs = {"hidden_states": M1DecoderLayer, "attentions": M1Attention}  # noqa: RUF012
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, MambaMixer):
-            module.reset_ssm_parameters()
+        if isinstance(module, Mixer):
+            module.reset_parameters()
 
 
 class M1Model(M1PreTrainedModel):

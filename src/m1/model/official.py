@@ -22,7 +22,7 @@ from m1.errors import UserError
 from m1.jsonl import read_json
 from m1.model.checkpoint import read_weights
 from m1.model.configuration import M1Config
-from m1.model.convert import SHARED_FIELDS, copy_tokenizer, hybrid_config, load_weights, refuse_same_folder
+from m1.model.convert import SHARED_FIELDS, copy_tokenizer, hybrid_config, model_from_weights, refuse_same_folder
 from m1.model.modeling import M1ForCausalLM
 
 SSM_DEFAULTS = {"expand": 1, "ngroups": 1, "d_state": 16}
@@ -38,10 +38,7 @@ def import_official(source: str | Path, out: str | Path) -> M1ForCausalLM:
     refuse_same_folder(source, out)
     config = _import_config(source)
     weights = _import_weights(read_weights(source), config)
-    dtype = weights["model.embed_tokens.weight"].dtype
-    config.dtype = dtype
-    model = M1ForCausalLM(config).to(dtype)
-    load_weights(model, weights, source)
+    model = model_from_weights(config, weights, source)
     model.save_pretrained(out)
     copy_tokenizer(source, out)
     return model

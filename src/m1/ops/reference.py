@@ -4,7 +4,7 @@ Every other backend must equal these functions: outputs, final states and gradie
 PyTorch runs and are differentiable, so they are also the fallback where no kernel is available.
 
 Shape letters: b sequences, T tokens, D inner channels, X = channels of x and B before the repeat, N states a channel,
-K convolution taps. Tensors are token-major.
+K convolution taps; for Mamba-2, P channels a head. Tensors are token-major.
 """
 
 import torch
@@ -50,6 +50,36 @@ def selective_scan(
         h = torch.exp(dt[:, t, :, None] * A) * h + (dt[:, t] * x[:, t])[..., None] * B_t
         ys.append((C_t * h).sum(-1) + D * x[:, t])
     return torch.stack(ys, dim=1), h
+
+
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    seq_idx: Tensor | None = None,
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T,  y_t = h_t C_t + D x_t  (Mamba-2, scalar decay a head).
+
+    Shapes and semantics as `m1.ops.ssd`.
+    """
+    heads = C.shape[2]
+    rep = heads // x.shape[2]
+    dtype = x.dtype
+    x, dt, A, B, C, D = (t.float() for t in (x, dt, A, B, C, D))
+    x, B = x.repeat_interleave(rep, dim=2), B.repeat_interleave(rep, dim=2)  # [b, T, heads, P or N]
+    h = x.new_zeros(x.shape[0], heads, x.shape[3], B.shape[3]) if initial_state is None else initial_state.float()
+    ys = []
+    for t in range(x.shape[1]):
+        if seq_idx is not None:
+            h = h.masked_fill(starts_document(seq_idx, t)[..., None, None], 0.0)
+        decay = torch.exp(dt[:, t] * A)[..., None, None]
+        h = decay * h + (dt[:, t, :, None] * x[:, t])[..., None] * B[:, t, :, None, :]
+        ys.append((h * C[:, t, :, None, :]).sum(-1) + D[:, None] * x[:, t])
+    return torch.stack(ys, dim=1).to(dtype), h
 
 
 def causal_conv(

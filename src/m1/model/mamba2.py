@@ -1,0 +1,70 @@
+"""The Mamba-2 mixer with grouped heads: one decay a head, and states as wide as a head (the released `mamba2` code).
+
+    z, x, B, C, dt[heads] = in_proj(h)
+    x, B, C = silu(causal_conv(x | B | C))            per channel, before any repeat
+    dt = softplus(dt + dt_bias)                       a step size a head
+    y = ssd(x, dt, A, B, C, D)                        A = -exp(A_log); KV head k serves heads k * rep ... as in GQA
+    out = out_proj(norm(y * silu(z)))                 RMSNorm over each head
+
+One layer keeps the last K-1 inputs of the convolution and a float32 state [heads, head_dim, head_dim] per sequence.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Cache
+from transformers import initialization as init
+
+from m1.model.configuration import M1Config
+from m1.model.mixer import HeadRMSNorm, Mixer, initial_time_step_bias
+from m1.ops import causal_conv, ssd
+
+A_RANGE = (1.0, 16.0)  # initial -A, uniform (Mamba-2)
+GATED_NORM_EPS = 1e-5  # a constant of the released code
+
+
+class Mamba2Mixer(Mixer):
+    """See the module's text."""
+
+    def __init__(self, config: M1Config, layer_idx: int):
+        conv_widths = [config.mamba_kv_size, config.mamba_kv_size, config.mamba_size]
+        super().__init__(config, layer_idx, conv_size=sum(conv_widths))
+        self.conv_widths = conv_widths
+        self.head_dim = config.head_dim
+        self.dt_bias = nn.Parameter(torch.empty(config.num_attention_heads))
+        self.A_log = nn.Parameter(torch.empty(config.num_attention_heads))
+        self.D = nn.Parameter(torch.empty(config.num_attention_heads))
+        self.norm = HeadRMSNorm(config.mamba_size, config.head_dim, GATED_NORM_EPS)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Mamba-2's own: -A uniform in A_RANGE, D = 1, steps log-uniform."""
+        super().reset_parameters()
+        init.copy_(self.A_log, torch.empty_like(self.A_log).uniform_(*A_RANGE).log())
+        init.ones_(self.D)
+        init.copy_(self.dt_bias, initial_time_step_bias(self.dt_bias.numel(), self.dt_bias.device))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        seq_idx: Tensor | None = None,
+        padding_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+    ) -> Tensor:
+        """hidden_states [b, T, H] -> [b, T, H]; arguments as `MambaMixer.forward`."""
+        z, x, B, C, dt = self.project(hidden_states)
+        xBC = torch.cat([x, B, C], dim=-1)
+        dt = F.softplus(dt.float() + self.dt_bias.float())
+        if padding_mask is not None:
+            padding_mask = padding_mask.to(torch.bool).unsqueeze(-1)
+            xBC, dt = xBC * padding_mask, dt * padding_mask
+        window = state = None
+        if past_key_values is not None:
+            state = self.recurrent_state(past_key_values)
+            window = self.conv_window(xBC, past_key_values)
+        xBC = F.silu(causal_conv(xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias, seq_idx, window))
+        x, B, C = (t.unflatten(-1, (-1, self.head_dim)) for t in xBC.split(self.conv_widths, dim=-1))
+        y, state = ssd(x, dt, -torch.exp(self.A_log.float()), B, C, self.D, seq_idx, state)
+        if past_key_values is not None:
+            past_key_values.update_recurrent_state(state, self.layer_idx)
+        return self.out_proj(self.norm(y.flatten(-2) * F.silu(z)))

@@ -1,0 +1,93 @@
+"""Mamba-2's scan by matrix products (state-space duality), on any device and differentiable as it stands."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK = 64  # tokens whose pairwise products are formed; work grows with it, the number of sequential steps shrinks
+
+
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    seq_idx: Tensor | None = None,
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T,  y_t = h_t C_t + D x_t, a state matrix h a head.
+
+    The chunked form of Mamba-2 (§6): inside a chunk a masked, decayed attention; between chunks the states are carried.
+    The specification is `reference.ssd`.
+
+    Args:
+        x: [b, T, G, P] inputs, after convolution and activation; head i reads group i // (heads / G) of x and B.
+        dt: [b, T, heads] step sizes >= 0, after softplus. A step of 0 leaves the state as it is (padding).
+        A: [heads], negative.
+        B: [b, T, G, N].
+        C: [b, T, heads, N].
+        D: [heads] skip weights.
+        seq_idx: [b, T] integers, the document of each token; the state is cleared where it changes.
+        initial_state: [b, heads, P, N] state in front of the first token, zero when None.
+
+    Returns:
+        y [b, T, heads, P] in x's dtype and the final state [b, heads, P, N] in float32. Arithmetic is in float32.
+
+    Raises:
+        ValueError: shapes that don't fit.
+    """
+    b, T, G, P = x.shape
+    heads, N = C.shape[2:]
+    if heads % G or B.shape != (b, T, G, N) or C.shape[:2] != (b, T) or dt.shape != (b, T, heads):
+        shapes = [tuple(t.shape) for t in (x, dt, B, C)]
+        raise ValueError(f"ssd: shapes of x, dt, B, C don't fit: {shapes}")
+    rep, out_dtype = heads // G, x.dtype
+    size = min(CHUNK, T)
+    chunks = -(-T // size)
+    state = x.new_zeros(b, G, rep, P, N, dtype=torch.float32)
+    if initial_state is not None:
+        state = initial_state.float().unflatten(1, (G, rep))
+
+    def chunked(t: Tensor) -> Tensor:
+        """[b, T, ...] -> [b, chunks, size, ...] float32; tokens added at the end have dt = 0."""
+        t = F.pad(t.float(), [0, 0] * (t.ndim - 2) + [0, chunks * size - T])
+        return t.unflatten(1, (chunks, size))
+
+    skip = D.float().view(G, rep, 1) * x.float().unsqueeze(3)
+    x, dt, B, C = chunked(x), chunked(dt).unflatten(-1, (G, rep)), chunked(B), chunked(C).unflatten(3, (G, rep))
+    log_decay = (dt * A.float().view(G, rep)).cumsum(2)  # [b, c, size, G, rep] since the chunk began
+    starts, ends, pairs = _within_documents(seq_idx, b, chunks, size, x.device)
+
+    between = (log_decay.unsqueeze(3) - log_decay.unsqueeze(2)).masked_fill(~pairs[..., None, None], -torch.inf)
+    scores = torch.einsum("bcigrn,bcjgn->bcijgr", C, B) * between.exp() * dt.unsqueeze(2)
+    y = torch.einsum("bcijgr,bcjgp->bcigrp", scores, x)
+
+    to_end = (log_decay[:, :, -1:] - log_decay).exp() * dt * ends[..., None, None]
+    added = torch.einsum("bcjgr,bcjgp,bcjgn->bcgrpn", to_end, x, B)
+    from_start = log_decay.exp() * starts[..., None, None]
+    before = []
+    for c in range(chunks):
+        before.append(state)
+        state = from_start[:, c, -1, :, :, None, None] * state + added[:, c]
+    y = y + torch.einsum("bcigrn,bcgrpn,bcigr->bcigrp", C, torch.stack(before, dim=1), from_start)
+    y = y.flatten(1, 2)[:, :T] + skip
+    return y.flatten(2, 3).to(out_dtype), state.flatten(1, 2)
+
+
+def _within_documents(
+    seq_idx: Tensor | None, b: int, chunks: int, size: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Which tokens of a chunk share a document with the token in front of it [b, c, size], with its last token
+    [b, c, size], and with an earlier token of it or themselves [b, c, size, size]; all bool."""
+    causal = torch.ones(size, size, dtype=torch.bool, device=device).tril()
+    if seq_idx is None:
+        ones = torch.ones(1, 1, 1, dtype=torch.bool, device=device).expand(b, chunks, size)
+        return ones, ones, causal.expand(b, chunks, size, size)
+    documents = F.pad((seq_idx.diff(dim=1) != 0).cumsum(1), (1, 0))
+    last = documents[:, -1:].expand(-1, chunks * size - documents.shape[1])
+    documents = torch.cat([documents, last], dim=1).unflatten(1, (chunks, size))
+    in_front = torch.cat([documents[:, :1, :1], documents[:, :-1, -1:]], dim=1)
+    same = documents.unsqueeze(3) == documents.unsqueeze(2)
+    return documents == in_front, documents == documents[:, :, -1:], same & causal
