@@ -10,7 +10,7 @@ from rich.console import Console
 
 import m1
 from m1.errors import UserError
-from m1.pipeline import run_pipeline, run_stage, sample_progress
+from m1.pipeline import progress_bar, run_pipeline, run_stage
 from m1.recipe import load_stage
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=m1.__doc__)
@@ -21,28 +21,64 @@ INTERRUPTED = 130  # the shell's exit code for Ctrl-C
 
 Model = Annotated[Path, typer.Option(help="Checkpoint folder.")]
 Recipe = Annotated[Path, typer.Argument(help="The stage's TOML file.")]
+MixerOption = Annotated[str, typer.Option("--mixer", help='"mamba" (Mamba-1) or "mamba2".')]
+AlignmentOption = Annotated[
+    str, typer.Option("--head-alignment", help='"attention" or "official" (the released code\'s order).')
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of this stage.")]
 
 
 @app.command()
 def convert(
-    teacher: Annotated[Path, typer.Option(help="Llama-family checkpoint folder.")],
+    teacher: Annotated[Path, typer.Option(help="Llama, Qwen2 or Qwen3 checkpoint folder.")],
     out: Annotated[Path, typer.Option(help="Where the hybrid is saved.")],
-    keep_attention: Annotated[str, typer.Option(help="Layers that stay attention, e.g. 1,3.")],
-    head_alignment: Annotated[
-        str, typer.Option(help='"attention" or "official" (the released code\'s order).')
-    ] = "attention",
-    state_size: Annotated[int, typer.Option(help="States a channel; must divide head_dim.")] = 16,
+    keep_attention: Annotated[
+        str | None, typer.Option(help="Layers that stay attention, e.g. 1,3, or @ranking.json:6 (see rank-layers).")
+    ] = None,
+    attention_ratio: Annotated[
+        float | None, typer.Option(help="Instead of it: the share of layers that stay attention, evenly spaced.")
+    ] = None,
+    mixer: MixerOption = "mamba",
+    head_alignment: AlignmentOption = "attention",
+    state_size: Annotated[
+        int | None, typer.Option(help="States a Mamba-1 channel, 16 when not given; must divide head_dim.")
+    ] = None,
     seed: int = 0,
 ) -> None:
     """Turn a transformer checkpoint into a hybrid: weights mapped, nothing trained."""
     from m1.model.convert import convert as run
 
-    model = run(teacher, out, parse_layers(keep_attention), head_alignment, state_size, seed)
+    model = run(teacher, out, keep_attention, attention_ratio, mixer, head_alignment, state_size, seed)
     kept = model.config.attention_layers
     console.print(
         f"{out}: {len(kept)} attention layers {kept}, {model.config.num_hidden_layers - len(kept)} Mamba layers"
     )
+
+
+@app.command("rank-layers")
+def rank_layers(
+    teacher: Annotated[Path, typer.Option(help="Llama, Qwen2 or Qwen3 checkpoint folder.")],
+    data: Annotated[Path, typer.Option(help='JSONL of {"messages"} or {"problem", "solution"}.')],
+    out: Annotated[Path, typer.Option(help="JSON for `m1 convert --keep-attention @FILE:COUNT`.")] = Path(
+        "ranking.json"
+    ),
+    limit: Annotated[int | None, typer.Option(help="Use the first rows only.")] = 64,
+    mixer: MixerOption = "mamba",
+    head_alignment: AlignmentOption = "attention",
+    max_length: Annotated[int, typer.Option(help="Tokens of a row that count.")] = 1024,
+    batch_size: int = 8,
+    seed: int = 0,
+) -> None:
+    """Measure what replacing each layer alone would cost, in KL from the teacher; the most costly should be kept."""
+    from m1.recipe import Data
+    from m1.train.rank_layers import rank_layers as run
+
+    with progress_bar("rank-layers", "layers") as on_progress:
+        rows = Data(path=str(data), limit=limit)
+        result = run(teacher, rows, out, mixer, head_alignment, max_length, batch_size, seed, on_progress)
+    for place, layer in enumerate(result["ranking"], start=1):
+        console.print(f"{place:3d}. layer {layer:3d}  {result['kl'][str(layer)]:.4f} nats a token", highlight=False)
+    console.print(f"{result['tokens']} tokens; written to {out}", soft_wrap=True)
 
 
 @app.command("import-official")
@@ -104,7 +140,7 @@ def evaluate(
     network, tokenizer = load_model(model)
     out = out or model / "eval" / task
     settings = Settings(task, n, max_new_tokens, temperature, seed)
-    with sample_progress(task) as on_progress:
+    with progress_bar(task, "samples") as on_progress:
         result = run(network, tokenizer, problems, settings, out, max_batch, on_progress)
     majority = result["maj@k"][str(n)]
     console.print(f"{task}: {result['n_problems']} problems, {n} samples each")
@@ -156,14 +192,6 @@ def pipeline(recipe_dir: Annotated[Path, typer.Argument(help="Recipe folder with
     """Run all stages of a recipe folder; run it again to go on where it was cut off."""
     summary = run_pipeline(recipe_dir)
     console.print_json(data=summary)
-
-
-def parse_layers(text: str) -> list[int]:
-    """ "1,3" -> [1, 3]; "" -> []. Raises UserError."""
-    try:
-        return [int(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        raise UserError(f"--keep-attention {text!r}: expected layer numbers separated by commas, e.g. 1,3") from None
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """All stages of a recipe folder in order. Finished ones are skipped, a cut-off one goes on; ends in a report."""
 
+import dataclasses
 import importlib
 import time
 from collections.abc import Callable
@@ -96,7 +97,7 @@ def _convert(stage: ConvertStage) -> None:
     from m1.train.stage import write_manifest
 
     started = time.monotonic()
-    convert(stage.teacher, stage.out, stage.keep_attention, stage.head_alignment, stage.state_size, stage.seed)
+    convert(**dataclasses.asdict(stage))
     write_manifest(stage.out, stage, time.monotonic() - started)
 
 
@@ -115,7 +116,7 @@ def _evaluate(stage: EvalStage) -> None:
         for name, path in stage.models.items():
             model, tokenizer = load_model(path)
             out = Path(stage.out, name)
-            with sample_progress(name) as on_progress:
+            with progress_bar(name, "samples") as on_progress:
                 result = evaluate(model, tokenizer, problems, settings, out, stage.max_batch, on_progress)
             majority = result["maj@k"][str(stage.n)]["value"]
             console.print(
@@ -127,15 +128,15 @@ def _evaluate(stage: EvalStage) -> None:
     write_manifest(stage.out, stage, seconds)
 
 
-class sample_progress:
-    """A bar of samples: `with sample_progress("gsm8k") as on_progress: ...` calls on_progress(done, total)."""
+class progress_bar:
+    """`with progress_bar("gsm8k", "samples") as on_progress: ...` calls on_progress(done, total)."""
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, unit: str):
         self.bar = Progress(
             TextColumn(name),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("samples"),
+            TextColumn(unit),
             TimeElapsedColumn(),
             console=console,
         )

@@ -49,11 +49,15 @@ class Data:
 
 @dataclass(frozen=True)
 class ConvertStage:
+    """A teacher's conversion; either `keep_attention` (also "@FILE:COUNT") or `attention_ratio` chooses its layers."""
+
     teacher: str
     out: str
-    keep_attention: list[int]
+    keep_attention: list[int] | str | None = None
+    attention_ratio: float | None = None
+    mixer: Literal["mamba", "mamba2"] = "mamba"
     head_alignment: Literal["attention", "official"] = "attention"
-    state_size: int = 16
+    state_size: int | None = None
     seed: int = 0
 
 
@@ -179,7 +183,7 @@ def build(cls: type[T], table: dict[str, Any], where: str) -> T:
     for key, value in table.items():
         if dataclasses.is_dataclass(hints[key]) and isinstance(value, dict):
             value = build(typing.cast(type, hints[key]), value, f"{where} [{key}]")
-        elif isinstance(value, int) and hints[key] is float:
+        elif isinstance(value, int) and not _matches(value, hints[key]) and _matches(float(value), hints[key]):
             value = float(value)
         if not _matches(value, hints[key]):
             raise UserError(f"{where}: {key} = {value!r} should be {_describe(hints[key])}")

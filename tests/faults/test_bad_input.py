@@ -127,12 +127,49 @@ def test_other_architectures(run, copy_of_teacher, tmp_path):
 
 @pytest.mark.parametrize(
     ("layers", "words"),
-    [("99", "kept in layer 99, but the teacher has layers 0 to 3"), ("a,b", "'a,b'"), ("", "keep at least one")],
+    [
+        ("99", "kept in layer 99, but the teacher has layers 0 to 3"),
+        ("a,b", "'a,b'"),
+        ("", "keep at least one"),
+        ("@nowhere.json:2", "nowhere.json is missing"),
+        ("@ranking.json", "expected @FILE:COUNT"),
+    ],
 )
 def test_keep_attention(run, copy_of_teacher, tmp_path, layers, words):
     arguments = ("--out", tmp_path / "o", "--keep-attention", layers)
     check(run("convert", "--teacher", copy_of_teacher, *arguments), words)
     assert not (tmp_path / "o").exists()
+
+
+def test_ways_to_choose_layers(run, copy_of_teacher, tmp_path):
+    base = ("convert", "--teacher", copy_of_teacher, "--out", tmp_path / "o")
+    check(run(*base), "give either")
+    check(run(*base, "--keep-attention", "1", "--attention-ratio", "0.5"), "give either")
+    check(run(*base, "--attention-ratio", "2"), "ratio of 2.0")
+    check(run(*base, "--attention-ratio", "0.5", "--mixer", "mamba3"), "mixer must be 'mamba' or 'mamba2'")
+    check(run(*base, "--attention-ratio", "0.5", "--mixer", "mamba2", "--state-size", 16), "must be head_dim (32)")
+    check(run(*base, "--attention-ratio", "0.5", "--head-alignment", "none"), "got 'none'")
+    assert not (tmp_path / "o").exists()
+    assert run(*base, "--attention-ratio", "0.5")[0] == 0
+    assert json.loads((tmp_path / "o" / "config.json").read_text())["layer_types"][1::2] == ["full_attention"] * 2
+
+
+def test_ranking_layers(run, copy_of_teacher, tmp_path):
+    data, out = tmp_path / "data.jsonl", tmp_path / "r.json"
+    base = ("rank-layers", "--teacher", copy_of_teacher, "--out", out, "--data", data)
+    check(run(*base), "data.jsonl")
+    data.write_text('{"problem": "1+1"}\n')
+    check(run(*base), "row 1: needs `messages`")
+    data.write_text('{"problem": "1+1", "solution": "2"}\n')
+    (copy_of_teacher / "chat_template.jinja").rename(tmp_path / "aside")
+    check(run(*base), "no chat template")
+    assert not out.exists()
+    (tmp_path / "aside").rename(copy_of_teacher / "chat_template.jinja")
+    assert run(*base)[0] == 0
+    check(run(*base, "--seed", 3), "other settings")
+    convert = ("convert", "--teacher", copy_of_teacher, "--out", tmp_path / "o", "--keep-attention")
+    check(run(*convert, f"@{out}:5"), "5 layers to keep of 4")
+    assert run(*convert, f"@{out}:2")[0] == 0
 
 
 def test_misspelt_recipe_key(run, tmp_path):

@@ -4,8 +4,7 @@ import pytest
 import torch
 from checkpoints import FAMILIES, save_checkpoint, tiny_teacher
 
-from m1.errors import UserError
-from m1.model.convert import convert, evenly_spaced, group_permutation
+from m1.model.convert import convert, group_permutation
 
 N, HEADS, KV_HEADS, HEAD_DIM = 16, 4, 2, 32
 IDENTITY = torch.arange(HEADS * HEAD_DIM)
@@ -90,17 +89,3 @@ def test_same_seed_same_model(tmp_path, teacher_dir):
     states = [m.state_dict() for m in models]
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
     assert any(not torch.equal(states[0][k], states[2][k]) for k in states[0])
-
-
-@pytest.mark.parametrize(
-    ("layers", "ratio", "kept"),
-    [(4, 0.5, [1, 3]), (8, 0.25, [3, 7]), (28, 6 / 28, [3, 8, 13, 17, 22, 27]), (4, 1.0, [0, 1, 2, 3]), (4, 0.01, [3])],
-)
-def test_evenly_spaced_layers(layers, ratio, kept):
-    assert evenly_spaced(layers, ratio) == kept
-
-
-@pytest.mark.parametrize("ratio", [0.0, -0.5, 1.5])
-def test_impossible_ratio(ratio):
-    with pytest.raises(UserError, match="above 0 and at most 1"):
-        evenly_spaced(4, ratio)

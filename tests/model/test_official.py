@@ -1,4 +1,4 @@
-"""Invariant 9: the released layout. Import -> an independent evaluation's logits; -> export -> the same tensors."""
+"""Invariant 9: the released layouts. Import -> an independent evaluation's logits; -> export -> the same tensors."""
 
 import json
 import math
@@ -15,23 +15,28 @@ D, X = HEADS * HD, KV * HD
 THETA, EPS = 5000.0, 1e-5
 
 
-@pytest.fixture
-def released(tmp_path):
+ROPE_FACTOR, LOW, HIGH, ORIGINAL = 32.0, 1.0, 4.0, 16
+
+
+@pytest.fixture(params=["mamba", "mamba2"])
+def released(tmp_path, request):
     """A folder in the released layout, made by hand from docs/model.md, with random weights everywhere."""
+    mamba2 = request.param == "mamba2"
     folder = tmp_path / "released"
     folder.mkdir()
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": V, "hidden_size": H,
         "intermediate_size": FFN, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS,
         "num_key_value_heads": KV, "head_dim": HD, "rms_norm_eps": EPS, "rope_theta": THETA,
-        "rope_scaling": {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                         "original_max_position_embeddings": 16},
+        "rope_scaling": {"rope_type": "llama3", "factor": ROPE_FACTOR, "low_freq_factor": LOW,
+                         "high_freq_factor": HIGH, "original_max_position_embeddings": ORIGINAL},
         "max_position_embeddings": 256, "tie_word_embeddings": True, "torch_dtype": "float32", "hidden_act": "silu",
     }  # fmt: skip
     mamba = {
-        "d_model": H, "ssm_cfg": {"expand": 1}, "rms_norm_eps": EPS, "vocab_size": V, "d_inner": D, "d_xb": X,
+        "d_model": H, "rms_norm_eps": EPS, "vocab_size": V, "d_inner": D, "d_xb": X,
         "intermediate_size": FFN, "hidden_act": "silu", "n_layer": LAYERS, "attn_layers": KEPT,
     }  # fmt: skip
+    mamba["ssm_cfg"] = {"expand": 1, "ngroups": HEADS, "d_state": HD} if mamba2 else {"expand": 1}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "mamba_config.json").write_text(json.dumps(mamba))
     g = torch.Generator().manual_seed(0)
@@ -45,19 +50,26 @@ def released(tmp_path):
         w |= {p + f"{n}.weight": 1 + random(H) for n in ("input_layernorm", "post_attention_layernorm")}
         w |= {p + f"mlp.{n}_proj.weight": random(FFN, H) for n in ("gate", "up")}
         w[p + "mlp.down_proj.weight"] = random(H, FFN)
-        if i in KEPT:
+        m = p + "mamba."
+        if i in KEPT and mamba2:
+            w |= {p + f"self_attn.{n}_proj.weight": random(D if n == "q" else X, H) for n in "qkv"}
+            w[p + "self_attn.o_proj.weight"] = random(H, D)
+        elif i in KEPT:
             w |= {p + "mha.in_proj.weight": random(D + 2 * X, H), p + "mha.out_proj.weight": random(H, D)}
-            continue
-        w |= {
-            p + "mamba.in_proj.weight": random(2 * D + 2 * X + R, H),
-            p + "mamba.dt_proj.weight": random(D, R),
-            p + "mamba.dt_proj.bias": random(D),
-            p + "mamba.conv1d.weight": random(D, 1, 4, scale=0.5),
-            p + "mamba.conv1d.bias": random(D),
-            p + "mamba.A_log": random(D, N, scale=0.5),
-            p + "mamba.D": random(D),
-            p + "mamba.out_proj.weight": random(H, D),
-        }
+        else:
+            steps, conv = (HEADS, D + 2 * X) if mamba2 else (R, D)
+            w |= {
+                m + "in_proj.weight": random(2 * D + 2 * X + steps, H),
+                m + "conv1d.weight": random(conv, 1, 4, scale=0.5),
+                m + "conv1d.bias": random(conv),
+                m + "out_proj.weight": random(H, D),
+            }
+            if mamba2:
+                w |= {m + "A_log": random(HEADS, scale=0.5), m + "D": random(HEADS), m + "dt_bias": random(HEADS)}
+                w[m + "norm.weight"] = 1 + random(D)
+            else:
+                w |= {m + "A_log": random(D, N, scale=0.5), m + "D": random(D)}
+                w |= {m + "dt_proj.weight": random(D, R), m + "dt_proj.bias": random(D)}
     save_file(w, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -98,10 +110,29 @@ def dense_evaluation(w, tokens):
                 y[t, c] = (C[t, group] * state).sum() + w[p + "D"][c] * x[t, c]
         return (y * silu(z)) @ w[p + "out_proj.weight"].T
 
-    def attention(p, u):
-        q, k, v = (u @ w[p + "in_proj.weight"].T).split([D, X, X], dim=-1)
+    def mamba2(p, u):
+        z, xBC, dt = (u @ w[p + "in_proj.weight"].T).split([D, 2 * X + D, HEADS], dim=-1)
+        conv = torch.zeros(T, 2 * X + D)
+        for t in range(T):
+            for k in range(4):
+                if t - 3 + k >= 0:
+                    conv[t] += w[p + "conv1d.weight"][:, 0, k] * xBC[t - 3 + k]
+        x, B, C = silu(conv + w[p + "conv1d.bias"]).split([X, X, D], dim=-1)
+        dt = torch.log1p(torch.exp(dt + w[p + "dt_bias"]))
+        y = torch.zeros(T, D)
+        for head in range(HEADS):
+            own, kv = (slice(i * HD, i * HD + HD) for i in (head, head // (HEADS // KV)))
+            state = torch.zeros(HD, HD)
+            for t in range(T):
+                decay = torch.exp(-dt[t, head] * torch.exp(w[p + "A_log"][head]))
+                state = decay * state + dt[t, head] * torch.outer(x[t, kv], B[t, kv])
+                y[t, own] = state @ C[t, own] + w[p + "D"][head] * x[t, kv]
+            gated = y[:, own] * silu(z[:, own])
+            y[:, own] = gated / (gated.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * w[p + "norm.weight"][own]
+        return y @ w[p + "out_proj.weight"].T
+
+    def attention(q, k, v, frequencies):
         out = torch.zeros(T, D)
-        frequencies = torch.tensor([THETA ** (-2 * i / HD) for i in range(HD // 2)])
 
         def rotate(vector, t):
             a, b = vector[: HD // 2], vector[HD // 2 :]
@@ -109,23 +140,43 @@ def dense_evaluation(w, tokens):
             return torch.cat([a * cos - b * sin, b * cos + a * sin])
 
         for head in range(HEADS):
-            own, kv = (
-                slice(head * HD, head * HD + HD),
-                slice(head // (HEADS // KV) * HD, head // (HEADS // KV) * HD + HD),
-            )
+            own, kv = (slice(i * HD, i * HD + HD) for i in (head, head // (HEADS // KV)))
             for t in range(T):
                 scores = torch.stack([rotate(q[t, own], t) @ rotate(k[s, kv], s) / math.sqrt(HD) for s in range(t + 1)])
                 out[t, own] = scores.softmax(0) @ v[: t + 1, kv]
-        return out @ w[p + "out_proj.weight"].T
+        return out
+
+    plain = [THETA ** (-2 * i / HD) for i in range(HD // 2)]
+
+    def mixed(p, u):
+        if p + "mha.in_proj.weight" in w:  # the code it belongs to ignores rope scaling
+            q, k, v = (u @ w[p + "mha.in_proj.weight"].T).split([D, X, X], dim=-1)
+            return attention(q, k, v, torch.tensor(plain)) @ w[p + "mha.out_proj.weight"].T
+        if p + "self_attn.q_proj.weight" in w:
+            q, k, v = (u @ w[p + f"self_attn.{n}_proj.weight"].T for n in "qkv")
+            scaled = torch.tensor([llama3_scaled(frequency) for frequency in plain])
+            return attention(q, k, v, scaled) @ w[p + "self_attn.o_proj.weight"].T
+        return mamba2(p + "mamba.", u) if p + "mamba.dt_bias" in w else mamba(p + "mamba.", u)
 
     for i in range(LAYERS):
         p = f"model.layers.{i}."
         u = norm(h, w[p + "input_layernorm.weight"])
-        h = h + (attention(p + "mha.", u) if i in KEPT else mamba(p + "mamba.", u))
+        h = h + mixed(p, u)
         u = norm(h, w[p + "post_attention_layernorm.weight"])
         gate, up = u @ w[p + "mlp.gate_proj.weight"].T, u @ w[p + "mlp.up_proj.weight"].T
         h = h + (silu(gate) * up) @ w[p + "mlp.down_proj.weight"].T
     return norm(h, w["model.norm.weight"]) @ w["model.embed_tokens.weight"].T
+
+
+def llama3_scaled(frequency):
+    """Llama 3.1's rope scaling of one frequency, from its definition."""
+    wavelength = 2 * math.pi / frequency
+    if wavelength < ORIGINAL / HIGH:
+        return frequency
+    if wavelength > ORIGINAL / LOW:
+        return frequency / ROPE_FACTOR
+    smooth = (ORIGINAL / wavelength - LOW) / (HIGH - LOW)
+    return (1 - smooth) * frequency / ROPE_FACTOR + smooth * frequency
 
 
 @torch.no_grad()

@@ -40,7 +40,6 @@ def load_model(path: str | Path, **options: Any) -> tuple[PreTrainedModel, PreTr
     read_json(path / "config.json")
     try:
         model, loaded = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
-        tokenizer = AutoTokenizer.from_pretrained(path)
     except SafetensorError as error:
         raise UserError(f"{path}: its weights are truncated or damaged ({error})") from None
     except (OSError, ValueError, KeyError, RuntimeError, StrictDataclassError) as error:
@@ -48,7 +47,15 @@ def load_model(path: str | Path, **options: Any) -> tuple[PreTrainedModel, PreTr
         raise UserError(f"can't load {path}: {reason}") from None
     if missing := sorted(loaded["missing_keys"]):
         raise UserError(f"{path} has no tensor {missing[0]!r} ({len(missing)} missing): copy the checkpoint again")
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), load_tokenizer(path)
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """Raises UserError where the folder has none or a damaged one."""
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"can't load the tokenizer of {path}: {str(error).strip().splitlines()[0]}") from None
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ C <- Q   B <- K   x <- V   out_proj <- O        biases and QK-norm with them; th
 """
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from m1.errors import UserError
 from m1.jsonl import read_json
 from m1.model.checkpoint import TOKENIZER_FILES, read_weights
 from m1.model.configuration import ATTENTION, MAMBA, M1Config
+from m1.model.layer_choice import choose_layers
 from m1.model.mixer import Mixer
 from m1.model.modeling import M1ForCausalLM, new_mixer
 
@@ -38,20 +39,21 @@ SHARED_FIELDS = (
 def convert(
     teacher: str | Path,
     out: str | Path,
-    keep_attention: Iterable[int],
+    keep_attention: str | Sequence[int] | None = None,
+    attention_ratio: float | None = None,
+    mixer: str = "mamba",
     head_alignment: str = "attention",
     state_size: int | None = None,
     seed: int = 0,
-    mixer: str = "mamba",
 ) -> M1ForCausalLM:
     """Converts the Llama or Qwen checkpoint folder `teacher` and saves the hybrid, with its tokenizer, to `out`.
 
     Args:
-        keep_attention: indices of the layers that stay attention.
+        keep_attention, attention_ratio: which layers stay attention, see `layer_choice.choose_layers`.
+        mixer: "mamba" (Mamba-1) or "mamba2".
         head_alignment: "attention" or "official", see `group_permutation`.
         state_size: N of Mamba-1, 16 when None, which the fast kernels want.
         seed: of the new parameters.
-        mixer: "mamba" (Mamba-1) or "mamba2".
 
     Raises:
         UserError: not a supported checkpoint, a damaged one, or layers it doesn't have.
@@ -59,7 +61,8 @@ def convert(
     teacher, out = Path(teacher), Path(out)
     refuse_same_folder(teacher, out)
     teacher_config = read_teacher_config(teacher)
-    config = hybrid_config(teacher_config, keep_attention, head_alignment, state_size, mixer)
+    kept = choose_layers(teacher_config.num_hidden_layers, keep_attention, attention_ratio)
+    config = hybrid_config(teacher_config, kept, head_alignment, state_size, mixer)
     weights = read_weights(teacher)
     torch.manual_seed(seed)
     for i in set(range(config.num_hidden_layers)) - set(config.attention_layers):
@@ -108,14 +111,6 @@ def hybrid_config(
         return M1Config(**shared, **TEACHERS[teacher.model_type], **options)
     except StrictDataclassError as error:
         raise UserError(f"this teacher can't be converted: {error.__cause__ or error}") from None
-
-
-def evenly_spaced(layers: int, ratio: float) -> list[int]:
-    """`ratio` of the layers, at least one: the last of each of as many equal stretches. UserError outside (0, 1]."""
-    if not 0 < ratio <= 1:
-        raise UserError(f"an attention ratio of {ratio}: expected a share of the layers, above 0 and at most 1")
-    count = max(1, round(ratio * layers))
-    return [(i + 1) * layers // count - 1 for i in range(count)]
 
 
 def group_permutation(heads: int, kv_heads: int, head_dim: int, state_size: int) -> Tensor:

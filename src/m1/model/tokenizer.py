@@ -1,7 +1,9 @@
-"""A byte-level tokenizer with a chat template: any text is valid input, and no vocabulary has to be trained."""
+"""Conversations as tokens, and a byte-level tokenizer: any text is valid input, no vocabulary has to be trained."""
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from m1.errors import UserError
 
 SPECIAL_TOKENS = ("<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 
@@ -30,4 +32,22 @@ def byte_tokenizer(model_max_length: int = 4096) -> PreTrainedTokenizerFast:
         chat_template=CHAT_TEMPLATE,
         model_max_length=model_max_length,
         clean_up_tokenization_spaces=False,
+    )
+
+
+def conversation_tokens(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], add_generation_prompt: bool = False
+) -> list[int]:
+    """Token ids of whole messages, `add_generation_prompt`: ready for the assistant's next.
+
+    Raises:
+        UserError: the tokenizer has no chat template.
+    """
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"the tokenizer of {tokenizer.name_or_path} has no chat template: add chat_template.jinja beside it, "
+            "e.g. the instruct model's"
+        )
+    return tokenizer.apply_chat_template(
+        messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False
     )

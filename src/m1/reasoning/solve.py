@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedTokenizerBase
 
 from m1.engine import Completion, Engine, SamplingParams
-from m1.errors import UserError
+from m1.model.tokenizer import conversation_tokens
 from m1.reasoning.answers import TIMEOUT_SECONDS, Grader, extract_answer
 from m1.reasoning.voting import Vote, vote
 
@@ -75,10 +75,5 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase, problem: str | list[dict[str
     Raises:
         UserError: the tokenizer has no chat template.
     """
-    if not tokenizer.chat_template:
-        raise UserError(
-            f"the tokenizer of {tokenizer.name_or_path} has no chat template: add chat_template.jinja beside it, "
-            "e.g. the instruct model's"
-        )
     messages = [{"role": "user", "content": problem}] if isinstance(problem, str) else problem
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+    return conversation_tokens(tokenizer, messages, add_generation_prompt=True)

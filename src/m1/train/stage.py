@@ -171,11 +171,13 @@ def write_manifest(out: str | Path, recipe: Any, seconds: float) -> None:
 
 
 def recipe_hash(recipe: Any) -> str:
-    """Of all a stage's output depends on: the recipe, the data file it names and the stages its models come from."""
+    """Of all a stage's output depends on: the recipe, the files it names and the stages its models come from."""
     digest = hashlib.sha256(json.dumps(dataclasses.asdict(recipe), sort_keys=True).encode())
     data = getattr(recipe, "data", None)
     models = [getattr(recipe, "model", None), getattr(recipe, "teacher", None), *getattr(recipe, "models", {}).values()]
-    inputs = [getattr(data, "path", data), *(Path(model, MANIFEST) for model in models if model)]
+    kept = getattr(recipe, "keep_attention", None)
+    ranking = kept[1:].rpartition(":")[0] if isinstance(kept, str) else None  # @FILE:COUNT
+    inputs = [ranking, getattr(data, "path", data), *(Path(model, MANIFEST) for model in models if model)]
     for path in inputs:
         if path and Path(path).is_file():
             digest.update(Path(path).read_bytes())

@@ -1,0 +1,124 @@
+"""Which layers need their attention most: each is replaced alone by its conversion, and the damage is measured.
+
+The cost of a layer is the KL divergence, in nats a token, of the model with that one layer replaced from the teacher:
+where distillation would start if only this layer were converted.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from m1.errors import UserError
+from m1.jsonl import read_json, write_json
+from m1.model.checkpoint import load_tokenizer, read_weights
+from m1.model.convert import hybrid_config, mixer_from_attention, model_from_weights, read_teacher_config
+from m1.model.modeling import M1DecoderLayer, M1ForCausalLM
+from m1.model.tokenizer import conversation_tokens
+from m1.recipe import Data
+from m1.train.data import conversations
+from m1.train.distill import divergence_from_states
+
+Batch = tuple[Tensor, Tensor]  # input ids and attention mask, [b, T] each
+
+
+@torch.no_grad()
+def rank_layers(
+    teacher: str | Path,
+    data: Data,
+    out: str | Path,
+    mixer: str = "mamba",
+    head_alignment: str = "attention",
+    max_length: int = 1024,
+    batch_size: int = 8,
+    seed: int = 0,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Measures every layer and writes `out`, after each of them: cut off, the same call goes on.
+
+    Args:
+        max_length: tokens of a conversation that count.
+        on_progress: called with (layers done, layers).
+
+    Returns:
+        What `out` holds: {"settings", "tokens", "kl": {layer: nats a token}, "ranking": layers, the most costly first}.
+
+    Raises:
+        UserError: a bad checkpoint or data file, or an `out` that was measured with other settings.
+    """
+    teacher, out = Path(teacher), Path(out)
+    teacher_config = read_teacher_config(teacher)
+    layers = teacher_config.num_hidden_layers
+    settings = {
+        "teacher": str(teacher), "data": data.path or data.task, "limit": data.limit, "mixer": mixer,
+        "head_alignment": head_alignment, "max_length": max_length, "seed": seed,
+    }  # fmt: skip
+    result: dict[str, Any] = read_json(out) if out.exists() else {"settings": settings, "kl": {}}
+    if result.get("settings") != settings:
+        raise UserError(f"{out} was measured with other settings: delete it, or write to another file")
+
+    config = hybrid_config(teacher_config, range(layers), head_alignment, mixer=mixer)
+    model = model_from_weights(config, read_weights(teacher), teacher).eval()
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    batches = _batches(data, load_tokenizer(teacher), max_length, batch_size)
+    result["tokens"] = sum(int(mask.sum()) for _, mask in batches)
+    targets = [model.model(ids, attention_mask=mask, use_cache=False).last_hidden_state for ids, mask in batches]
+    for i in range(layers):
+        if on_progress:
+            on_progress(i, layers)
+        if str(i) in result["kl"]:
+            continue
+        torch.manual_seed(seed)
+        replaced = hybrid_config(teacher_config, set(range(layers)) - {i}, head_alignment, mixer=mixer)
+        kept = model.model.layers[i]
+        model.model.layers[i] = _converted(kept, replaced, i)
+        result["kl"][str(i)] = _divergence(model, batches, targets) / result["tokens"]
+        model.model.layers[i] = kept
+        write_json(out, result)
+    if on_progress:
+        on_progress(layers, layers)
+    result["ranking"] = sorted(range(layers), key=lambda i: -result["kl"][str(i)])
+    write_json(out, result)
+    return result
+
+
+def _converted(layer: M1DecoderLayer, config: Any, layer_idx: int) -> M1DecoderLayer:
+    """The layer with a Mamba mixer made from its attention; norms and MLP are shared with it."""
+    weights = layer.self_attn.state_dict()
+    with torch.device("meta"):
+        new = M1DecoderLayer(config, layer_idx)
+    new.mamba = mixer_from_attention({k: v.cpu() for k, v in weights.items()}, config, layer_idx)
+    new.mamba.to(next(layer.parameters()).device)
+    new.mlp, new.input_layernorm = layer.mlp, layer.input_layernorm
+    new.post_attention_layernorm = layer.post_attention_layernorm
+    return new.eval()
+
+
+def _divergence(model: M1ForCausalLM, batches: list[Batch], targets: list[Tensor]) -> float:
+    """Sum over all tokens of KL(teacher || model), nats."""
+    head, total = model.lm_head.weight, 0.0
+    for (ids, mask), target in zip(batches, targets, strict=True):
+        states = model.model(ids, attention_mask=mask, use_cache=False).last_hidden_state
+        real = mask.bool()
+        total += divergence_from_states(states[real], head, target[real], head, "forward_kl").item()
+    return total
+
+
+def _batches(data: Data, tokenizer: PreTrainedTokenizerBase, max_length: int, batch_size: int) -> list[Batch]:
+    rows = conversations(data)["messages"]
+    encoded = [conversation_tokens(tokenizer, row)[:max_length] for row in rows]
+    encoded.sort(key=len)
+    batches = []
+    for start in range(0, len(encoded), batch_size):
+        group = encoded[start : start + batch_size]
+        ids = torch.zeros(len(group), len(group[-1]), dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, tokens in enumerate(group):
+            ids[row, : len(tokens)] = torch.tensor(tokens)
+            mask[row, : len(tokens)] = 1
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        batches.append((ids.to(device), mask.to(device)))
+    return batches
