@@ -15,7 +15,7 @@ from m1.pipeline import finished, run_stage
 from m1.recipe import Stage, load_pipeline
 
 ALIGNMENTS = ("attention", "official")
-SEEDS = (0, 1, 2)
+SEEDS = range(8)
 ROOT = Path(__file__).parents[1]
 
 

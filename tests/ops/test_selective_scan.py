@@ -139,3 +139,12 @@ def test_shapes_that_do_not_fit(d, x_width):
     x = torch.zeros(1, 2, d)
     with pytest.raises(ValueError, match="must be multiples"):
         selective_scan(x, x, torch.zeros(d, 16), torch.zeros(1, 2, x_width), x, torch.zeros(d))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_is_a_proper_pytorch_operator(packed):
+    """Schema, fake tensors, autograd registration and tracing, as torch.compile relies on them."""
+    inputs, seq_idx, h0 = make(2, 17)
+    leaves = [t.requires_grad_() for t in inputs]
+    documents = seq_idx.to(torch.int32) if packed else None
+    torch.library.opcheck(torch.ops.m1.selective_scan_cpu, (*leaves, documents, h0 if packed else None, True))

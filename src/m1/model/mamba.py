@@ -17,7 +17,7 @@ from transformers import initialization as init
 
 from m1.model.configuration import M1Config
 from m1.model.mixer import Mixer, initial_time_step_bias
-from m1.ops import causal_conv, selective_scan
+from m1.ops import selective_scan
 from m1.ops.reference import repeat_groups
 
 
@@ -65,7 +65,7 @@ class MambaMixer(Mixer):
             state = self.recurrent_state(past_key_values)
             window = repeat_groups(self.conv_window(x, past_key_values), self.state_size, self.repeats)
         x = repeat_groups(x, self.state_size, self.repeats)
-        x = F.silu(causal_conv(x, self.conv1d.weight.squeeze(1), self.conv1d.bias, seq_idx, window))
+        x = F.silu(self.conv1d(x, seq_idx, window))
         dt = F.softplus(self.dt_proj(dt).float())
         if padding_mask is not None:
             dt = dt * padding_mask

@@ -17,7 +17,7 @@ from transformers import initialization as init
 
 from m1.model.configuration import M1Config
 from m1.model.mixer import HeadRMSNorm, Mixer, initial_time_step_bias
-from m1.ops import causal_conv, ssd
+from m1.ops import ssd
 
 A_RANGE = (1.0, 16.0)  # initial -A, uniform (Mamba-2)
 GATED_NORM_EPS = 1e-5  # a constant of the released code
@@ -62,7 +62,7 @@ class Mamba2Mixer(Mixer):
         if past_key_values is not None:
             state = self.recurrent_state(past_key_values)
             window = self.conv_window(xBC, past_key_values)
-        xBC = F.silu(causal_conv(xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias, seq_idx, window))
+        xBC = F.silu(self.conv1d(xBC, seq_idx, window))
         x, B, C = (t.unflatten(-1, (-1, self.head_dim)) for t in xBC.split(self.conv_widths, dim=-1))
         y, state = ssd(x, dt, -torch.exp(self.A_log.float()), B, C, self.D, seq_idx, state)
         if past_key_values is not None:

@@ -17,6 +17,7 @@ from transformers import Cache
 from transformers import initialization as init
 
 from m1.model.configuration import M1Config
+from m1.ops import causal_conv
 
 TIME_STEP_RANGE = (1e-3, 1e-1)  # initial step sizes (Mamba, §3.6)
 
@@ -35,7 +36,7 @@ class Mixer(nn.Module):
         self.widths = config.mamba_widths
         self.repeats = config.mamba_size // config.mamba_kv_size
         self.in_proj = nn.Linear(config.hidden_size, sum(self.widths), bias=config.attention_bias)
-        self.conv1d = nn.Conv1d(conv_size, conv_size, config.conv_kernel, groups=conv_size)  # ops.causal_conv runs it
+        self.conv1d = CausalConv1d(conv_size, conv_size, config.conv_kernel, groups=conv_size)
         self.out_proj = nn.Linear(config.mamba_size, config.hidden_size, bias=config.attention_out_bias)
         self.B_norm: nn.Module = nn.Identity()
         self.C_norm: nn.Module = nn.Identity()
@@ -75,6 +76,14 @@ class Mixer(nn.Module):
         """This layer's float32 state after what the cache has seen, None before the first token."""
         layer = cache.layers[self.layer_idx] if self.layer_idx < len(cache.layers) else None
         return layer.recurrent_states[0] if layer is not None and layer.has_previous_state[0] else None
+
+
+class CausalConv1d(nn.Conv1d):
+    """nn.Conv1d's parameters, `ops.causal_conv`'s computation."""
+
+    def forward(self, x: Tensor, seq_idx: Tensor | None = None, window: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """x [b, T, channels], window [b, K-1, channels] in front of it -> [b, T, channels]."""
+        return causal_conv(x, self.weight.squeeze(1), self.bias, seq_idx, window)
 
 
 class HeadRMSNorm(nn.Module):

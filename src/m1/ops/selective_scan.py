@@ -1,11 +1,10 @@
 """The selective scan: one public function, which runs the C++ kernel on the CPU and the reference elsewhere."""
 
 import ctypes
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from m1.ops import reference
 from m1.ops.build import load_cpu_kernels
@@ -55,10 +54,8 @@ def selective_scan(
     if x.shape != dt.shape or x.shape != C.shape or A.shape[0] != d or D.shape != (d,):
         shapes = [tuple(t.shape) for t in (x, dt, A, B, C, D)]
         raise ValueError(f"selective_scan: shapes of x, dt, A, B, C, D don't fit: {shapes}")
-    kernels = None
-    if backend != "reference" and x.device.type == "cpu" and n == KERNEL_STATE_SIZE and x.shape[1] > 0:
-        kernels = load_cpu_kernels("selective_scan")
-    if kernels is None:
+    kernel_fits = x.device.type == "cpu" and n == KERNEL_STATE_SIZE and x.shape[1] > 0
+    if backend == "reference" or not kernel_fits or not _kernels_available():
         if backend == "cpu":
             raise ValueError("selective_scan: backend 'cpu' needs CPU tensors, state size 16 and a C++ compiler")
         y, state = reference.selective_scan(x, dt, A, B, C, D, seq_idx, initial_state)
@@ -66,53 +63,101 @@ def selective_scan(
         tensors = [t.float() for t in (x, dt, A, B, C, D)]
         h0 = None if initial_state is None else initial_state.float()
         documents = None if seq_idx is None else seq_idx.to(torch.int32).contiguous()
-        y, state = _CpuScan.apply(*tensors, h0, documents, kernels)
+        save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*tensors, h0))
+        y, state, _ = _cpu_forward(*tensors, documents, h0, save)
     return y.to(x.dtype), state
 
 
-class _CpuScan(torch.autograd.Function):
-    """The C++ kernel under autograd. Tensors are float32; see cpu/selective_scan.cpp for layouts."""
+@torch.compiler.assume_constant_result
+def _kernels_available() -> bool:
+    return load_cpu_kernels("selective_scan") is not None
 
-    @staticmethod
-    def forward(ctx, x, dt, A, B, C, D, h0, seq_idx, kernels):  # noqa: ANN001
-        b, T, d = x.shape
-        x, dt, B, C = (_rows(t) for t in (x, dt, B, C))
-        A, D, h0 = A.contiguous(), D.contiguous(), None if h0 is None else h0.contiguous()
-        y = x.new_empty(b, T, d)
-        h_last = x.new_empty(b, d, KERNEL_STATE_SIZE)
-        saved = None
-        if any(ctx.needs_input_grad):
-            chunks = -(-T // KERNEL_CHUNK)
-            saved = x.new_empty(b, chunks, d // KERNEL_STATE_SIZE, KERNEL_STATE_SIZE, KERNEL_STATE_SIZE)
-        _call(
-            kernels.m1_selective_scan_forward,
-            *_sizes(x, B),
-            *_operands(x, dt, A, B, C, D, seq_idx),
-            h0,
-            y,
-            h_last,
-            saved,
-        )
-        ctx.save_for_backward(x, dt, A, B, C, D, seq_idx, saved)
-        ctx.kernels = kernels
-        return y, h_last
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy, dh_last):  # noqa: ANN001
-        x, dt, A, B, C, D, seq_idx, saved = ctx.saved_tensors
-        b, T, d = x.shape
-        dx, ddt, dC = (x.new_empty(b, T, d) for _ in range(3))
-        dB = x.new_empty(b, T, B.shape[-1])
-        dA, dh0 = (x.new_empty(b, d, KERNEL_STATE_SIZE) for _ in range(2))
-        dD = x.new_empty(b, d)
-        gradients = [dx, ddt, dA, dB, dC, dD, dh0]
-        operands = _operands(x, dt, A, B, C, D, seq_idx)
-        _call(
-            ctx.kernels.m1_selective_scan_backward,
-            *_sizes(x, B), *operands, saved, dy.contiguous(), dh_last.contiguous(), *gradients,
-        )  # fmt: skip
-        return dx, ddt, dA.sum(0), dB, dC, dD.sum(0), dh0 if ctx.needs_input_grad[6] else None, None, None
+# The C++ kernel as a PyTorch operator: float32 tensors; layouts are those of cpu/selective_scan.cpp.
+
+
+@torch.library.custom_op("m1::selective_scan_cpu", mutates_args=(), device_types="cpu")
+def _cpu_forward(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    seq_idx: Tensor | None,
+    h0: Tensor | None,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, the final state, and the states the backward pass starts from (empty unless `save`)."""
+    y, h_last, saved = _cpu_forward_outputs(x, dt, A, B, C, D, seq_idx, h0, save)
+    x, dt, B, C = (_rows(t) for t in (x, dt, B, C))
+    _call(
+        "m1_selective_scan_forward",
+        *_sizes(x, B),
+        *_operands(x, dt, A.contiguous(), B, C, D.contiguous(), seq_idx),
+        None if h0 is None else h0.contiguous(),
+        y,
+        h_last,
+        saved if save else None,
+    )
+    return y, h_last, saved
+
+
+@_cpu_forward.register_fake
+def _cpu_forward_outputs(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, seq_idx: Any, h0: Any, save: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    b, T, d = x.shape
+    chunks = -(-T // KERNEL_CHUNK) if save else 0
+    saved = x.new_empty(b, chunks, d // KERNEL_STATE_SIZE, KERNEL_STATE_SIZE, KERNEL_STATE_SIZE)
+    return x.new_empty(b, T, d), x.new_empty(b, d, KERNEL_STATE_SIZE), saved
+
+
+@torch.library.custom_op("m1::selective_scan_cpu_backward", mutates_args=(), device_types="cpu")
+def _cpu_backward(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    seq_idx: Tensor | None,
+    saved: Tensor,
+    dy: Tensor,
+    dh_last: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, dt, A, B, C, D and h0; those of A and D a sequence, to be summed over it."""
+    gradients = _cpu_backward_outputs(x, dt, A, B, C, D, seq_idx, saved, dy, dh_last)
+    x, dt, B, C = (_rows(t) for t in (x, dt, B, C))
+    operands = _operands(x, dt, A.contiguous(), B, C, D.contiguous(), seq_idx)
+    contiguous = [t.contiguous() for t in (saved, dy, dh_last)]
+    _call("m1_selective_scan_backward", *_sizes(x, B), *operands, *contiguous, *gradients)
+    return gradients
+
+
+@_cpu_backward.register_fake
+def _cpu_backward_outputs(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, seq_idx: Any, saved: Any, dy: Any, dh_last: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    b, T, d = x.shape
+    dx, ddt, dC = (x.new_empty(b, T, d) for _ in range(3))
+    dA, dh0 = (x.new_empty(b, d, KERNEL_STATE_SIZE) for _ in range(2))
+    return dx, ddt, dA, x.new_empty(b, T, B.shape[-1]), dC, x.new_empty(b, d), dh0
+
+
+def _save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
+    *tensors, h0, _ = inputs
+    ctx.save_for_backward(*tensors, output[2])
+    ctx.has_h0 = h0 is not None
+
+
+def _backward(ctx: Any, dy: Tensor, dh_last: Tensor, _: Tensor) -> tuple:
+    x, dt, A, B, C, D, seq_idx, saved = ctx.saved_tensors
+    dx, ddt, dA, dB, dC, dD, dh0 = _cpu_backward(x, dt, A, B, C, D, seq_idx, saved, dy, dh_last)
+    return dx, ddt, dA.sum(0), dB, dC, dD.sum(0), None, dh0 if ctx.has_h0 else None, None
+
+
+_cpu_forward.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -128,8 +173,9 @@ def _operands(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
     return x, x.stride(1), dt, dt.stride(1), A, B, B.stride(1), C, C.stride(1), D, seq_idx
 
 
-def _call(function, *arguments) -> None:  # noqa: ANN001
+def _call(name: str, *arguments: Tensor | int | None) -> None:
     """Calls a C function: tensors are passed as data pointers, None as a null pointer, integers as int64."""
+    function = getattr(load_cpu_kernels("selective_scan"), name)
     function.restype = None
     function(
         *(
