@@ -81,6 +81,24 @@ def rank_layers(
     console.print(f"{result['tokens']} tokens; written to {out}", soft_wrap=True)
 
 
+@app.command("inspect")
+def inspect(
+    model: Annotated[Path, typer.Argument(help="Folder of an M1 model or a teacher; its config.json is enough.")],
+    context: Annotated[int, typer.Option(help="Tokens at which the layers' caches are given.")] = 4096,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw cache against context into this file, e.g. cache.png.")
+    ] = None,
+) -> None:
+    """Show a model's layers, their parameters and caches, and the cache against its teacher's."""
+    from m1.model.summary import plot_summary, print_summary, summarize
+
+    summary = summarize(model, context)
+    print_summary(summary, console)
+    if plot:
+        plot_summary(summary, plot)
+        console.print(f"plot written to {plot}", soft_wrap=True)
+
+
 @app.command("import-official")
 def import_official(source: Path, out: Path) -> None:
     """Read a released M1 checkpoint (config.json + mamba_config.json) and save it as an M1 model."""

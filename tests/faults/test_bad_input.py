@@ -172,6 +172,18 @@ def test_ranking_layers(run, copy_of_teacher, tmp_path):
     assert run(*convert, f"@{out}:2")[0] == 0
 
 
+def test_inspect(run, copy_of_teacher, tmp_path):
+    assert run("inspect", copy_of_teacher)[0] == 0
+    check(run("inspect", tmp_path / "nowhere"), "config.json is missing")
+    check(run("inspect", copy_of_teacher, "--context", 0), "context of 0 tokens")
+    check(run("inspect", copy_of_teacher, "--plot", tmp_path / "no" / "where.png"), "can't write the plot")
+    path = copy_of_teacher / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "gpt2"}))
+    check(run("inspect", copy_of_teacher), "'gpt2'")
+    path.write_text("{")
+    check(run("inspect", copy_of_teacher), "config.json")
+
+
 def test_misspelt_recipe_key(run, tmp_path):
     (tmp_path / "r.toml").write_text('stage = "sft"\nmodell = "x"\n')
     check(run("sft", tmp_path / "r.toml"), "unknown key 'modell'; did you mean 'model'?")

@@ -129,19 +129,18 @@ class M1Config(PreTrainedConfig):
 
 
 def cache_bytes(config: PreTrainedConfig, context: int, element_size: int) -> int:
-    """Bytes of one sequence's cache after `context` tokens, for an M1 model or a transformer.
+    """Bytes of one sequence's cache after `context` tokens, for an M1 model or a transformer."""
+    kinds = getattr(config, "layer_types", None) or [ATTENTION] * config.num_hidden_layers
+    return sum(layer_cache_bytes(config, kind, context, element_size) for kind in kinds)
 
-    Attention layers keep keys and values of every token; Mamba layers a fixed number of convolution inputs and a
-    float32 state.
+
+def layer_cache_bytes(config: PreTrainedConfig, kind: str, context: int, element_size: int) -> int:
+    """Bytes one layer of one sequence caches after `context` tokens.
+
+    Attention keeps keys and values of every token; Mamba a fixed number of convolution inputs and a float32 state.
     """
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    kv_size = config.num_key_value_heads * head_dim
-    kinds = getattr(config, "layer_types", None) or [ATTENTION] * config.num_hidden_layers
-    total = 0
-    for kind in kinds:
-        if kind == MAMBA:
-            state = config.num_attention_heads * head_dim * config.state_size
-            total += config.conv_cache_size * (config.conv_kernel - 1) * element_size + state * 4
-        else:
-            total += 2 * kv_size * context * element_size
-    return total
+    if kind == ATTENTION:
+        return 2 * config.num_key_value_heads * head_dim * context * element_size
+    window = config.conv_cache_size * (config.conv_kernel - 1) * element_size
+    return window + config.num_attention_heads * head_dim * config.state_size * 4
