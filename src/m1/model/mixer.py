@@ -25,7 +25,7 @@ TIME_STEP_RANGE = (1e-3, 1e-1)  # initial step sizes (Mamba, §3.6)
 class Mixer(nn.Module):
     """Base class. Parameter names are those of the released checkpoints.
 
-    A teacher's QK-norm becomes B_norm and C_norm: B and C are its keys and queries to the last bit, less the rotation.
+    A teacher's QK-norm becomes B_norm and C_norm: B and C are its keys and queries, less the rotation.
     """
 
     def __init__(self, config: M1Config, layer_idx: int, conv_size: int):

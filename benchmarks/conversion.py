@@ -1,0 +1,140 @@
+"""How a conversion should be made, measured by how fast the pocket recipe's distillation mends it.
+
+    python benchmarks/conversion.py alignment    # head alignment "attention" against "official": results/alignment.json
+    python benchmarks/conversion.py layers       # every choice of two kept layers, against `m1 rank-layers`:
+                                                 # results/layer_choice.json
+
+On two cores about 75 and 25 minutes; run again, they go on where they were cut off. A seed is one teacher, one draw of
+the conversion's new parameters and one order of training data, shared by all that is compared. Every batch is seen
+once, so the training KL is that of unseen data. Both print the tables that stand in docs/training.md.
+"""
+
+import dataclasses
+import itertools
+import math
+import sys
+from pathlib import Path
+
+from m1.jsonl import read_jsonl, write_json
+from m1.pipeline import finished, run_stage
+from m1.recipe import Data, Stage, load_pipeline
+from m1.train.rank_layers import rank_layers
+
+ROOT = Path(__file__).parents[1]
+ALIGNMENTS = ("attention", "official")
+# The recipe's own heads are two groups of 16 states wide; real checkpoints' (head_dim 128) are eight.
+ALIGNMENT_SEEDS = {32: range(8), 128: range(3)}
+STUDENT_T = {3: 4.303, 8: 2.365}  # 97.5 % quantile for the mean of so many
+LAYER_SEEDS = range(2)
+TABLE_STEPS = (20, 50, 100, 200, 300, 400, 460)
+
+
+def alignment() -> None:
+    result: dict = {"recipe": "pocket", "head_dim": {}}
+    for head_dim, seeds in ALIGNMENT_SEEDS.items():
+        curves = {a: {seed: distil(seed, a, head_dim, head_alignment=a) for seed in seeds} for a in ALIGNMENTS}
+        rows = curves[ALIGNMENTS[0]][seeds[0]]
+        result["head_dim"][str(head_dim)] = {
+            "steps": [row["step"] for row in rows],
+            "divergence": ["forward_kl" if "forward_kl" in row else "reverse_kl" for row in rows],
+            "nats_per_token": {
+                a: {str(seed): [divergence_of(row) for row in rows] for seed, rows in by_seed.items()}
+                for a, by_seed in curves.items()
+            },
+        }
+    write_json(ROOT / "results/alignment.json", result)
+    for head_dim, measured in result["head_dim"].items():
+        print(f"\nhead_dim {head_dim}\n")
+        print(alignment_table(measured))
+
+
+def alignment_table(result: dict) -> str:
+    """Geometric means over seeds, and the mean and 95 % interval of the paired ratio."""
+    lines = [
+        "| step | divergence | attention | official | attention / official | attention lower |",
+        "|---:|---|---:|---:|---:|---:|",
+    ]
+    curves = {a: list(result["nats_per_token"][a].values()) for a in ALIGNMENTS}
+    for i, step in enumerate(result["steps"]):
+        if step not in TABLE_STEPS:
+            continue
+        logs = {a: [math.log(curve[i]) for curve in curves[a]] for a in ALIGNMENTS}
+        differences = [a - o for a, o in zip(*logs.values(), strict=True)]
+        n = len(differences)
+        mean = sum(differences) / n
+        deviation = math.sqrt(sum((d - mean) ** 2 for d in differences) / (n - 1))
+        half = STUDENT_T[n] * deviation / math.sqrt(n)
+        means = [math.exp(sum(values) / n) for values in logs.values()]
+        lines.append(
+            f"| {step} | {result['divergence'][i].replace('_', ' ')} | {means[0]:.4f} | {means[1]:.4f} "
+            f"| {math.exp(mean):.2f} ({math.exp(mean - half):.2f} to {math.exp(mean + half):.2f}) "
+            f"| {sum(d < 0 for d in differences)} of {n} |"
+        )
+    return "\n".join(lines)
+
+
+def layers() -> None:
+    result: dict = {"recipe": "pocket", "seeds": {}}
+    for seed in LAYER_SEEDS:
+        distilled = {}
+        for pair in itertools.combinations(range(4), 2):
+            name = "attention" if pair == (1, 3) else f"keep-{pair[0]}-{pair[1]}"  # the recipe's own choice
+            curve = distil(seed, name, 32, keep_attention=list(pair))
+            forward = [divergence_of(row) for row in curve if "forward_kl" in row]
+            distilled[f"{pair[0]},{pair[1]}"] = {"step_100": forward[9], "step_400": forward[-1]}
+        ranked = rank_layers(
+            f"runs/conversion/head-dim-32/seed-{seed}/teacher",
+            Data(task="chain", count=256, slip_rate=0.02, seed=77),
+            f"runs/conversion/head-dim-32/seed-{seed}/ranking.json",
+        )
+        result["seeds"][str(seed)] = {"cost": ranked["kl"], "ranking": ranked["ranking"], "distilled": distilled}
+    write_json(ROOT / "results/layer_choice.json", result)
+    print(layers_table(result))
+
+
+def layers_table(result: dict) -> str:
+    """Per seed: what replacing each kept pair's layers would have cost, and the KL their hybrid reaches."""
+    lines = ["| kept | " + " | ".join(f"seed {s}: cost, KL at 100, at 400" for s in result["seeds"]) + " |"]
+    lines.append("|---|" + "---:|" * len(result["seeds"]))
+    for pair in next(iter(result["seeds"].values()))["distilled"]:
+        cells = [pair]
+        for seed in result["seeds"].values():
+            cost = sum(seed["cost"][layer] for layer in pair.split(","))
+            reached = seed["distilled"][pair]
+            cells.append(f"{cost:.2f}, {reached['step_100']:.3f}, {reached['step_400']:.4f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def distil(seed: int, name: str, head_dim: int, **conversion: object) -> list[dict]:
+    """The pocket recipe up to its distillation, in runs/conversion/head-dim-.../seed-.../NAME: the rows it logged, each
+    the mean over ten steps."""
+    _, stages = load_pipeline(ROOT / "recipes/pocket")
+    folder = f"runs/conversion/head-dim-{head_dim}/seed-{seed}"
+    teacher, converted = f"{folder}/teacher", f"{folder}/{name}/converted"
+
+    def seeded(stage: Stage, **changes: object) -> Stage:
+        data = dataclasses.replace(stage.data, seed=stage.data.seed + 1000 * seed)
+        return dataclasses.replace(stage, data=data, trainer=stage.trainer | {"seed": seed}, **changes)
+
+    run = [
+        seeded(stages["teacher"], out=teacher, init=stages["teacher"].init | {"head_dim": head_dim}),
+        dataclasses.replace(stages["convert"], teacher=teacher, out=converted, seed=seed, **conversion),
+        seeded(stages["distill"], teacher=teacher, model=converted, out=f"{folder}/{name}/distilled"),
+    ]
+    for stage in run:
+        if not finished(stage):
+            run_stage(stage, resume=True)
+    return [row for row in read_jsonl(Path(run[-1].out, "metrics.jsonl")) if "loss" in row]
+
+
+def divergence_of(row: dict) -> float:
+    """Nats a token."""
+    return round(row["forward_kl"] if "forward_kl" in row else row["reverse_kl"], 5)
+
+
+if __name__ == "__main__":
+    experiments = {"alignment": alignment, "layers": layers}
+    if len(sys.argv) != 2 or sys.argv[1] not in experiments:
+        sys.exit(__doc__)
+    experiments[sys.argv[1]]()
