@@ -78,14 +78,14 @@ def layers() -> None:
     for seed in LAYER_SEEDS:
         distilled = {}
         for pair in itertools.combinations(range(4), 2):
-            name = "attention" if pair == (1, 3) else f"keep-{pair[0]}-{pair[1]}"  # the recipe's own choice
+            name = "official" if pair == (1, 3) else f"keep-{pair[0]}-{pair[1]}"  # the recipe's own choice
             curve = distil(seed, name, 32, keep_attention=list(pair))
             forward = [divergence_of(row) for row in curve if "forward_kl" in row]
             distilled[f"{pair[0]},{pair[1]}"] = {"step_100": forward[9], "step_400": forward[-1]}
         ranked = rank_layers(
-            f"runs/conversion/head-dim-32/seed-{seed}/teacher",
+            ROOT / f"runs/conversion/head-dim-32/seed-{seed}/teacher",
             Data(task="chain", count=256, slip_rate=0.02, seed=77),
-            f"runs/conversion/head-dim-32/seed-{seed}/ranking.json",
+            ROOT / f"runs/conversion/head-dim-32/seed-{seed}/ranking.json",
         )
         result["seeds"][str(seed)] = {"cost": ranked["kl"], "ranking": ranked["ranking"], "distilled": distilled}
     write_json(ROOT / "results/layer_choice.json", result)
@@ -110,7 +110,7 @@ def distil(seed: int, name: str, head_dim: int, **conversion: object) -> list[di
     """The pocket recipe up to its distillation, in runs/conversion/head-dim-.../seed-.../NAME: the rows it logged, each
     the mean over ten steps."""
     _, stages = load_pipeline(ROOT / "recipes/pocket")
-    folder = f"runs/conversion/head-dim-{head_dim}/seed-{seed}"
+    folder = ROOT / f"runs/conversion/head-dim-{head_dim}/seed-{seed}"
     teacher, converted = f"{folder}/teacher", f"{folder}/{name}/converted"
 
     def seeded(stage: Stage, **changes: object) -> Stage:

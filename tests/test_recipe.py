@@ -30,7 +30,7 @@ CONVERT = 'stage = "convert"\nteacher = "a"\nout = "b"\nkeep_attention = [1]\n'
     [
         (CONVERT + "keep_atention = [1]", "unknown key 'keep_atention'; did you mean 'keep_attention'"),
         (CONVERT.replace("[1]", '["1"]'), r"keep_attention = \['1'\] should be list\[int\]"),
-        (CONVERT + 'head_alignment = "other"', "head_alignment = 'other' should be 'attention' or 'official'"),
+        (CONVERT + 'head_alignment = "other"', "head_alignment = 'other' should be 'official' or 'attention'"),
         (CONVERT.replace('out = "b"\n', ""), "missing key 'out'"),
         (CONVERT.replace("convert", "konvert"), "stage = 'konvert' must be one of convert, sft"),
         ("stage = ", "not valid TOML"),

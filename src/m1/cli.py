@@ -23,7 +23,7 @@ Model = Annotated[Path, typer.Option(help="Checkpoint folder.")]
 Recipe = Annotated[Path, typer.Argument(help="The stage's TOML file.")]
 MixerOption = Annotated[str, typer.Option("--mixer", help='"mamba" (Mamba-1) or "mamba2".')]
 AlignmentOption = Annotated[
-    str, typer.Option("--head-alignment", help='"attention" or "official" (the released code\'s order).')
+    str, typer.Option("--head-alignment", help='"official" (the released code\'s order) or "attention".')
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of this stage.")]
 
@@ -39,7 +39,7 @@ def convert(
         float | None, typer.Option(help="Instead of it: the share of layers that stay attention, evenly spaced.")
     ] = None,
     mixer: MixerOption = "mamba",
-    head_alignment: AlignmentOption = "attention",
+    head_alignment: AlignmentOption = "official",
     state_size: Annotated[
         int | None, typer.Option(help="States a Mamba-1 channel, 16 when not given; must divide head_dim.")
     ] = None,
@@ -62,11 +62,11 @@ def rank_layers(
     out: Annotated[Path, typer.Option(help="JSON for `m1 convert --keep-attention @FILE:COUNT`.")] = Path(
         "ranking.json"
     ),
-    limit: Annotated[int | None, typer.Option(help="Use the first rows only.")] = 64,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use the first rows only.")] = 64,
     mixer: MixerOption = "mamba",
-    head_alignment: AlignmentOption = "attention",
-    max_length: Annotated[int, typer.Option(help="Tokens of a row that count.")] = 1024,
-    batch_size: int = 8,
+    head_alignment: AlignmentOption = "official",
+    max_length: Annotated[int, typer.Option(min=1, help="Tokens of a row that count.")] = 1024,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows in one forward pass.")] = 8,
     seed: int = 0,
 ) -> None:
     """Measure what replacing each layer alone would cost, in KL from the teacher; the most costly should be kept."""

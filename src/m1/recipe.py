@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from m1.errors import UserError
+from m1.model.layer_choice import check_choice
 
 T = TypeVar("T")
 
@@ -56,9 +57,12 @@ class ConvertStage:
     keep_attention: list[int] | str | None = None
     attention_ratio: float | None = None
     mixer: Literal["mamba", "mamba2"] = "mamba"
-    head_alignment: Literal["attention", "official"] = "attention"
+    head_alignment: Literal["official", "attention"] = "official"
     state_size: int | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_choice(self.keep_attention, self.attention_ratio)
 
 
 @dataclass(frozen=True)
@@ -183,7 +187,7 @@ def build(cls: type[T], table: dict[str, Any], where: str) -> T:
     for key, value in table.items():
         if dataclasses.is_dataclass(hints[key]) and isinstance(value, dict):
             value = build(typing.cast(type, hints[key]), value, f"{where} [{key}]")
-        elif isinstance(value, int) and not _matches(value, hints[key]) and _matches(float(value), hints[key]):
+        elif type(value) is int and not _matches(value, hints[key]) and _matches(float(value), hints[key]):
             value = float(value)
         if not _matches(value, hints[key]):
             raise UserError(f"{where}: {key} = {value!r} should be {_describe(hints[key])}")

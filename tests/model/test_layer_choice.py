@@ -20,7 +20,7 @@ def test_evenly_spaced_layers(layers, ratio, kept):
 @pytest.mark.parametrize("ratio", [0.0, -0.5, 1.5])
 def test_impossible_ratio(ratio):
     with pytest.raises(UserError, match="above 0 and at most 1"):
-        evenly_spaced(4, ratio)
+        choose_layers(4, None, ratio)
 
 
 def test_ranked_layers(tmp_path):
@@ -28,7 +28,11 @@ def test_ranked_layers(tmp_path):
     path.write_text(json.dumps({"ranking": [2, 0, 3, 1]}))
     assert choose_layers(4, f"@{path}:2", None) == [0, 2]
     assert choose_layers(4, f"@{path}:1", None) == [2]
-    for count, layers, message in ((5, 4, "5 layers to keep of 4"), (0, 4, "0 layers"), (2, 6, "this teacher has 6")):
+    for count, layers, message in (
+        (5, 4, "5 layers to keep of 4"),
+        (0, 4, "0 layers"),
+        (2, 6, "this teacher has 0 to 5"),
+    ):
         with pytest.raises(UserError, match=message):
             choose_layers(layers, f"@{path}:{count}", None)
     path.write_text(json.dumps({"kl": {"0": 0.5}}))
@@ -36,7 +40,7 @@ def test_ranked_layers(tmp_path):
         choose_layers(4, f"@{path}:2", None)
 
 
-@pytest.mark.parametrize("text", ["1;3", "@ranking.json", "@:3", "@ranking.json:x", "one"])
+@pytest.mark.parametrize("text", ["1;3", "1 3", ",", "@ranking.json", "@:3", "@ranking.json:x", "one"])
 def test_text_that_is_no_choice(text):
     with pytest.raises(UserError, match="expected"):
         choose_layers(4, text, None)

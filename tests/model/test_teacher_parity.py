@@ -84,5 +84,5 @@ def test_sliding_windows_are_refused(tmp_path):
 
 def test_other_architectures_are_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    with pytest.raises(UserError, match="'gpt2' model; supported teachers: llama, qwen2, qwen3"):
+    with pytest.raises(UserError, match="'gpt2' model; supported here: llama, qwen2, qwen3"):
         convert(tmp_path, tmp_path / "out", [1])

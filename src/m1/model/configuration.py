@@ -7,6 +7,11 @@ from transformers import PreTrainedConfig
 
 ATTENTION, MAMBA = "full_attention", "linear_attention"  # the names transformers' caches and masks know
 
+SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "state_size", "conv_kernel", "time_step_rank",
+)  # fmt: skip
+
 
 @strict
 class M1Config(PreTrainedConfig):
@@ -24,8 +29,8 @@ class M1Config(PreTrainedConfig):
         attention_bias: biases of q, k and v (and o), also of the projections they become in Mamba layers.
         attention_out_bias: bias of o alone; as attention_bias when None (Llama). Qwen2 has the others without it.
         qk_norm: RMSNorm on each head's queries and keys (Qwen3), on each head's C and B in Mamba layers.
-        head_alignment: how C and the output projection were laid out at conversion: "attention" pairs every group
-            with the part of the KV head that its query head attended to, "official" is the released code's order.
+        head_alignment: how C and the output projection were laid out at conversion: "official" is the released code's
+            order, "attention" pairs every group with the part of the KV head that its query head attended to.
             A record of what `convert` did; of the network's work only `qk_norm` depends on it.
     """
 
@@ -59,13 +64,13 @@ class M1Config(PreTrainedConfig):
     state_size: int | None = None
     conv_kernel: int = 4
     time_step_rank: int | None = None
-    head_alignment: str = "attention"
+    head_alignment: str = "official"
 
     def __post_init__(self, **kwargs):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
-            self.head_dim = self.hidden_size // self.num_attention_heads
+            self.head_dim = self.hidden_size // max(1, self.num_attention_heads)
         if self.time_step_rank is None:
             self.time_step_rank = ceil(self.hidden_size / 16)
         if self.attention_out_bias is None:
@@ -103,6 +108,9 @@ class M1Config(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Called on construction. Raises ValueError naming the field that doesn't fit."""
+        for name in SIZES:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
         if len(self.layer_types) != self.num_hidden_layers or set(self.layer_types) - {ATTENTION, MAMBA}:
             raise ValueError(
                 f"layer_types must name {ATTENTION!r} or {MAMBA!r} for each of the {self.num_hidden_layers} layers, "
@@ -117,8 +125,6 @@ class M1Config(PreTrainedConfig):
             raise ValueError(f"mixer must be 'mamba' or 'mamba2', got {self.mixer!r}")
         if self.mixer == "mamba2" and self.state_size != self.head_dim:
             raise ValueError(f"state_size ({self.state_size}) must be head_dim ({self.head_dim}) with mixer 'mamba2'")
-        if self.state_size < 1:
-            raise ValueError(f"state_size ({self.state_size}) must be at least 1")
         if MAMBA in self.layer_types and self.head_dim % self.state_size:
             raise ValueError(
                 f"head_dim ({self.head_dim}) must be a multiple of state_size ({self.state_size}): Mamba channels work "

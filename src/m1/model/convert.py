@@ -3,7 +3,6 @@
 C <- Q   B <- K   x <- V   out_proj <- O        biases and QK-norm with them; the rest of a mixer is new
 """
 
-import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,17 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from m1.errors import UserError
-from m1.jsonl import read_json
-from m1.model.checkpoint import TOKENIZER_FILES, read_weights
+from m1.model.checkpoint import (
+    copy_tokenizer,
+    load_config,
+    model_without_weights,
+    prepare_out,
+    read_weights,
+    reason,
+)
 from m1.model.configuration import ATTENTION, MAMBA, M1Config
 from m1.model.layer_choice import choose_layers
 from m1.model.mixer import Mixer
@@ -42,7 +47,7 @@ def convert(
     keep_attention: str | Sequence[int] | None = None,
     attention_ratio: float | None = None,
     mixer: str = "mamba",
-    head_alignment: str = "attention",
+    head_alignment: str = "official",
     state_size: int | None = None,
     seed: int = 0,
 ) -> M1ForCausalLM:
@@ -51,7 +56,7 @@ def convert(
     Args:
         keep_attention, attention_ratio: which layers stay attention, see `layer_choice.choose_layers`.
         mixer: "mamba" (Mamba-1) or "mamba2".
-        head_alignment: "attention" or "official", see `group_permutation`.
+        head_alignment: "official" or "attention", see `group_permutation`.
         state_size: N of Mamba-1, 16 when None, which the fast kernels want.
         seed: of the new parameters.
 
@@ -59,18 +64,18 @@ def convert(
         UserError: not a supported checkpoint, a damaged one, or layers it doesn't have.
     """
     teacher, out = Path(teacher), Path(out)
-    refuse_same_folder(teacher, out)
     teacher_config = read_teacher_config(teacher)
     kept = choose_layers(teacher_config.num_hidden_layers, keep_attention, attention_ratio)
-    config = hybrid_config(teacher_config, kept, head_alignment, state_size, mixer)
+    config = hybrid_config(teacher_config, kept, mixer=mixer, head_alignment=head_alignment, state_size=state_size)
     weights = read_weights(teacher)
-    torch.manual_seed(seed)
+    torch.manual_seed(seed % 2**64)
     for i in set(range(config.num_hidden_layers)) - set(config.attention_layers):
         prefix = f"model.layers.{i}.self_attn."
         attention = {name.removeprefix(prefix): weights.pop(name) for name in list(weights) if name.startswith(prefix)}
         mamba = mixer_from_attention(attention, config, i).state_dict()
         weights |= {f"model.layers.{i}.mamba.{name}": tensor for name, tensor in mamba.items()}
     model = model_from_weights(config, weights, source=teacher)
+    prepare_out(out, teacher)
     model.save_pretrained(out)
     copy_tokenizer(teacher, out)
     return model
@@ -80,18 +85,16 @@ def read_teacher_config(folder: Path) -> PreTrainedConfig:
     """Raises UserError where the folder is no checkpoint, or of an architecture that isn't supported."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: give a downloaded Hugging Face checkpoint")
-    kind = read_json(folder / "config.json").get("model_type")
-    if kind not in TEACHERS:
-        raise UserError(f"{folder} is a {kind!r} model; supported teachers: {', '.join(TEACHERS)}")
-    return AutoConfig.from_pretrained(folder)
+    return load_config(folder, TEACHERS)
 
 
 def hybrid_config(
     teacher: PreTrainedConfig,
     keep_attention: Iterable[int],
-    head_alignment: str = "attention",
-    state_size: int | None = None,
+    *,
     mixer: str = "mamba",
+    head_alignment: str = "official",
+    state_size: int | None = None,
 ) -> M1Config:
     """The hybrid's configuration. Raises UserError for layers the teacher lacks or sizes that don't fit."""
     kept = sorted(set(keep_attention))
@@ -102,15 +105,13 @@ def hybrid_config(
             f"attention is to be kept in layer {outside[0]}, "
             f"but the teacher has layers 0 to {teacher.num_hidden_layers - 1}"
         )
-    if set(getattr(teacher, "layer_types", None) or [ATTENTION]) != {ATTENTION}:
-        raise UserError("this teacher attends in sliding windows in some layers, which M1 doesn't: use another one")
     kinds = [ATTENTION if i in kept else MAMBA for i in range(teacher.num_hidden_layers)]
     shared = {field: getattr(teacher, field) for field in SHARED_FIELDS if hasattr(teacher, field)}
     options = {"layer_types": kinds, "mixer": mixer, "state_size": state_size, "head_alignment": head_alignment}
     try:
-        return M1Config(**shared, **TEACHERS[teacher.model_type], **options)
+        return M1Config(**(shared | TEACHERS[teacher.model_type] | options))
     except StrictDataclassError as error:
-        raise UserError(f"this teacher can't be converted: {error.__cause__ or error}") from None
+        raise UserError(f"no hybrid can be made of this configuration: {reason(error)}") from None
 
 
 def group_permutation(heads: int, kv_heads: int, head_dim: int, state_size: int) -> Tensor:
@@ -178,13 +179,19 @@ def mixer_from_attention(attention: dict[str, Tensor], config: M1Config, layer_i
 
 
 def model_from_weights(config: M1Config, weights: dict[str, Tensor], source: Path) -> M1ForCausalLM:
-    """The model with a complete state dict, in the embedding's dtype, without a second copy of it in memory.
+    """The model with a complete state dict, all in the embedding's dtype, without a second copy of it in memory.
 
     Raises:
         UserError: naming the first tensor that is missing, unknown or misshapen.
     """
-    with torch.device("meta"):
-        expected = M1ForCausalLM(config).state_dict()
+    weights = complete(config, weights, source)
+    dtype = weights["model.embed_tokens.weight"].dtype
+    return M1ForCausalLM.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
+
+
+def complete(config: M1Config, weights: dict[str, Tensor], source: Path) -> dict[str, Tensor]:
+    """The state dict, with a tied head in its place; UserError as `model_from_weights`."""
+    expected = model_without_weights(config, source).state_dict()
     if config.tie_word_embeddings:
         weights = {"lm_head.weight": weights.get("model.embed_tokens.weight", expected["lm_head.weight"]), **weights}
     weights = {name: t for name, t in weights.items() if not name.endswith("rotary_emb.inv_freq")}
@@ -197,17 +204,4 @@ def model_from_weights(config: M1Config, weights: dict[str, Tensor], source: Pat
             raise UserError(
                 f"{source}: {name!r} is {list(tensor.shape)}, its config.json asks for {list(expected[name].shape)}"
             )
-    dtype = weights["model.embed_tokens.weight"].dtype
-    return M1ForCausalLM.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
-
-
-def refuse_same_folder(source: Path, out: Path) -> None:
-    if source.resolve() == out.resolve():
-        raise UserError(f"{out} is the source itself: choose another folder, its weights would be overwritten")
-
-
-def copy_tokenizer(source: Path, out: Path) -> None:
-    """Tokenizer, chat template and generation configuration."""
-    for name in TOKENIZER_FILES:
-        if (source / name).exists():
-            shutil.copyfile(source / name, out / name)
+    return weights

@@ -121,18 +121,27 @@ class M1Model(M1PreTrainedModel):
         """Last hidden states [b, T, H].
 
         Packed rows are told by `seq_idx` [b, T] (the document of each token) or by `position_ids` that start again;
-        either implies the other. Padding is told by a 2D `attention_mask` over cache and input, as everywhere in
-        transformers; padding on the left is exact, also when generating.
+        either implies the other. As everywhere in transformers, positions tell packing only without a cache and
+        without `attention_mask`. Padding is told by a 2D `attention_mask` over cache and input; padding on the left is
+        exact, also when generating.
 
         Raises:
-            ValueError: both or neither of input_ids and inputs_embeds.
+            ValueError: both or neither of input_ids and inputs_embeds; `seq_idx` with a cache; packed rows of a batch
+                under flash attention, which takes one.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if seq_idx is None and position_ids is not None and attention_mask is None and past_key_values is None:
-            seq_idx = documents_of(position_ids)
+            # a compiled graph can't depend on what the positions are: there, one document is packed as well as many
+            always = torch.compiler.is_compiling() and not use_cache
+            seq_idx = documents_of(position_ids.expand(inputs_embeds.shape[:2]), always)
+        if seq_idx is not None and past_key_values is not None:
+            raise ValueError("seq_idx tells a packed row, which a cache can't continue: give one of the two")
+        flash = "flash" in (self.config._attn_implementation or "")
+        if flash and seq_idx is not None and len(seq_idx) > 1 and not torch.compiler.is_compiling():
+            raise ValueError("flash attention takes packed rows in batches of one: flatten the batch into one row")
         if use_cache and past_key_values is None and seq_idx is None:  # a packed row has nothing to continue
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
@@ -236,11 +245,14 @@ class M1ForCausalLM(M1PreTrainedModel, GenerationMixin):
         )
 
 
-def documents_of(position_ids: Tensor) -> Tensor | None:
-    """[b, T] document numbers of packed rows, a new one wherever positions don't go on by 1; None if nowhere."""
+def documents_of(position_ids: Tensor, always: bool = False) -> Tensor | None:
+    """[b, T] document numbers of packed rows, a new one wherever positions don't go on by 1.
+
+    None if that is nowhere, unless `always`.
+    """
     starts = torch.zeros_like(position_ids)
     starts[:, 1:] = position_ids.diff(dim=1) != 1
-    return starts.cumsum(dim=1) if starts.any() else None
+    return starts.cumsum(dim=1) if always or starts.any() else None
 
 
 def positions_of(seq_idx: Tensor) -> Tensor:

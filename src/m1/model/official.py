@@ -12,33 +12,36 @@ trained so. Importing doubles our single bias, exporting halves it: exact, since
 `mha` also ignores the configuration's rope scaling; `self_attn` is transformers' own attention, which applies it.
 """
 
-import json
 from pathlib import Path
+from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig
 
 from m1.errors import UserError
-from m1.jsonl import read_json
-from m1.model.checkpoint import read_weights
+from m1.jsonl import read_json, write_json
+from m1.model.checkpoint import copy_tokenizer, load_config, prepare_out, read_weights, reason
 from m1.model.configuration import M1Config
-from m1.model.convert import SHARED_FIELDS, copy_tokenizer, hybrid_config, model_from_weights, refuse_same_folder
+from m1.model.convert import SHARED_FIELDS, complete, hybrid_config, model_from_weights
 from m1.model.modeling import M1ForCausalLM
+
+DEFAULT_STATE_SIZE = {"mamba": 16, "mamba2": 128}  # where ssm_cfg doesn't say
 
 
 def import_official(source: str | Path, out: str | Path) -> M1ForCausalLM:
-    """Reads a released-layout folder and saves it as an M1 checkpoint; dtypes are kept.
+    """Reads a released-layout folder and saves it as an M1 checkpoint, all in the embedding's dtype.
 
     Raises:
         UserError: missing or malformed files, tensors that don't fit, or settings this model doesn't have.
     """
     source, out = Path(source), Path(out)
-    refuse_same_folder(source, out)
     weights = read_weights(source)
     config = _import_config(source, weights)
     model = model_from_weights(config, _import_weights(weights, config), source)
+    prepare_out(out, source)
     model.save_pretrained(out)
     copy_tokenizer(source, out)
     return model
@@ -52,10 +55,7 @@ def export_official(source: str | Path, out: str | Path) -> None:
             rope scaling in Mamba-1 models.
     """
     source, out = Path(source), Path(out)
-    refuse_same_folder(source, out)
-    if read_json(source / "config.json").get("model_type") != "m1":
-        raise UserError(f"{source} is not an M1 checkpoint (model_type 'm1')")
-    config = M1Config.from_pretrained(source)
+    config = load_config(source, ["m1"])
     if config.attention_bias or config.attention_out_bias or config.mlp_bias:
         raise UserError("the released layout has no projection biases, this model has them: it can't be exported")
     if config.qk_norm:
@@ -65,18 +65,14 @@ def export_official(source: str | Path, out: str | Path) -> None:
             f"the released code ignores rope scaling, this model has {config.rope_parameters['rope_type']!r}: "
             "exported, it would compute something else"
         )
-    weights = _export_weights(read_weights(source), config)
-    out.mkdir(parents=True, exist_ok=True)
+    weights = _export_weights(complete(config, read_weights(source), source), config)
+    prepare_out(out, source)
     save_file({k: v.contiguous() for k, v in weights.items()}, out / "model.safetensors", metadata={"format": "pt"})
-    shared = {field: getattr(config, field) for field in SHARED_FIELDS}
-    LlamaConfig(**shared, architectures=["LlamaForCausalLM"]).save_pretrained(out)
+    write_json(out / "config.json", _export_config(config))
+    ssm = {"expand": 1, "d_state": config.state_size, "d_conv": config.conv_kernel}
     mamba_config = {
         "d_model": config.hidden_size,
-        "ssm_cfg": {
-            "expand": 1,
-            "ngroups": config.num_attention_heads if config.mixer == "mamba2" else 1,
-            "d_state": config.state_size,
-        },
+        "ssm_cfg": ssm | ({"ngroups": config.num_attention_heads} if config.mixer == "mamba2" else {}),
         "rms_norm_eps": config.rms_norm_eps,
         "vocab_size": config.vocab_size,
         "d_inner": config.mamba_size,
@@ -86,32 +82,64 @@ def export_official(source: str | Path, out: str | Path) -> None:
         "n_layer": config.num_hidden_layers,
         "attn_layers": config.attention_layers,
     }
-    (out / "mamba_config.json").write_text(json.dumps(mamba_config, indent=4) + "\n")
+    write_json(out / "mamba_config.json", mamba_config)
     copy_tokenizer(source, out)
 
 
+def _export_config(config: M1Config) -> dict[str, Any]:
+    """A Llama configuration as that code reads it: rope_theta and rope_scaling stand by themselves."""
+    shared = {field: getattr(config, field) for field in SHARED_FIELDS}
+    llama = LlamaConfig(**shared, architectures=["LlamaForCausalLM"]).to_dict()
+    rope = llama.pop("rope_parameters")
+    llama["rope_theta"] = rope.pop("rope_theta")
+    llama["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+    return llama
+
+
 def _import_config(source: Path, weights: dict[str, Tensor]) -> M1Config:
-    if read_json(source / "config.json").get("model_type") != "llama":
-        raise UserError(f"{source}/config.json is not a Llama configuration, as the released layout has")
-    llama = LlamaConfig.from_pretrained(source)
+    llama = load_config(source, ["llama"])
     mamba = read_json(source / "mamba_config.json")
     mixer = "mamba2" if any(name.endswith(".mamba.dt_bias") for name in weights) else "mamba"
+    where = f"{source}/mamba_config.json"
     try:
-        ssm = {"d_state": 16 if mixer == "mamba" else 128, **(mamba["ssm_cfg"] or {})}
-        config = hybrid_config(llama, mamba["attn_layers"], "official", ssm["d_state"], mixer)
+        ssm, kept = mamba["ssm_cfg"] or {}, mamba["attn_layers"]
+        if not isinstance(ssm, dict) or not isinstance(kept, list) or not all(type(layer) is int for layer in kept):
+            raise UserError(f"{where}: ssm_cfg should be an object and attn_layers a list of layer numbers")
+        state_size = ssm.get("d_state", DEFAULT_STATE_SIZE[mixer])
+        config = hybrid_config(llama, kept, mixer=mixer, head_alignment="official", state_size=state_size)
         config.conv_kernel = ssm.get("d_conv", 4)
-        expected = {"d_inner": config.mamba_size, "d_xb": config.mamba_kv_size, "n_layer": config.num_hidden_layers}
+        expected = {
+            "d_inner": config.mamba_size, "d_xb": config.mamba_kv_size, "n_layer": config.num_hidden_layers,
+            "d_model": config.hidden_size, "vocab_size": config.vocab_size, "rms_norm_eps": config.rms_norm_eps,
+            "intermediate_size": config.intermediate_size, "hidden_act": config.hidden_act,
+        }  # fmt: skip
         wrong = [key for key, value in expected.items() if mamba[key] != value]
     except KeyError as error:
-        raise UserError(f"{source}/mamba_config.json has no {error}") from None
+        raise UserError(f"{where} has no {error}") from None
+    except StrictDataclassError as error:
+        raise UserError(f"{where}: {reason(error)}") from None
     if wrong:
         key = wrong[0]
-        raise UserError(f"{source}/mamba_config.json: {key} is {mamba[key]}, but config.json implies {expected[key]}")
-    if ssm.get("repeat_kv_before_conv", mixer == "mamba") != (mixer == "mamba"):
-        raise UserError(f"{source}/mamba_config.json: repeat_kv_before_conv is unlike all released {mixer} models")
+        raise UserError(f"{where}: {key} is {mamba[key]}, but config.json implies {expected[key]}")
+    _check_ssm(ssm, config, where)
     if any(".mha." in name for name in weights):
         config.rope_parameters = {"rope_type": "default", "rope_theta": llama.rope_parameters["rope_theta"]}
     return config
+
+
+def _check_ssm(ssm: dict[str, Any], config: M1Config, where: str) -> None:
+    """Refuses settings of the released mixers under which they compute something else than ours."""
+    known: dict[str, Any] = {"expand": None, "d_state": None, "d_conv": None, "chunk_size": None, "conv_bias": True}
+    if config.mixer == "mamba2":
+        known |= {
+            "ngroups": config.num_attention_heads, "repeat_kv_before_conv": False, "norm_before_gate": False,
+            "rmsnorm": True, "D_has_hdim": False, "bias": False,
+        }  # fmt: skip
+    else:
+        known |= {"ngroups": None, "repeat_kv_before_conv": True, "dt_rank": "auto"}
+    for key, value in ssm.items():
+        if key not in known or known[key] not in (None, value):
+            raise UserError(f"{where}: ssm_cfg has {key} = {value!r}, which this {config.mixer} layer doesn't have")
 
 
 def _import_weights(weights: dict[str, Tensor], config: M1Config) -> dict[str, Tensor]:
@@ -142,6 +170,6 @@ def _export_weights(weights: dict[str, Tensor], config: M1Config) -> dict[str, T
             exported[name.replace("self_attn.q_proj", "mha.in_proj")] = torch.cat(parts)
         elif name.endswith(".mamba.dt_proj.bias"):
             exported[name] = tensor / 2
-        elif not name.endswith((".k_proj.weight", ".v_proj.weight")):
+        elif not name.endswith((".self_attn.k_proj.weight", ".self_attn.v_proj.weight")):
             exported[name.replace(".self_attn.o_proj.", ".mha.out_proj.")] = tensor
     return exported

@@ -4,18 +4,16 @@ Needs the configuration only: parameters are counted on a model without weights.
 """
 
 import copy
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 from rich.table import Column, Table
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from m1.errors import UserError
-from m1.jsonl import read_json
+from m1.model.checkpoint import load_config, model_without_weights
 from m1.model.configuration import ATTENTION, MAMBA, cache_bytes, layer_cache_bytes
 from m1.model.convert import TEACHERS
 
@@ -65,25 +63,18 @@ def summarize(folder: str | Path, context: int = 4096) -> Summary:
         context: tokens at which the layers' caches are given.
 
     Raises:
-        UserError: no such file, another architecture, an impossible configuration, a context below 1.
+        UserError: a context below 1; as `checkpoint.load_config`.
     """
     folder = Path(folder)
-    kind = read_json(folder / "config.json").get("model_type")
-    if kind not in ("m1", *TEACHERS):
-        raise UserError(f"{folder} is a {kind!r} model; inspect reads m1, {', '.join(TEACHERS)}")
     if context < 1:
         raise UserError(f"a context of {context} tokens: expected at least 1")
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except StrictDataclassError as error:
-        raise UserError(f"{folder}/config.json: {error.__cause__ or error}") from None
+    config = load_config(folder, ("m1", *TEACHERS))
     teacher = copy.deepcopy(config)
-    if kind == "m1":
+    if config.model_type == "m1":
         teacher.layer_types = [ATTENTION] * config.num_hidden_layers
     element_size = (config.dtype or torch.float32).itemsize
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-        teacher_parameters = AutoModelForCausalLM.from_config(teacher).num_parameters()
+    model = model_without_weights(config, folder)
+    teacher_parameters = model_without_weights(teacher, folder).num_parameters()
     kinds = getattr(config, "layer_types", None) or [ATTENTION] * config.num_hidden_layers
     layers = []
     for layer, layer_kind in zip(model.model.layers, kinds, strict=True):
@@ -153,9 +144,11 @@ def plot_summary(summary: Summary, path: Path) -> None:
 def human_bytes(size: float) -> str:
     if size < 1024:
         return f"{size:,.0f} B"
-    units = ["KiB", "MiB", "GiB"]
-    power = min(int(math.log(size, 1024)), len(units))
-    return f"{size / 1024**power:,.1f} {units[power - 1]}"
+    for unit in ("KiB", "MiB"):
+        size /= 1024
+        if round(size, 1) < 1024:
+            return f"{size:.1f} {unit}"
+    return f"{size / 1024:,.1f} GiB"
 
 
 def _right(*names: str) -> list[Column]:

@@ -1,5 +1,6 @@
 """Conversations as tokens, and a byte-level tokenizer: any text is valid input, no vocabulary has to be trained."""
 
+from jinja2 import TemplateError
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -41,13 +42,16 @@ def conversation_tokens(
     """Token ids of whole messages, `add_generation_prompt`: ready for the assistant's next.
 
     Raises:
-        UserError: the tokenizer has no chat template.
+        UserError: the tokenizer has no chat template, or one that these messages break.
     """
     if not tokenizer.chat_template:
         raise UserError(
             f"the tokenizer of {tokenizer.name_or_path} has no chat template: add chat_template.jinja beside it, "
             "e.g. the instruct model's"
         )
-    return tokenizer.apply_chat_template(
-        messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False
-    )
+    try:
+        return tokenizer.apply_chat_template(
+            messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False
+        )
+    except TemplateError as error:
+        raise UserError(f"the chat template of {tokenizer.name_or_path} fails on {messages}: {error}") from None

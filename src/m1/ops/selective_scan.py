@@ -51,9 +51,12 @@ def selective_scan(
     d, n, kv = x.shape[-1], A.shape[1], B.shape[-1]
     if d % n or kv % n or d % kv:
         raise ValueError(f"selective_scan: D={d} and X={kv} must be multiples of the state size {n}, and X divide D")
-    if x.shape != dt.shape or x.shape != C.shape or A.shape[0] != d or D.shape != (d,):
-        shapes = [tuple(t.shape) for t in (x, dt, A, B, C, D)]
-        raise ValueError(f"selective_scan: shapes of x, dt, A, B, C, D don't fit: {shapes}")
+    fits = [x.shape == dt.shape == C.shape, B.shape[:-1] == x.shape[:-1], A.shape[0] == d, D.shape == (d,)]
+    fits.append(seq_idx is None or seq_idx.shape == x.shape[:-1])
+    fits.append(initial_state is None or initial_state.shape == (x.shape[0], d, n))
+    if not all(fits):
+        shapes = [None if t is None else tuple(t.shape) for t in (x, dt, A, B, C, D, seq_idx, initial_state)]
+        raise ValueError(f"selective_scan: shapes of x, dt, A, B, C, D, seq_idx and initial_state don't fit: {shapes}")
     kernel_fits = x.device.type == "cpu" and n == KERNEL_STATE_SIZE and x.shape[1] > 0
     if backend == "reference" or not kernel_fits or not _kernels_available():
         if backend == "cpu":

@@ -38,11 +38,29 @@ def ssd(
     Raises:
         ValueError: shapes that don't fit.
     """
+    b, T, G, _ = x.shape
+    heads, N = C.shape[2:]
+    fits = [heads % G == 0, B.shape == (b, T, G, N), C.shape[:2] == (b, T), dt.shape == (b, T, heads)]
+    fits.append(seq_idx is None or seq_idx.shape == (b, T))
+    if not all(fits):
+        shapes = [None if t is None else tuple(t.shape) for t in (x, dt, B, C, seq_idx)]
+        raise ValueError(f"ssd: shapes of x, dt, B, C and seq_idx don't fit: {shapes}")
+    with torch.autocast(x.device.type, enabled=False):  # it would take the products in bfloat16
+        return _ssd(x, dt, A, B, C, D, seq_idx, initial_state)
+
+
+def _ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    seq_idx: Tensor | None,
+    initial_state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     b, T, G, P = x.shape
     heads, N = C.shape[2:]
-    if heads % G or B.shape != (b, T, G, N) or C.shape[:2] != (b, T) or dt.shape != (b, T, heads):
-        shapes = [tuple(t.shape) for t in (x, dt, B, C)]
-        raise ValueError(f"ssd: shapes of x, dt, B, C don't fit: {shapes}")
     rep, out_dtype = heads // G, x.dtype
     size = min(CHUNK, T)
     chunks = -(-T // size)

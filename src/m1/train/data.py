@@ -16,15 +16,17 @@ def conversations(data: Data) -> Dataset:
     """Rows {"messages": [user, assistant]} for supervised training and distillation."""
     rows = []
     for number, row in enumerate(_rows(data), start=1):
-        if "messages" in row:
-            rows.append({"messages": row["messages"]})
-        elif "problem" in row and "solution" in row:
-            prompt = data.prompt_template.replace("{problem}", row["problem"])
-            rows.append({"messages": [_user(prompt), {"role": "assistant", "content": row["solution"]}]})
-        else:
-            raise UserError(
-                f"{data.path}, row {number}: needs `messages`, or `problem` and `solution`; has {sorted(row)}"
-            )
+        match row:
+            case {"messages": [_, *_] as messages} if all(_is_message(message) for message in messages):
+                rows.append({"messages": messages})
+            case {"problem": str(problem), "solution": str(solution)}:
+                prompt = data.prompt_template.replace("{problem}", problem)
+                rows.append({"messages": [_user(prompt), {"role": "assistant", "content": solution}]})
+            case _:
+                raise UserError(
+                    f"{data.path}, row {number}: needs `messages`, a list of {{role, content}} texts, or the texts "
+                    f"`problem` and `solution`; has {sorted(row)}"
+                )
     return Dataset.from_list(bucketed(rows, data.bucket, data.seed) if data.bucket else rows)
 
 
@@ -57,6 +59,10 @@ def _rows(data: Data) -> list[dict]:
     if not rows:
         raise UserError(f"{data.path} has no rows")
     return rows
+
+
+def _is_message(value: object) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
 
 
 def _user(text: str) -> dict[str, str]:

@@ -4,7 +4,9 @@ The cost of a layer is the KL divergence, in nats a token, of the model with tha
 where distillation would start if only this layer were converted.
 """
 
-from collections.abc import Callable
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from m1.errors import UserError
 from m1.jsonl import read_json, write_json
-from m1.model.checkpoint import load_tokenizer, read_weights
+from m1.model.checkpoint import default_device, load_tokenizer, read_weights
 from m1.model.convert import hybrid_config, mixer_from_attention, model_from_weights, read_teacher_config
 from m1.model.modeling import M1DecoderLayer, M1ForCausalLM
 from m1.model.tokenizer import conversation_tokens
@@ -31,7 +33,7 @@ def rank_layers(
     data: Data,
     out: str | Path,
     mixer: str = "mamba",
-    head_alignment: str = "attention",
+    head_alignment: str = "official",
     max_length: int = 1024,
     batch_size: int = 8,
     seed: int = 0,
@@ -53,17 +55,24 @@ def rank_layers(
     teacher_config = read_teacher_config(teacher)
     layers = teacher_config.num_hidden_layers
     settings = {
-        "teacher": str(teacher), "data": data.path or data.task, "limit": data.limit, "mixer": mixer,
-        "head_alignment": head_alignment, "max_length": max_length, "seed": seed,
+        "teacher": str(teacher), "teacher_sha256": _fingerprint(teacher.glob("*.safetensors*")),
+        "data": dataclasses.asdict(data), "data_sha256": _fingerprint([Path(data.path)] if data.path else []),
+        "mixer": mixer, "head_alignment": head_alignment, "max_length": max_length, "seed": seed,
     }  # fmt: skip
     result: dict[str, Any] = read_json(out) if out.exists() else {"settings": settings, "kl": {}}
     if result.get("settings") != settings:
         raise UserError(f"{out} was measured with other settings: delete it, or write to another file")
 
-    config = hybrid_config(teacher_config, range(layers), head_alignment, mixer=mixer)
+    config = hybrid_config(teacher_config, range(layers), mixer=mixer, head_alignment=head_alignment)
     model = model_from_weights(config, read_weights(teacher), teacher).eval()
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(default_device())
     batches = _batches(data, load_tokenizer(teacher), max_length, batch_size)
+    if (largest := max(int(ids.max()) for ids, _ in batches)) >= config.vocab_size:
+        raise UserError(f"{teacher}: its tokenizer makes the token {largest}, its vocabulary has {config.vocab_size}")
+    try:
+        write_json(out, result)
+    except OSError as error:
+        raise UserError(f"can't write to {out}: {error.strerror}") from None
     result["tokens"] = sum(int(mask.sum()) for _, mask in batches)
     targets = [model.model(ids, attention_mask=mask, use_cache=False).last_hidden_state for ids, mask in batches]
     for i in range(layers):
@@ -71,8 +80,8 @@ def rank_layers(
             on_progress(i, layers)
         if str(i) in result["kl"]:
             continue
-        torch.manual_seed(seed)
-        replaced = hybrid_config(teacher_config, set(range(layers)) - {i}, head_alignment, mixer=mixer)
+        torch.manual_seed(seed % 2**64)
+        replaced = hybrid_config(teacher_config, set(range(layers)) - {i}, mixer=mixer, head_alignment=head_alignment)
         kept = model.model.layers[i]
         model.model.layers[i] = _converted(kept, replaced, i)
         result["kl"][str(i)] = _divergence(model, batches, targets) / result["tokens"]
@@ -119,6 +128,15 @@ def _batches(data: Data, tokenizer: PreTrainedTokenizerBase, max_length: int, ba
         for row, tokens in enumerate(group):
             ids[row, : len(tokens)] = torch.tensor(tokens)
             mask[row, : len(tokens)] = 1
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        batches.append((ids.to(device), mask.to(device)))
+        batches.append((ids.to(default_device()), mask.to(default_device())))
     return batches
+
+
+def _fingerprint(paths: Iterable[Path]) -> str:
+    """Of the files' contents; files that are missing are reported by those who read them."""
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        if path.is_file():
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()

@@ -24,6 +24,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from m1.errors import UserError
 from m1.jsonl import append_jsonl, drop_torn_line, read_json, read_jsonl, write_json
+from m1.model.layer_choice import ranking_file
 from m1.recipe import check_keys
 
 MANIFEST, RECIPE = "manifest.json", "recipe.json"
@@ -175,9 +176,11 @@ def recipe_hash(recipe: Any) -> str:
     digest = hashlib.sha256(json.dumps(dataclasses.asdict(recipe), sort_keys=True).encode())
     data = getattr(recipe, "data", None)
     models = [getattr(recipe, "model", None), getattr(recipe, "teacher", None), *getattr(recipe, "models", {}).values()]
-    kept = getattr(recipe, "keep_attention", None)
-    ranking = kept[1:].rpartition(":")[0] if isinstance(kept, str) else None  # @FILE:COUNT
-    inputs = [ranking, getattr(data, "path", data), *(Path(model, MANIFEST) for model in models if model)]
+    inputs = [
+        ranking_file(getattr(recipe, "keep_attention", None)),
+        getattr(data, "path", data),
+        *(Path(model, MANIFEST) for model in models if model),
+    ]
     for path in inputs:
         if path and Path(path).is_file():
             digest.update(Path(path).read_bytes())
