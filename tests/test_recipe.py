@@ -1,11 +1,14 @@
 """Invariant 10: every shipped recipe parses; mistakes are named."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from m1.errors import UserError
-from m1.recipe import load_pipeline, load_stage
+from m1.model import M1Config
+from m1.pipeline import finished, run_stage
+from m1.recipe import ConvertStage, load_pipeline, load_stage
 
 RECIPES = sorted(path.parent for path in Path(__file__).parents[1].glob("recipes/*/pipeline.toml"))
 
@@ -30,6 +33,12 @@ CONVERT = 'stage = "convert"\nteacher = "a"\nout = "b"\nkeep_attention = [1]\n'
     [
         (CONVERT + "keep_atention = [1]", "unknown key 'keep_atention'; did you mean 'keep_attention'"),
         (CONVERT.replace("[1]", '["1"]'), r"keep_attention = \['1'\] should be list\[int\]"),
+        (CONVERT + "attention_ratio = 0.5", "stage.toml: give either"),
+        (CONVERT.replace("keep_attention = [1]", ""), "stage.toml: give either"),
+        (CONVERT.replace("[1]", '"1;3"'), "stage.toml: keep_attention '1;3'"),
+        (CONVERT.replace("keep_attention = [1]", "attention_ratio = 7"), "attention_ratio 7.0"),
+        (CONVERT.replace("keep_attention = [1]", "attention_ratio = true"), "attention_ratio = True should be"),
+        (CONVERT + 'mixer = "mamba3"', "mixer = 'mamba3' should be 'mamba' or 'mamba2'"),
         (CONVERT + 'head_alignment = "other"', "head_alignment = 'other' should be 'official' or 'attention'"),
         (CONVERT.replace('out = "b"\n', ""), "missing key 'out'"),
         (CONVERT.replace("convert", "konvert"), "stage = 'konvert' must be one of convert, sft"),
@@ -49,3 +58,21 @@ def test_recipe_for_another_command(tmp_path):
     (tmp_path / "stage.toml").write_text(CONVERT)
     with pytest.raises(UserError, match="is a recipe for `m1 convert`, not for `m1 sft`"):
         load_stage(tmp_path / "stage.toml", "sft")
+
+
+def test_conversion_by_recipe(tmp_path, teacher_dir):
+    """All that a conversion can be told reaches it, and a changed ranking makes it another recipe."""
+    ranking = tmp_path / "ranking.json"
+    ranking.write_text(json.dumps({"ranking": [2, 0, 3, 1]}))
+    stage = ConvertStage(
+        str(teacher_dir), str(tmp_path / "out"), f"@{ranking}:2", mixer="mamba2", head_alignment="attention", seed=5
+    )
+    run_stage(stage)
+    config = M1Config.from_pretrained(tmp_path / "out")
+    assert config.attention_layers == [0, 2] and config.mixer == "mamba2" and config.head_alignment == "attention"
+    assert finished(stage)
+    ranking.write_text(json.dumps({"ranking": [1, 0, 3, 2]}))
+    with pytest.raises(UserError, match="made by another recipe"):
+        finished(stage)
+    run_stage(ConvertStage(str(teacher_dir), str(tmp_path / "ratio"), attention_ratio=0.25))
+    assert M1Config.from_pretrained(tmp_path / "ratio").attention_layers == [3]

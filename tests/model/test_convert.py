@@ -1,9 +1,13 @@
 """What conversion does to weights: which rows go where, for every teacher, mixer and head alignment."""
 
+import json
+
 import pytest
 import torch
 from checkpoints import FAMILIES, save_checkpoint, tiny_teacher
 
+from m1.errors import UserError
+from m1.model.checkpoint import read_weights
 from m1.model.convert import convert, group_permutation
 
 N, HEADS, KV_HEADS, HEAD_DIM = 16, 4, 2, 32
@@ -89,3 +93,51 @@ def test_same_seed_same_model(tmp_path, teacher_dir):
     states = [m.state_dict() for m in models]
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
     assert any(not torch.equal(states[0][k], states[2][k]) for k in states[0])
+
+
+@pytest.mark.parametrize("mixer", ["mamba", "mamba2"])
+def test_what_attention_has_no_counterpart_for_starts_as_in_mamba(tmp_path, mixer):
+    rows, mamba, _ = converted(tmp_path, "qwen2", mixer=mixer)
+    softplus = torch.nn.functional.softplus
+    if mixer == "mamba":
+        expected = torch.arange(1.0, N + 1).expand(HEADS * HEAD_DIM, N)
+        torch.testing.assert_close(mamba.A_log.exp(), expected)
+        steps = softplus(mamba.dt_proj.bias)
+    else:
+        assert (mamba.A_log.exp() >= 1).all() and (mamba.A_log.exp() <= 16).all()
+        assert (mamba.norm.weight == 1).all()
+        steps = softplus(mamba.dt_bias)
+    assert (steps >= 0.999e-3).all() and (steps <= 0.1001).all() and steps.std() > 0
+    assert (mamba.D == 1).all()
+    assert (rows["z.bias"] == 0).all() and (rows["dt.bias"] == 0).all()
+    assert 0.08 < rows["z.weight"].std() < 0.12  # the teacher's initializer_range is 0.1
+    for parameter in (mamba.conv1d.weight, mamba.conv1d.bias):
+        assert parameter.abs().max() <= 0.5 and parameter.std() > 0.2  # uniform within K ** -0.5
+
+
+def test_tensors_without_a_place_are_refused(tmp_path):
+    """A Llama whose configuration has lost its attention_bias: its biases must not be dropped silently."""
+    save_checkpoint(tiny_teacher(attention_bias=True), tmp_path / "teacher")
+    path = tmp_path / "teacher" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"attention_bias": False}))
+    with pytest.raises(UserError, match=r"'model.layers.0.self_attn.k_proj.bias' that a Mamba layer has no place for"):
+        convert(tmp_path / "teacher", tmp_path / "out", [1, 3])
+    with pytest.raises(UserError, match=r"that this model has no place for \(16 such\)"):
+        convert(tmp_path / "teacher", tmp_path / "out", range(4))
+
+
+def test_qwen2_that_names_its_biases(tmp_path):
+    save_checkpoint(tiny_teacher("qwen2"), tmp_path / "teacher")
+    path = tmp_path / "teacher" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"attention_bias": True}))
+    assert convert(tmp_path / "teacher", tmp_path / "out", [1, 3]).model.layers[0].mamba.in_proj.bias is not None
+
+
+def test_weights_left_in_the_folder_are_not_read(tmp_path, tokens):
+    """Converting into a folder that held a sharded model: its index would be read before the new weights."""
+    save_checkpoint(tiny_teacher(), tmp_path / "teacher")
+    save_checkpoint(tiny_teacher(initializer_range=0.2), tmp_path / "out", max_shard_size="100KB")
+    model = convert(tmp_path / "teacher", tmp_path / "out", [1, 3])
+    assert not list((tmp_path / "out").glob("*index*"))
+    weights = read_weights(tmp_path / "out")
+    assert torch.equal(weights["model.embed_tokens.weight"], model.model.embed_tokens.weight)

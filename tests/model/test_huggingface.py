@@ -99,10 +99,18 @@ def test_mixer_compiles_without_graph_breaks(hybrid, packed):
         torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
 
 
-def test_whole_model_compiles_without_graph_breaks(hybrid, tokens):
+@pytest.mark.parametrize("positions", [None, "plain", "packed"])
+def test_whole_model_compiles_without_graph_breaks(hybrid, tokens, positions):
+    arguments = {"labels": tokens, "use_cache": False}
+    if positions:
+        cut = 20 if positions == "packed" else 37
+        arguments["position_ids"] = torch.cat([torch.arange(cut), torch.arange(37 - cut)])[None]
     torch._dynamo.reset()
-    explanation = torch._dynamo.explain(hybrid)(tokens, labels=tokens, use_cache=False)
+    explanation = torch._dynamo.explain(hybrid)(tokens, **arguments)
     assert explanation.graph_break_count == 0, explanation.break_reasons
+    torch._dynamo.reset()
+    compiled = torch.compile(hybrid, backend="eager")(tokens, **arguments).logits
+    torch.testing.assert_close(compiled, hybrid(tokens, **arguments).logits)
 
 
 @torch.no_grad()

@@ -10,7 +10,14 @@ from m1.model.layer_choice import choose_layers, evenly_spaced
 
 @pytest.mark.parametrize(
     ("layers", "ratio", "kept"),
-    [(4, 0.5, [1, 3]), (8, 0.25, [3, 7]), (28, 6 / 28, [3, 8, 13, 17, 22, 27]), (4, 1.0, [0, 1, 2, 3]), (4, 0.01, [3])],
+    [
+        (4, 0.5, [1, 3]),
+        (8, 0.25, [3, 7]),
+        (28, 6 / 28, [3, 8, 13, 17, 22, 27]),
+        (4, 1.0, [0, 1, 2, 3]),
+        (4, 0.01, [3]),
+        (4, 0.4, [1, 3]),
+    ],
 )
 def test_evenly_spaced_layers(layers, ratio, kept):
     assert evenly_spaced(layers, ratio) == kept
@@ -35,6 +42,10 @@ def test_ranked_layers(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             choose_layers(layers, f"@{path}:{count}", None)
+    for ranking in ([0, 1, 2, 2], [0, "a", 1, 2]):
+        path.write_text(json.dumps({"ranking": ranking}))
+        with pytest.raises(UserError, match="ranks the layers"):
+            choose_layers(4, f"@{path}:2", None)
     path.write_text(json.dumps({"kl": {"0": 0.5}}))
     with pytest.raises(UserError, match="no finished ranking"):
         choose_layers(4, f"@{path}:2", None)

@@ -50,6 +50,24 @@ def test_packed_equals_separate_with_gradients(hybrid, tokens, attention, told_b
     assert_rms_close(gradients_of(hybrid, together), gradients_of(hybrid, apart), 1e-4)
 
 
+@torch.no_grad()
+def test_positions_of_one_row_pack_the_whole_batch(hybrid, tokens):
+    """position_ids [1, T], as transformers' own callers pass them."""
+    positions = torch.cat([torch.arange(20), torch.arange(17)])[None]
+    together = hybrid(tokens, position_ids=positions).logits
+    apart = torch.cat([hybrid(tokens[:, :20]).logits, hybrid(tokens[:, 20:]).logits], dim=1)
+    torch.testing.assert_close(together, apart, **TOLERANCE)
+
+
+def test_what_packing_excludes(hybrid, tokens):
+    seq_idx = torch.zeros_like(tokens)
+    with pytest.raises(ValueError, match="a cache can't continue"):
+        hybrid(tokens, seq_idx=seq_idx, past_key_values=DynamicCache(config=hybrid.config))
+    hybrid.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="batches of one"):
+        hybrid(tokens, seq_idx=seq_idx)
+
+
 def gradients_of(model, logits):
     model.zero_grad()
     sum(rows.square().sum() for rows in logits).backward()

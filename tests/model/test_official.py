@@ -5,9 +5,12 @@ import math
 
 import pytest
 import torch
+from checkpoints import LLAMA3_ROPE, save_checkpoint, scramble, tiny_teacher
 from safetensors.torch import load_file, save_file
 
 from m1.errors import UserError
+from m1.model import M1ForCausalLM
+from m1.model.convert import convert
 from m1.model.official import export_official, import_official
 
 H, HEADS, KV, HD, N, R, FFN, V, LAYERS, KEPT = 64, 4, 2, 32, 16, 4, 96, 40, 3, [1]
@@ -200,6 +203,83 @@ def test_import_export_gives_the_same_bytes(released, tmp_path, dtype):
     stored = json.loads((released / "mamba_config.json").read_text())
     written = json.loads((tmp_path / "back" / "mamba_config.json").read_text())
     assert {**written, "ssm_cfg": None} == {**stored, "ssm_cfg": None}
+    assert written["ssm_cfg"] == {"d_state": N, "d_conv": 4, **stored["ssm_cfg"]}
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (released, tmp_path / "back"))
+    rope = before.pop("rope_scaling") if "ngroups" in stored["ssm_cfg"] else before.pop("rope_scaling") and None
+    assert after["rope_scaling"] == rope
+    assert {key: after[key] for key in before if key != "torch_dtype"} | {"torch_dtype": "float32"} == before
+
+
+@torch.no_grad()
+def test_a_conversion_survives_export_and_import(tmp_path, tokens):
+    for mixer, alignment in (("mamba", "official"), ("mamba", "attention"), ("mamba2", "official")):
+        folder = tmp_path / f"{mixer}-{alignment}"
+        rope = {"rope_parameters": LLAMA3_ROPE} if mixer == "mamba2" else {}
+        save_checkpoint(tiny_teacher(**rope), folder / "teacher")
+        convert(folder / "teacher", folder / "m1", [1, 3], mixer=mixer, head_alignment=alignment)
+        model = scramble(M1ForCausalLM.from_pretrained(folder / "m1"))
+        model.save_pretrained(folder / "m1")
+        export_official(folder / "m1", folder / "released")
+        back = import_official(folder / "released", folder / "back")
+        torch.testing.assert_close(back(tokens).logits, model(tokens).logits)
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "message"),
+    [
+        ("qwen2", {}, "no projection biases"),
+        ("llama", {"mlp_bias": True}, "no projection biases"),
+        ("qwen3", {}, "no QK-norm"),
+        ("llama", {"rope_parameters": LLAMA3_ROPE}, "ignores rope scaling, this model has 'llama3'"),
+    ],
+)
+def test_what_the_layout_has_no_place_for_is_not_exported(tmp_path, family, options, message):
+    save_checkpoint(tiny_teacher(family, **options), tmp_path / "teacher")
+    convert(tmp_path / "teacher", tmp_path / "m1", [1, 3])
+    with pytest.raises(UserError, match=message):
+        export_official(tmp_path / "m1", tmp_path / "released")
+    assert not (tmp_path / "released").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"d_xb": 999}, r"d_xb is 999, but config\.json implies 64"),
+        ({"rms_norm_eps": 0.1}, r"rms_norm_eps is 0\.1"),
+        ({"vocab_size": 7}, "vocab_size is 7"),
+        ({"attn_layers": None}, "attn_layers a list of layer numbers"),
+        ({"attn_layers": ["a"]}, "attn_layers a list of layer numbers"),
+        ({"attn_layers": [7]}, "layer 7, but the teacher has layers 0 to 2"),
+        ({"ssm_cfg": "x"}, "ssm_cfg should be an object"),
+        ({"ssm_cfg": {"d_conv": "x"}}, "d_conv|conv_kernel"),
+        ({"ssm_cfg": {"norm_before_gate": True}}, "norm_before_gate = True"),
+        ({"ssm_cfg": {"dt_limit": [0, 1]}}, r"dt_limit = \[0, 1\]"),
+        ({"ssm_cfg": {"repeat_kv_before_conv": None}}, "repeat_kv_before_conv = None"),
+    ],
+    ids=str,
+)
+def test_settings_that_contradict_or_are_unknown_are_refused(released, tmp_path, changes, message):
+    path = released / "mamba_config.json"
+    stored = json.loads(path.read_text())
+    if isinstance(changes.get("ssm_cfg"), dict):
+        changes = {"ssm_cfg": stored["ssm_cfg"] | changes["ssm_cfg"]}
+    path.write_text(json.dumps(stored | changes))
+    with pytest.raises(UserError, match=message):
+        import_official(released, tmp_path / "m1")
+    assert not (tmp_path / "m1").exists()
+
+
+def test_other_kernel_widths_survive(released, tmp_path):
+    """ssm_cfg's d_conv: weights of 3 taps are read as such, and written so."""
+    weights = load_file(released / "model.safetensors")
+    weights = {k: v[..., :3].contiguous() if "conv1d.weight" in k else v for k, v in weights.items()}
+    save_file(weights, released / "model.safetensors", metadata={"format": "pt"})
+    path = released / "mamba_config.json"
+    stored = json.loads(path.read_text())
+    path.write_text(json.dumps(stored | {"ssm_cfg": stored["ssm_cfg"] | {"d_conv": 3}}))
+    model = import_official(released, tmp_path / "m1")
+    export_official(tmp_path / "m1", tmp_path / "back")
+    assert import_official(tmp_path / "back", tmp_path / "again").config.conv_kernel == model.config.conv_kernel == 3
 
 
 def test_pytorch_bin_with_a_tied_head_is_read(released, tmp_path):
@@ -209,10 +289,3 @@ def test_pytorch_bin_with_a_tied_head_is_read(released, tmp_path):
     torch.save(weights, released / "pytorch_model.bin")
     model = import_official(released, tmp_path / "m1")
     assert torch.equal(model.lm_head.weight, weights["lm_head.weight"])
-
-
-def test_mamba_config_that_contradicts_config_is_refused(released, tmp_path):
-    path = released / "mamba_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"d_xb": 999}))
-    with pytest.raises(UserError, match=r"d_xb is 999, but config\.json implies 64"):
-        import_official(released, tmp_path / "m1")

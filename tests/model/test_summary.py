@@ -50,7 +50,11 @@ def test_table_and_plot(variant_dir, tmp_path):
     summary = summarize(variant_dir)
     print_summary(summary, console)
     text = console.export_text()
-    assert text.count("attention ") >= 2 and f"{summary.parameters:,}" in text and "smaller from" in text
+    lines = [line.split() for line in text.splitlines()]
+    for i, layer in enumerate(summary.layers):
+        row = next(cells for cells in lines if cells[1:2] == [str(i)])
+        assert row[3] == layer.kind and row[5] == f"{layer.mixer_parameters:,}"
+    assert f"{summary.parameters:,}" in text and f"smaller from {summary.break_even} tokens on" in text
     plot_summary(summary, tmp_path / "cache.png")
     assert (tmp_path / "cache.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(UserError, match="can't write the plot"):
@@ -58,7 +62,8 @@ def test_table_and_plot(variant_dir, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("size", "text"), [(0, "0 B"), (1023, "1,023 B"), (1024, "1.0 KiB"), (1 << 20, "1.0 MiB"), (5 << 40, "5,120.0 GiB")]
+    ("size", "text"),
+    [(0, "0 B"), (1023, "1,023 B"), (1024, "1.0 KiB"), ((1 << 20) - 1, "1.0 MiB"), (5 << 40, "5,120.0 GiB")],
 )
 def test_human_bytes(size, text):
     assert human_bytes(size) == text

@@ -148,3 +148,14 @@ def test_is_a_proper_pytorch_operator(packed):
     leaves = [t.requires_grad_() for t in inputs]
     documents = seq_idx.to(torch.int32) if packed else None
     torch.library.opcheck(torch.ops.m1.selective_scan_cpu, (*leaves, documents, h0 if packed else None, True))
+
+
+@pytest.mark.parametrize("which", ["B", "seq_idx", "h0"])
+def test_operands_of_another_batch_are_refused(which):
+    """The kernel would read behind the end of what belongs to one sequence."""
+    inputs, seq_idx, h0 = make(2, 5)
+    if which == "B":
+        inputs[3] = inputs[3][:1]
+    seq_idx, h0 = (seq_idx[:1] if which == "seq_idx" else seq_idx), (h0[:1] if which == "h0" else h0)
+    with pytest.raises(ValueError, match="don't fit"):
+        selective_scan(*inputs, seq_idx, h0)

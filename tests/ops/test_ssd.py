@@ -63,8 +63,19 @@ def test_bfloat16():
     assert_rms_close([y, state], [expected, expected_state], 0.005)
 
 
+def test_autocast_leaves_it_in_float32():
+    arguments, _ = inputs(70)
+    expected, expected_state = reference.ssd(*arguments)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, state = ssd(*arguments)
+    assert_rms_close([y, state], [expected, expected_state], 1e-5)
+
+
 def test_shapes_that_do_not_fit_are_refused():
     arguments, _ = inputs(4)
     arguments[1] = arguments[1][..., :-1]
     with pytest.raises(ValueError, match="don't fit"):
         ssd(*arguments)
+    arguments, _ = inputs(4)
+    with pytest.raises(ValueError, match="don't fit"):
+        ssd(*arguments, torch.zeros(1, 4, dtype=torch.int32))

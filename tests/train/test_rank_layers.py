@@ -1,6 +1,7 @@
 """m1 rank-layers: what it measures, that it goes on where it was cut off, and that `convert` reads it."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -72,7 +73,24 @@ def test_goes_on_where_it_was_cut_off(tmp_path, teacher_dir, data, monkeypatch):
     assert len(calls) == 5  # two done, one cut off, two more
 
 
-def test_other_settings_are_not_mixed(tmp_path, teacher_dir, data):
-    rank_layers(teacher_dir, data, tmp_path / "r.json")
+def test_other_settings_or_inputs_are_not_mixed(tmp_path, data):
+    teacher = save_checkpoint(tiny_teacher(), tmp_path / "teacher")
+    rank_layers(teacher, data, tmp_path / "r.json")
+    for options in ({"seed": 1}, {"max_length": 4}, {"mixer": "mamba2"}, {"head_alignment": "attention"}):
+        with pytest.raises(UserError, match="other settings"):
+            rank_layers(teacher, data, tmp_path / "r.json", **options)
     with pytest.raises(UserError, match="other settings"):
-        rank_layers(teacher_dir, data, tmp_path / "r.json", seed=1)
+        rank_layers(teacher, Data(path=data.path, limit=1), tmp_path / "r.json")
+    before = Path(data.path).read_text()
+    Path(data.path).write_text(before.replace("36", "37"))
+    with pytest.raises(UserError, match="other settings"):
+        rank_layers(teacher, data, tmp_path / "r.json")
+    Path(data.path).write_text(before)
+    save_checkpoint(tiny_teacher(initializer_range=0.2), teacher)
+    with pytest.raises(UserError, match="other settings"):
+        rank_layers(teacher, data, tmp_path / "r.json")
+
+
+def test_long_rows_are_cut(tmp_path, teacher_dir, data):
+    whole, cut = (rank_layers(teacher_dir, data, tmp_path / f"{n}.json", max_length=n) for n in (1024, 5))
+    assert cut["tokens"] < whole["tokens"] and cut["tokens"] <= 10
