@@ -172,6 +172,129 @@ def test_ranking_layers(run, copy_of_teacher, tmp_path):
     assert run(*convert, f"@{out}:2")[0] == 0
 
 
+IMPOSSIBLE = [
+    {"num_attention_heads": 5},
+    {"num_attention_heads": 0},
+    {"num_key_value_heads": 0},
+    {"hidden_size": "abc"},
+    {"hidden_size": 0},
+    {"head_dim": 0},
+    {"rms_norm_eps": "x"},
+    {"hidden_act": "nonsense"},
+    {"rope_parameters": {"rope_type": "nonsense", "rope_theta": 1e4}},
+    {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}},
+    {"dtype": "float33"},
+    {"pad_token_id": 10_000},
+    {"num_hidden_layers": 0},
+]
+
+
+@pytest.mark.parametrize("changes", IMPOSSIBLE, ids=str)
+@pytest.mark.parametrize("command", ["convert", "inspect", "inspect-hybrid", "rank-layers", "export-official"])
+def test_impossible_configurations(run, copy_of_teacher, hybrid_dir, tmp_path, command, changes):
+    hybrid = shutil.copytree(hybrid_dir, tmp_path / "hybrid")
+    for folder in (copy_of_teacher, hybrid):
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    (tmp_path / "data.jsonl").write_text('{"problem": "1+1", "solution": "2"}\n')
+    arguments = {
+        "convert": ("convert", "--teacher", copy_of_teacher, "--out", tmp_path / "o", "--keep-attention", "0"),
+        "inspect": ("inspect", copy_of_teacher),
+        "inspect-hybrid": ("inspect", hybrid),
+        "rank-layers": (
+            "rank-layers", "--teacher", copy_of_teacher, "--data", tmp_path / "data.jsonl", "--out", tmp_path / "r"
+        ),
+        "export-official": ("export-official", hybrid, tmp_path / "o"),
+    }[command]  # fmt: skip
+    check(run(*arguments))
+    assert not (tmp_path / "o").exists() and not (tmp_path / "r").exists()
+
+
+def test_sliding_windows(run, tmp_path):
+    teacher = tiny_teacher("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=2)
+    folder = save_checkpoint(teacher, tmp_path / "teacher")
+    check(run("inspect", folder), "sliding windows")
+    check(run("convert", "--teacher", folder, "--out", tmp_path / "o", "--keep-attention", "0"), "sliding windows")
+
+
+@pytest.mark.parametrize("content", [b"nonsense", b"", None], ids=["damaged", "empty", "a-list"])
+def test_damaged_pickles(run, copy_of_teacher, tmp_path, content):
+    import torch
+
+    (copy_of_teacher / "model.safetensors").unlink()
+    path = copy_of_teacher / "pytorch_model.bin"
+    path.write_bytes(content) if content is not None else torch.save([1], path)
+    arguments = ("--out", tmp_path / "o", "--keep-attention", "0")
+    check(run("convert", "--teacher", copy_of_teacher, *arguments), "pytorch_model.bin", "copy")
+
+
+@pytest.mark.parametrize("index", [{}, {"weight_map": ["a"]}, {"weight_map": {"a": 1}}], ids=str)
+def test_damaged_index(run, copy_of_teacher, tmp_path, index):
+    (copy_of_teacher / "model.safetensors").unlink()
+    (copy_of_teacher / "model.safetensors.index.json").write_text(json.dumps(index))
+    arguments = ("--out", tmp_path / "o", "--keep-attention", "0")
+    check(run("convert", "--teacher", copy_of_teacher, *arguments), "weight_map")
+
+
+def test_out_that_cannot_be_written(run, copy_of_teacher, hybrid_dir, tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "data.jsonl").write_text('{"problem": "1+1", "solution": "2"}\n')
+    for out in (tmp_path / "file", tmp_path / "file" / "inside"):
+        convert = ("convert", "--teacher", copy_of_teacher, "--keep-attention", "0", "--out", out)
+        check(run(*convert), "can't write to")
+        check(run("export-official", hybrid_dir, out), "can't write to")
+    rank = ("rank-layers", "--teacher", copy_of_teacher, "--data", tmp_path / "data.jsonl", "--out")
+    check(run(*rank, tmp_path / "file" / "r.json"), "can't")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"problem": 5, "solution": "a"},
+        {"problem": "a", "solution": 5},
+        {"messages": "text"},
+        {"messages": None},
+        {"messages": []},
+        {"messages": [{"role": "user"}]},
+        {"messages": [{"content": "a"}]},
+        {"messages": [{"role": "user", "content": None}]},
+    ],
+    ids=str,
+)
+def test_bad_conversations(run, copy_of_teacher, tmp_path, row):
+    (tmp_path / "data.jsonl").write_text(json.dumps(row) + "\n")
+    base = ("rank-layers", "--teacher", copy_of_teacher, "--data", tmp_path / "data.jsonl", "--out", tmp_path / "r")
+    check(run(*base), "row 1: needs `messages`")
+
+
+def test_broken_templates_and_impossible_options(run, copy_of_teacher, tmp_path):
+    (tmp_path / "data.jsonl").write_text('{"problem": "1+1", "solution": "2"}\n')
+    base = ("rank-layers", "--teacher", copy_of_teacher, "--data", tmp_path / "data.jsonl", "--out", tmp_path / "r")
+    for option in ("--batch-size", "--max-length", "--limit"):
+        assert run(*base, option, 0)[0] == 2
+    (copy_of_teacher / "chat_template.jinja").write_text("{% for message in %}")
+    check(run(*base), "chat template", "fails")
+    assert not (tmp_path / "r").exists()
+
+
+def test_options_reach_the_conversion(run, copy_of_teacher, tmp_path):
+    from safetensors.torch import load_file
+
+    weights = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2**70)):
+        base = ("convert", "--teacher", copy_of_teacher, "--keep-attention", "0", "--out", tmp_path / name)
+        assert run(*base, "--seed", seed, "--head-alignment", "attention", "--state-size", 8)[0] == 0
+        weights.append(load_file(tmp_path / name / "model.safetensors")["model.layers.1.mamba.in_proj.weight"])
+    assert weights[0].equal(weights[1]) and not weights[0].equal(weights[2])
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert (config["head_alignment"], config["state_size"]) == ("attention", 8)
+    (tmp_path / "data.jsonl").write_text('{"problem": "1+1", "solution": "2"}\n')
+    rank = ("rank-layers", "--teacher", copy_of_teacher, "--data", tmp_path / "data.jsonl", "--out", tmp_path / "r")
+    assert run(*rank, "--mixer", "mamba2", "--head-alignment", "attention", "--seed", 3, "--max-length", 7)[0] == 0
+    settings = json.loads((tmp_path / "r").read_text())["settings"]
+    assert [settings[k] for k in ("mixer", "head_alignment", "seed", "max_length")] == ["mamba2", "attention", 3, 7]
+
+
 def test_inspect(run, copy_of_teacher, tmp_path):
     assert run("inspect", copy_of_teacher)[0] == 0
     check(run("inspect", tmp_path / "nowhere"), "config.json is missing")

@@ -22,6 +22,7 @@ from transformers import (
 
 from m1.errors import UserError
 from m1.jsonl import read_json
+from m1.model.configuration import SIZES
 
 INDEX = "model.safetensors.index.json"
 # What transformers raises, reading a configuration or building a model, where its values are missing or impossible.
@@ -85,6 +86,9 @@ def load_config(folder: Path, kinds: Iterable[str]) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(folder)
     except IMPOSSIBLE as error:
         raise UserError(f"{folder}/config.json is impossible: {reason(error)}") from None
+    for name in SIZES:
+        if (size := getattr(config, name, None)) is not None and size < 1:
+            raise UserError(f"{folder}/config.json is impossible: {name} is {size}")
     if "sliding_attention" in (getattr(config, "layer_types", None) or []):
         raise UserError(f"{folder} attends in sliding windows in some layers, which M1 doesn't: use another model")
     return config
