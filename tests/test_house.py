@@ -1,6 +1,8 @@
 """The rules of the house: which room may import which, and that the README's table is the committed result."""
 
 import ast
+import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +43,17 @@ def test_the_package_imports_without_the_trainers():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_conversion_tables_are_the_committed_results():
+    conversion = runpy.run_path(str(ROOT / "benchmarks" / "conversion.py"))
+    text = (ROOT / "docs" / "training.md").read_text()
+    alignment, layers = (
+        json.loads((ROOT / f"results/{name}.json").read_text()) for name in ("alignment", "layer_choice")
+    )
+    for measured in alignment["head_dim"].values():
+        assert conversion["alignment_table"](measured) in text
+    assert conversion["layers_table"](layers) in text
 
 
 def test_readme_table_is_the_committed_result():

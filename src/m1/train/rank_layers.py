@@ -54,8 +54,9 @@ def rank_layers(
     teacher, out = Path(teacher), Path(out)
     teacher_config = read_teacher_config(teacher)
     layers = teacher_config.num_hidden_layers
+    weight_files = [path for pattern in ("config.json", "*.safetensors*", "*.bin") for path in teacher.glob(pattern)]
     settings = {
-        "teacher": str(teacher), "teacher_sha256": _fingerprint(teacher.glob("*.safetensors*")),
+        "teacher": str(teacher), "teacher_sha256": _fingerprint(weight_files),
         "data": dataclasses.asdict(data), "data_sha256": _fingerprint([Path(data.path)] if data.path else []),
         "mixer": mixer, "head_alignment": head_alignment, "max_length": max_length, "seed": seed,
     }  # fmt: skip
