@@ -147,7 +147,7 @@ def test_is_a_proper_pytorch_operator(packed):
     inputs, seq_idx, h0 = make(2, 17)
     leaves = [t.requires_grad_() for t in inputs]
     documents = seq_idx.to(torch.int32) if packed else None
-    torch.library.opcheck(torch.ops.m1.selective_scan_cpu, (*leaves, documents, h0 if packed else None, True))
+    torch.library.opcheck(torch.ops.m1.selective_scan, (*leaves, documents, h0 if packed else None, True))
 
 
 @pytest.mark.parametrize("which", ["B", "seq_idx", "h0"])

@@ -22,7 +22,7 @@ from transformers import (
 
 from m1.errors import UserError
 from m1.jsonl import read_json
-from m1.model.configuration import SIZES
+from m1.model.configuration import check_sizes, layer_kinds
 
 INDEX = "model.safetensors.index.json"
 # What transformers raises, reading a configuration or building a model, where its values are missing or impossible.
@@ -84,12 +84,10 @@ def load_config(folder: Path, kinds: Iterable[str]) -> PreTrainedConfig:
         raise UserError(f"{folder} is a {kind!r} model; supported here: {', '.join(kinds)}")
     try:
         config = AutoConfig.from_pretrained(folder)
+        check_sizes(config)
     except IMPOSSIBLE as error:
         raise UserError(f"{folder}/config.json is impossible: {reason(error)}") from None
-    for name in SIZES:
-        if (size := getattr(config, name, None)) is not None and size < 1:
-            raise UserError(f"{folder}/config.json is impossible: {name} is {size}")
-    if "sliding_attention" in (getattr(config, "layer_types", None) or []):
+    if "sliding_attention" in layer_kinds(config):
         raise UserError(f"{folder} attends in sliding windows in some layers, which M1 doesn't: use another model")
     return config
 
@@ -158,10 +156,10 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
     """An exception's first line; of transformers' strict configurations, that of the rule that was broken."""
     if isinstance(error, StrictDataclassError) and error.__cause__:
-        error = error.__cause__ if isinstance(error.__cause__, Exception) else error
+        error = error.__cause__
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
     return f"no {text}" if isinstance(error, KeyError) else text
 

@@ -108,9 +108,7 @@ class M1Config(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Called on construction. Raises ValueError naming the field that doesn't fit."""
-        for name in SIZES:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
+        check_sizes(self)
         if len(self.layer_types) != self.num_hidden_layers or set(self.layer_types) - {ATTENTION, MAMBA}:
             raise ValueError(
                 f"layer_types must name {ATTENTION!r} or {MAMBA!r} for each of the {self.num_hidden_layers} layers, "
@@ -134,10 +132,22 @@ class M1Config(PreTrainedConfig):
             raise ValueError(f"head_alignment must be 'attention' or 'official', got {self.head_alignment!r}")
 
 
+def check_sizes(config: PreTrainedConfig) -> None:
+    """Raises ValueError naming the first of SIZES that the configuration has and that is below 1."""
+    for name in SIZES:
+        size = getattr(config, name, None)
+        if size is not None and size < 1:
+            raise ValueError(f"{name} ({size}) must be at least 1")
+
+
+def layer_kinds(config: PreTrainedConfig) -> list[str]:
+    """What each layer of an M1 model or a transformer is."""
+    return getattr(config, "layer_types", None) or [ATTENTION] * config.num_hidden_layers
+
+
 def cache_bytes(config: PreTrainedConfig, context: int, element_size: int) -> int:
     """Bytes of one sequence's cache after `context` tokens, for an M1 model or a transformer."""
-    kinds = getattr(config, "layer_types", None) or [ATTENTION] * config.num_hidden_layers
-    return sum(layer_cache_bytes(config, kind, context, element_size) for kind in kinds)
+    return sum(layer_cache_bytes(config, kind, context, element_size) for kind in layer_kinds(config))
 
 
 def layer_cache_bytes(config: PreTrainedConfig, kind: str, context: int, element_size: int) -> int:

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 
 from m1.errors import UserError
 from m1.model.checkpoint import load_config, model_without_weights
-from m1.model.configuration import ATTENTION, MAMBA, cache_bytes, layer_cache_bytes
+from m1.model.configuration import ATTENTION, MAMBA, cache_bytes, layer_cache_bytes, layer_kinds
 from m1.model.convert import TEACHERS
 
 CONTEXTS = tuple(1024 * 2**i for i in range(0, 9, 2))  # 1k ... 256k tokens
@@ -38,13 +38,13 @@ class Summary:
     parameters: int  # a tied head counted once
     teacher_parameters: int
     context: int  # tokens
-    element_size: int  # bytes of a weight and of a cached value
+    dtype: torch.dtype  # of weights and cached values
 
     def cache_bytes(self, context: int) -> int:
-        return cache_bytes(self.config, context, self.element_size)
+        return cache_bytes(self.config, context, self.dtype.itemsize)
 
     def teacher_cache_bytes(self, context: int) -> int:
-        return cache_bytes(self.teacher, context, self.element_size)
+        return cache_bytes(self.teacher, context, self.dtype.itemsize)
 
     @property
     def break_even(self) -> int | None:
@@ -52,7 +52,7 @@ class Summary:
         mamba = [layer for layer in self.layers if layer.kind != "attention"]
         if not mamba:
             return None
-        a_token = layer_cache_bytes(self.config, ATTENTION, 1, self.element_size)
+        a_token = layer_cache_bytes(self.config, ATTENTION, 1, self.dtype.itemsize)
         return mamba[0].cache_bytes // a_token + 1
 
 
@@ -72,12 +72,11 @@ def summarize(folder: str | Path, context: int = 4096) -> Summary:
     teacher = copy.deepcopy(config)
     if config.model_type == "m1":
         teacher.layer_types = [ATTENTION] * config.num_hidden_layers
-    element_size = (config.dtype or torch.float32).itemsize
+    dtype = config.dtype or torch.float32
     model = model_without_weights(config, folder)
     teacher_parameters = model_without_weights(teacher, folder).num_parameters()
-    kinds = getattr(config, "layer_types", None) or [ATTENTION] * config.num_hidden_layers
     layers = []
-    for layer, layer_kind in zip(model.model.layers, kinds, strict=True):
+    for layer, layer_kind in zip(model.model.layers, layer_kinds(config), strict=True):
         mixer = layer.mamba if layer_kind == MAMBA else layer.self_attn
         mixer_parameters = sum(p.numel() for p in mixer.parameters())
         layers.append(
@@ -85,10 +84,10 @@ def summarize(folder: str | Path, context: int = 4096) -> Summary:
                 kind=config.mixer if layer_kind == MAMBA else "attention",
                 mixer_parameters=mixer_parameters,
                 mlp_parameters=sum(p.numel() for p in layer.parameters()) - mixer_parameters,
-                cache_bytes=layer_cache_bytes(config, layer_kind, context, element_size),
+                cache_bytes=layer_cache_bytes(config, layer_kind, context, dtype.itemsize),
             )
         )
-    return Summary(config, teacher, layers, model.num_parameters(), teacher_parameters, context, element_size)
+    return Summary(config, teacher, layers, model.num_parameters(), teacher_parameters, context, dtype)
 
 
 def print_summary(summary: Summary, console: Console) -> None:
@@ -104,8 +103,8 @@ def print_summary(summary: Summary, console: Console) -> None:
     table.add_row("", "total", "", f"{summary.parameters:,}", total, style="bold")
     console.print(table)
 
-    size = human_bytes(summary.parameters * summary.element_size)
-    dtype = str(summary.config.dtype or torch.float32).removeprefix("torch.")
+    size = human_bytes(summary.parameters * summary.dtype.itemsize)
+    dtype = str(summary.dtype).removeprefix("torch.")
     more = summary.parameters / summary.teacher_parameters - 1
     console.print(f"{size} of weights in {dtype}; {100 * more:+.1f} % parameters against attention in every layer")
 

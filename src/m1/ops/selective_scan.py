@@ -79,7 +79,7 @@ def _kernels_available() -> bool:
 # The C++ kernel as a PyTorch operator: float32 tensors; layouts are those of cpu/selective_scan.cpp.
 
 
-@torch.library.custom_op("m1::selective_scan_cpu", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("m1::selective_scan", mutates_args=(), device_types="cpu")
 def _cpu_forward(
     x: Tensor,
     dt: Tensor,
@@ -116,7 +116,7 @@ def _cpu_forward_outputs(
     return x.new_empty(b, T, d), x.new_empty(b, d, KERNEL_STATE_SIZE), saved
 
 
-@torch.library.custom_op("m1::selective_scan_cpu_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("m1::selective_scan_backward", mutates_args=(), device_types="cpu")
 def _cpu_backward(
     x: Tensor,
     dt: Tensor,

@@ -38,7 +38,7 @@ def ssd(
     Raises:
         ValueError: shapes that don't fit.
     """
-    b, T, G, _ = x.shape
+    b, T, G, P = x.shape
     heads, N = C.shape[2:]
     fits = [heads % G == 0, B.shape == (b, T, G, N), C.shape[:2] == (b, T), dt.shape == (b, T, heads)]
     fits.append(seq_idx is None or seq_idx.shape == (b, T))
@@ -46,52 +46,37 @@ def ssd(
         shapes = [None if t is None else tuple(t.shape) for t in (x, dt, B, C, seq_idx)]
         raise ValueError(f"ssd: shapes of x, dt, B, C and seq_idx don't fit: {shapes}")
     with torch.autocast(x.device.type, enabled=False):  # it would take the products in bfloat16
-        return _ssd(x, dt, A, B, C, D, seq_idx, initial_state)
+        rep, out_dtype = heads // G, x.dtype
+        size = min(CHUNK, T)
+        chunks = -(-T // size)
+        state = x.new_zeros(b, G, rep, P, N, dtype=torch.float32)
+        if initial_state is not None:
+            state = initial_state.float().unflatten(1, (G, rep))
 
+        def chunked(t: Tensor) -> Tensor:
+            """[b, T, ...] -> [b, chunks, size, ...] float32; tokens added at the end have dt = 0."""
+            t = F.pad(t.float(), [0, 0] * (t.ndim - 2) + [0, chunks * size - T])
+            return t.unflatten(1, (chunks, size))
 
-def _ssd(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    seq_idx: Tensor | None,
-    initial_state: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    b, T, G, P = x.shape
-    heads, N = C.shape[2:]
-    rep, out_dtype = heads // G, x.dtype
-    size = min(CHUNK, T)
-    chunks = -(-T // size)
-    state = x.new_zeros(b, G, rep, P, N, dtype=torch.float32)
-    if initial_state is not None:
-        state = initial_state.float().unflatten(1, (G, rep))
+        skip = D.float().view(G, rep, 1) * x.float().unsqueeze(3)
+        x, dt, B, C = chunked(x), chunked(dt).unflatten(-1, (G, rep)), chunked(B), chunked(C).unflatten(3, (G, rep))
+        log_decay = (dt * A.float().view(G, rep)).cumsum(2)  # [b, c, size, G, rep] since the chunk began
+        starts, ends, pairs = _within_documents(seq_idx, b, chunks, size, x.device)
 
-    def chunked(t: Tensor) -> Tensor:
-        """[b, T, ...] -> [b, chunks, size, ...] float32; tokens added at the end have dt = 0."""
-        t = F.pad(t.float(), [0, 0] * (t.ndim - 2) + [0, chunks * size - T])
-        return t.unflatten(1, (chunks, size))
+        between = (log_decay.unsqueeze(3) - log_decay.unsqueeze(2)).masked_fill(~pairs[..., None, None], -torch.inf)
+        scores = torch.einsum("bcigrn,bcjgn->bcijgr", C, B) * between.exp() * dt.unsqueeze(2)
+        y = torch.einsum("bcijgr,bcjgp->bcigrp", scores, x)
 
-    skip = D.float().view(G, rep, 1) * x.float().unsqueeze(3)
-    x, dt, B, C = chunked(x), chunked(dt).unflatten(-1, (G, rep)), chunked(B), chunked(C).unflatten(3, (G, rep))
-    log_decay = (dt * A.float().view(G, rep)).cumsum(2)  # [b, c, size, G, rep] since the chunk began
-    starts, ends, pairs = _within_documents(seq_idx, b, chunks, size, x.device)
-
-    between = (log_decay.unsqueeze(3) - log_decay.unsqueeze(2)).masked_fill(~pairs[..., None, None], -torch.inf)
-    scores = torch.einsum("bcigrn,bcjgn->bcijgr", C, B) * between.exp() * dt.unsqueeze(2)
-    y = torch.einsum("bcijgr,bcjgp->bcigrp", scores, x)
-
-    to_end = (log_decay[:, :, -1:] - log_decay).exp() * dt * ends[..., None, None]
-    added = torch.einsum("bcjgr,bcjgp,bcjgn->bcgrpn", to_end, x, B)
-    from_start = log_decay.exp() * starts[..., None, None]
-    before = []
-    for c in range(chunks):
-        before.append(state)
-        state = from_start[:, c, -1, :, :, None, None] * state + added[:, c]
-    y = y + torch.einsum("bcigrn,bcgrpn,bcigr->bcigrp", C, torch.stack(before, dim=1), from_start)
-    y = y.flatten(1, 2)[:, :T] + skip
-    return y.flatten(2, 3).to(out_dtype), state.flatten(1, 2)
+        to_end = (log_decay[:, :, -1:] - log_decay).exp() * dt * ends[..., None, None]
+        added = torch.einsum("bcjgr,bcjgp,bcjgn->bcgrpn", to_end, x, B)
+        from_start = log_decay.exp() * starts[..., None, None]
+        before = []
+        for c in range(chunks):
+            before.append(state)
+            state = from_start[:, c, -1, :, :, None, None] * state + added[:, c]
+        y = y + torch.einsum("bcigrn,bcgrpn,bcigr->bcigrp", C, torch.stack(before, dim=1), from_start)
+        y = y.flatten(1, 2)[:, :T] + skip
+        return y.flatten(2, 3).to(out_dtype), state.flatten(1, 2)
 
 
 def _within_documents(

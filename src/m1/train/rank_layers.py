@@ -17,8 +17,9 @@ from transformers import PreTrainedTokenizerBase
 from m1.errors import UserError
 from m1.jsonl import read_json, write_json
 from m1.model.checkpoint import default_device, load_tokenizer, read_weights
+from m1.model.configuration import ATTENTION, MAMBA
 from m1.model.convert import hybrid_config, mixer_from_attention, model_from_weights, read_teacher_config
-from m1.model.modeling import M1DecoderLayer, M1ForCausalLM
+from m1.model.modeling import M1ForCausalLM
 from m1.model.tokenizer import conversation_tokens
 from m1.recipe import Data
 from m1.train.data import conversations
@@ -63,8 +64,11 @@ def rank_layers(
     result: dict[str, Any] = read_json(out) if out.exists() else {"settings": settings, "kl": {}}
     if result.get("settings") != settings:
         raise UserError(f"{out} was measured with other settings: delete it, or write to another file")
+    if "ranking" in result:
+        return result
 
     config = hybrid_config(teacher_config, range(layers), mixer=mixer, head_alignment=head_alignment)
+    mamba_config = hybrid_config(teacher_config, range(1, layers), mixer=mixer, head_alignment=head_alignment)
     model = model_from_weights(config, read_weights(teacher), teacher).eval()
     model.to(default_device())
     batches = _batches(data, load_tokenizer(teacher), max_length, batch_size)
@@ -82,29 +86,18 @@ def rank_layers(
         if str(i) in result["kl"]:
             continue
         torch.manual_seed(seed % 2**64)
-        replaced = hybrid_config(teacher_config, set(range(layers)) - {i}, mixer=mixer, head_alignment=head_alignment)
-        kept = model.model.layers[i]
-        model.model.layers[i] = _converted(kept, replaced, i)
+        layer = model.model.layers[i]
+        layer.mamba = mixer_from_attention(layer.self_attn.state_dict(), mamba_config, i).to(default_device())
+        layer.layer_type = MAMBA
         result["kl"][str(i)] = _divergence(model, batches, targets) / result["tokens"]
-        model.model.layers[i] = kept
+        del layer.mamba
+        layer.layer_type = ATTENTION
         write_json(out, result)
     if on_progress:
         on_progress(layers, layers)
     result["ranking"] = sorted(range(layers), key=lambda i: -result["kl"][str(i)])
     write_json(out, result)
     return result
-
-
-def _converted(layer: M1DecoderLayer, config: Any, layer_idx: int) -> M1DecoderLayer:
-    """The layer with a Mamba mixer made from its attention; norms and MLP are shared with it."""
-    weights = layer.self_attn.state_dict()
-    with torch.device("meta"):
-        new = M1DecoderLayer(config, layer_idx)
-    new.mamba = mixer_from_attention({k: v.cpu() for k, v in weights.items()}, config, layer_idx)
-    new.mamba.to(next(layer.parameters()).device)
-    new.mlp, new.input_layernorm = layer.mlp, layer.input_layernorm
-    new.post_attention_layernorm = layer.post_attention_layernorm
-    return new.eval()
 
 
 def _divergence(model: M1ForCausalLM, batches: list[Batch], targets: list[Tensor]) -> float:
