@@ -6,8 +6,12 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import pytest
 import torch
+
+if not torch.cuda.is_available():  # before anything imports triton: its kernels then run in its interpreter
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
 from checkpoints import save_checkpoint, scramble, tiny_teacher
 
 from m1.model import M1ForCausalLM

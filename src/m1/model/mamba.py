@@ -1,24 +1,21 @@
 """The Mamba-1 mixer with grouped heads: the layer that takes an attention layer's place.
 
     z, x, B, C, dt[R] = in_proj(h)
-    x = silu(causal_conv(repeat(x)))                  per channel, after the repeat
-    dt = softplus(dt_proj(dt))                        a step size a channel
-    y = selective_scan(x, dt, A, B, C, D)             A = -exp(A_log)
-    out = out_proj(y * silu(z))
+    dt = dt_proj(dt)                                  a step size a channel, before softplus
+    y = selective_scan(z, x, B, C, dt, A, D, conv)    A = -exp(A_log); convolution, scan, skip and gate in one op
+    out = out_proj(y)
 
 One layer keeps the last K-1 inputs of the convolution, before the repeat, and a float32 state [D, N] per sequence.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache
 from transformers import initialization as init
 
 from m1.model.configuration import M1Config
 from m1.model.mixer import Mixer, initial_time_step_bias
-from m1.ops import selective_scan
-from m1.ops.reference import repeat_groups
+from m1.ops import selective_scan, state_update
 
 
 class MambaMixer(Mixer):
@@ -57,19 +54,20 @@ class MambaMixer(Mixer):
             past_key_values: continues from, and updates, this layer's conv and recurrent state.
         """
         z, x, B, C, dt = self.project(hidden_states)
+        dt = self.dt_proj(dt)
         if padding_mask is not None:
-            padding_mask = padding_mask.to(torch.bool).unsqueeze(-1)
-            x = x * padding_mask
+            real = padding_mask.to(torch.bool).unsqueeze(-1)
+            x, dt = x * real, dt.masked_fill(~real, -torch.inf)
+        parameters = (-torch.exp(self.A_log.float()), self.D, *self.conv1d())
+        states = self.states_to_update(x, past_key_values)
+        if states is not None:
+            y = state_update(*(t[:, 0] for t in (z, x, B, C, dt)), *parameters, *states)
+            return self.out_proj(y.unsqueeze(1))
         window = state = None
         if past_key_values is not None:
             state = self.recurrent_state(past_key_values)
-            window = repeat_groups(self.conv_window(x, past_key_values), self.state_size, self.repeats)
-        x = repeat_groups(x, self.state_size, self.repeats)
-        x = F.silu(self.conv1d(x, seq_idx, window))
-        dt = F.softplus(self.dt_proj(dt).float())
-        if padding_mask is not None:
-            dt = dt * padding_mask
-        y, state = selective_scan(x, dt, -torch.exp(self.A_log.float()), B, C, self.D, seq_idx, state)
+            window = self.conv_window(x, past_key_values)
+        y, state = selective_scan(z, x, B, C, dt, *parameters, seq_idx, window, state)
         if past_key_values is not None:
             past_key_values.update_recurrent_state(state, self.layer_idx)
-        return self.out_proj(y * F.silu(z))
+        return self.out_proj(y)

@@ -17,7 +17,7 @@ from transformers import initialization as init
 
 from m1.model.configuration import M1Config
 from m1.model.mixer import HeadRMSNorm, Mixer, initial_time_step_bias
-from m1.ops import ssd
+from m1.ops import causal_conv, ssd, ssd_update
 
 A_RANGE = (1.0, 16.0)  # initial -A, uniform (Mamba-2)
 GATED_NORM_EPS = 1e-5  # a constant of the released code
@@ -54,17 +54,22 @@ class Mamba2Mixer(Mixer):
         """hidden_states [b, T, H] -> [b, T, H]; arguments as `MambaMixer.forward`."""
         z, x, B, C, dt = self.project(hidden_states)
         xBC = torch.cat([x, B, C], dim=-1)
-        dt = F.softplus(dt.float() + self.dt_bias.float())
+        dt = dt.float() + self.dt_bias.float()
+        A = -torch.exp(self.A_log.float())
         if padding_mask is not None:
-            padding_mask = padding_mask.to(torch.bool).unsqueeze(-1)
-            xBC, dt = xBC * padding_mask, dt * padding_mask
+            real = padding_mask.to(torch.bool).unsqueeze(-1)
+            xBC, dt = xBC * real, dt.masked_fill(~real, -torch.inf)
+        states = self.states_to_update(xBC, past_key_values)
+        if states is not None:
+            y = ssd_update(xBC[:, 0], dt[:, 0], A, self.D, *self.conv1d(), *states).unsqueeze(1)
+            return self.out_proj(self.norm(y.flatten(-2) * F.silu(z)))
         window = state = None
         if past_key_values is not None:
             state = self.recurrent_state(past_key_values)
             window = self.conv_window(xBC, past_key_values)
-        xBC = F.silu(self.conv1d(xBC, seq_idx, window))
+        xBC = F.silu(causal_conv(xBC, *self.conv1d(), seq_idx, window))
         x, B, C = (t.unflatten(-1, (-1, self.head_dim)) for t in xBC.split(self.conv_widths, dim=-1))
-        y, state = ssd(x, dt, -torch.exp(self.A_log.float()), B, C, self.D, seq_idx, state)
+        y, state = ssd(x, F.softplus(dt), A, B, C, self.D, seq_idx, state)
         if past_key_values is not None:
             past_key_values.update_recurrent_state(state, self.layer_idx)
         return self.out_proj(self.norm(y.flatten(-2) * F.silu(z)))

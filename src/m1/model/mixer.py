@@ -17,7 +17,6 @@ from transformers import Cache
 from transformers import initialization as init
 
 from m1.model.configuration import M1Config
-from m1.ops import causal_conv
 
 TIME_STEP_RANGE = (1e-3, 1e-1)  # initial step sizes (Mamba, §3.6)
 
@@ -36,7 +35,7 @@ class Mixer(nn.Module):
         self.widths = config.mamba_widths
         self.repeats = config.mamba_size // config.mamba_kv_size
         self.in_proj = nn.Linear(config.hidden_size, sum(self.widths), bias=config.attention_bias)
-        self.conv1d = CausalConv1d(conv_size, conv_size, config.conv_kernel, groups=conv_size)
+        self.conv1d = ConvTaps(conv_size, conv_size, config.conv_kernel, groups=conv_size)
         self.out_proj = nn.Linear(config.mamba_size, config.hidden_size, bias=config.attention_out_bias)
         self.B_norm: nn.Module = nn.Identity()
         self.C_norm: nn.Module = nn.Identity()
@@ -77,13 +76,22 @@ class Mixer(nn.Module):
         layer = cache.layers[self.layer_idx] if self.layer_idx < len(cache.layers) else None
         return layer.recurrent_states[0] if layer is not None and layer.has_previous_state[0] else None
 
+    def states_to_update(self, inputs: Tensor, cache: Cache | None) -> tuple[Tensor, Tensor] | None:
+        """Conv and recurrent state, to be updated in place by one more token a row; None where that can't be: no state
+        yet, several tokens, gradients, or a cache that records its past."""
+        if cache is None or inputs.shape[1] != 1 or torch.is_grad_enabled():
+            return None
+        state = self.recurrent_state(cache)
+        layer = cache.layers[self.layer_idx] if state is not None else None
+        return None if layer is None or layer.record_past else (layer.conv_states[0], state)
 
-class CausalConv1d(nn.Conv1d):
-    """nn.Conv1d's parameters, `ops.causal_conv`'s computation."""
 
-    def forward(self, x: Tensor, seq_idx: Tensor | None = None, window: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        """x [b, T, channels], window [b, K-1, channels] in front of it -> [b, T, channels]."""
-        return causal_conv(x, self.weight.squeeze(1), self.bias, seq_idx, window)
+class ConvTaps(nn.Conv1d):
+    """nn.Conv1d's parameters for an op that takes them: called, as offloading hooks look at calls, it hands them over."""
+
+    def forward(self) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """weight [channels, K], bias [channels]."""
+        return self.weight.squeeze(1), self.bias
 
 
 class HeadRMSNorm(nn.Module):

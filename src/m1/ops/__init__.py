@@ -1,7 +1,9 @@
 """Kernels. Each op has one public function that dispatches; `reference` is its readable specification."""
 
 from m1.ops.causal_conv import causal_conv
+from m1.ops.decode_attention import decode_attention
 from m1.ops.selective_scan import selective_scan
 from m1.ops.ssd import ssd
+from m1.ops.state_update import ssd_update, state_update
 
-__all__ = ["causal_conv", "selective_scan", "ssd"]
+__all__ = ["causal_conv", "decode_attention", "selective_scan", "ssd", "ssd_update", "state_update"]

@@ -1,7 +1,9 @@
 """Compiles the C++ kernels on first use into the user's cache and loads them with ctypes.
 
-The sources include no PyTorch header, so a build takes two seconds and has no ABI to match. The OpenMP runtime is
-found by soname and is the one torch has loaded already: one thread pool, not two fighting for the cores.
+The sources include no PyTorch header, so a build takes seconds and has no ABI to match. The instruction set is chosen
+at run time as torch chooses its own (ATEN_CPU_CAPABILITY=avx2 or =default lowers it); each has its own file in the
+cache. The OpenMP runtime is found by soname and is the one torch has loaded already: one thread pool, not two fighting
+for the cores.
 """
 
 import ctypes
@@ -10,16 +12,20 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 import warnings
 from pathlib import Path
 
-import torch  # noqa: F401  loads the OpenMP runtime the kernels share
+import torch
+from torch import Tensor
 
 SOURCES = Path(__file__).parent / "cpu"
-FLAGS = ["-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fPIC", "-shared", "-fopenmp", "-Wno-psabi"]
+FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-fopenmp", "-Wno-psabi"]
+ARCHITECTURES = {"AVX512": "x86-64-v4", "AVX2": "x86-64-v3"}  # by torch's name for what the processor can do
 
 
 def cache_dir() -> Path:
@@ -28,43 +34,50 @@ def cache_dir() -> Path:
     return Path(os.environ.get("M1_CACHE", default))
 
 
-def _machine() -> str:
-    """What -march=native depends on: a cache on a shared home must not serve one machine's code to another."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    keep = {line for line in lines if line.startswith(("flags", "model name", "Features"))}
-    return platform.machine() + "".join(sorted(keep))
+def flags() -> list[str]:
+    """The compiler's options on this processor, and those of `$M1_CXXFLAGS` (a sanitizer, say)."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    march = [f"-march={ARCHITECTURES[capability]}"] if capability in ARCHITECTURES else []
+    return [*FLAGS, *march, *shlex.split(os.environ.get("M1_CXXFLAGS", ""))]
 
 
 @functools.cache
-def load_cpu_kernels(name: str) -> ctypes.CDLL | None:
-    """The compiled library of `cpu/<name>.cpp`; None, with one warning, where it can't be compiled."""
-    source = SOURCES / f"{name}.cpp"
+def load_cpu_kernels() -> ctypes.CDLL | None:
+    """The compiled kernels of `cpu/*.cpp`; None, with one warning, where they can't be compiled."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
-        warnings.warn("no C++ compiler (g++ or clang++) found: M1 runs its slow pure-PyTorch scan", stacklevel=2)
+        warnings.warn("no C++ compiler (g++ or clang++) found: M1 runs its slow pure-PyTorch kernels", stacklevel=2)
         return None
-    key = "\0".join([source.read_text(), compiler, *FLAGS, _machine()])
-    library = cache_dir() / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    sources = sorted(SOURCES.glob("*.cpp"))
+    texts = [path.read_text() for path in sorted(SOURCES.glob("*.[ch]*"))]
+    key = "\0".join([*texts, compiler, platform.machine(), *flags()])
+    library = cache_dir() / f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     try:
         if not library.exists():
-            _compile(compiler, source, library)
+            _compile(compiler, sources, library)
         return ctypes.CDLL(str(library))
     except (OSError, subprocess.CalledProcessError) as error:
         detail = error.stderr if isinstance(error, subprocess.CalledProcessError) else error
-        warnings.warn(f"compiling {source.name} failed, M1 runs its slow pure-PyTorch scan: {detail}", stacklevel=2)
+        warnings.warn(f"compiling the CPU kernels failed, M1 runs its slow pure-PyTorch ones: {detail}", stacklevel=2)
         return None
 
 
-def _compile(compiler: str, source: Path, library: Path) -> None:
+def _compile(compiler: str, sources: list[Path], library: Path) -> None:
     """Builds into a temporary file and renames it; a lock lets concurrent first users compile once."""
     library.parent.mkdir(parents=True, exist_ok=True)
     with open(library.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if library.exists():
             return
+        print(f"compiling M1's CPU kernels, once, into {library.parent} ...", file=sys.stderr, flush=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             built = Path(folder) / library.name
-            command = [compiler, *FLAGS, str(source), "-o", str(built)]
+            command = [compiler, *flags(), *map(str, sources), "-o", str(built)]
             subprocess.run(command, check=True, capture_output=True, text=True)
             built.replace(library)
+
+
+def call(name: str, *arguments: Tensor | int | None) -> int:
+    """Calls a kernel with one struct of 8-byte fields: tensors as data pointers, None as null, integers as int64."""
+    fields = [a.data_ptr() if isinstance(a, Tensor) else a or 0 for a in arguments]
+    return getattr(load_cpu_kernels(), name)((ctypes.c_int64 * len(fields))(*fields))

@@ -8,6 +8,7 @@ K convolution taps; for Mamba-2, P channels a head. Tensors are token-major.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -22,34 +23,44 @@ def repeat_groups(x: Tensor, group: int, repeats: int) -> Tensor:
 
 
 def selective_scan(
+    z: Tensor,
     x: Tensor,
-    dt: Tensor,
-    A: Tensor,
     B: Tensor,
     C: Tensor,
+    dt: Tensor,
+    A: Tensor,
     D: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
     seq_idx: Tensor | None = None,
+    window: Tensor | None = None,
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t,  y_t = <C_t, h_t> + D x_t  (Mamba, eq. 2a/2b, zero-order hold on A).
+    """u = silu(conv(x)),  dt = softplus(dt),  h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t  (Mamba, eq. 2a/2b, zero-order
+    hold on A),  y_t = (<C_t, h_t> + D u_t) silu(z_t).
 
     Shapes and semantics as `m1.ops.selective_scan`.
     """
-    b, T, d = x.shape
-    n = A.shape[1]
-    x, dt, A, B, C, D = (t.float() for t in (x, dt, A, B, C, D))
-    B = repeat_groups(B, n, d // B.shape[-1]).unflatten(-1, (-1, n))  # [b, T, D/N, N]: one vector a group of N channels
+    d, n = A.shape
+    dtype, rep = z.dtype, d // x.shape[-1]
+    z, x, B, C, dt, A, D, conv_weight, conv_bias = (t.float() for t in (z, x, B, C, dt, A, D, conv_weight, conv_bias))
+    x = repeat_groups(x, n, rep)
+    if window is not None:
+        window = repeat_groups(window.float(), n, rep)
+    u = F.silu(causal_conv(x, conv_weight, conv_bias, seq_idx, window))
+    dt = F.softplus(dt)
+    B = repeat_groups(B, n, rep).unflatten(-1, (-1, n))  # [b, T, D/N, N]: one vector a group of N channels
     C = C.unflatten(-1, (-1, n))
-    h = x.new_zeros(b, d, n) if initial_state is None else initial_state.float()
+    h = x.new_zeros(x.shape[0], d, n) if initial_state is None else initial_state.float()
     ys = []
-    for t in range(T):
+    for t in range(x.shape[1]):
         if seq_idx is not None:
             h = h.masked_fill(starts_document(seq_idx, t)[..., None], 0.0)
         B_t = B[:, t].repeat_interleave(n, dim=1)  # [b, D, N]
         C_t = C[:, t].repeat_interleave(n, dim=1)
-        h = torch.exp(dt[:, t, :, None] * A) * h + (dt[:, t] * x[:, t])[..., None] * B_t
-        ys.append((C_t * h).sum(-1) + D * x[:, t])
-    return torch.stack(ys, dim=1), h
+        h = torch.exp(dt[:, t, :, None] * A) * h + (dt[:, t] * u[:, t])[..., None] * B_t
+        ys.append(((C_t * h).sum(-1) + D * u[:, t]) * F.silu(z[:, t]))
+    return torch.stack(ys, dim=1).to(dtype), h
 
 
 def ssd(
@@ -110,3 +121,84 @@ def causal_conv(
             y = y + weight[:, K - 1 - k] * past
         ys.append(y)
     return torch.stack(ys, dim=1)
+
+
+def state_update(
+    z: Tensor,
+    x: Tensor,
+    B: Tensor,
+    C: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    D: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    conv_state: Tensor,
+    ssm_state: Tensor,
+    slots: Tensor,
+) -> Tensor:
+    """`selective_scan` of one token a row, which continues, and updates, the states of the row's slot.
+
+    Shapes and semantics as `m1.ops.state_update`.
+    """
+    rows, at = occupied(slots)
+    token = (t[rows, None] for t in (z, x, B, C, dt))
+    window, h = conv_state[at].mT, ssm_state[at]
+    y, ssm_state[at] = selective_scan(*token, A, D, conv_weight, conv_bias, None, window, h)
+    conv_state[at] = shifted(conv_state[at], x[rows])
+    return torch.zeros_like(z).index_copy(0, rows, y[:, 0])
+
+
+def ssd_update(
+    xBC: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    D: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    conv_state: Tensor,
+    ssm_state: Tensor,
+    slots: Tensor,
+) -> Tensor:
+    """Convolution, silu and `ssd` of one token a row, which continues, and updates, the states of the row's slot.
+
+    Shapes and semantics as `m1.ops.ssd_update`.
+    """
+    _, heads, P, N = ssm_state.shape
+    groups = (xBC.shape[1] - heads * N) // (P + N)
+    rows, at = occupied(slots)
+    token, window = xBC[rows, None].float(), conv_state[at].mT.float()
+    u = F.silu(causal_conv(token, conv_weight.float(), conv_bias.float(), None, window))
+    x, B, C = u.split([groups * P, groups * N, heads * N], dim=-1)
+    x, B, C = x.unflatten(-1, (groups, P)), B.unflatten(-1, (groups, N)), C.unflatten(-1, (heads, N))
+    y, ssm_state[at] = ssd(x, F.softplus(dt[rows, None].float()), A, B, C, D, None, ssm_state[at])
+    conv_state[at] = shifted(conv_state[at], xBC[rows])
+    return xBC.new_zeros(len(xBC), heads, P).index_copy(0, rows, y[:, 0].to(xBC.dtype))
+
+
+def occupied(slots: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows that have a slot, and those slots; a negative slot is none."""
+    rows = (slots >= 0).nonzero().flatten()
+    return rows, slots[rows]
+
+
+def shifted(windows: Tensor, tokens: Tensor) -> Tensor:
+    """[b, channels, K-1] convolution inputs without the oldest, with the tokens' [b, channels] behind them."""
+    return torch.cat([windows, tokens[..., None].to(windows.dtype)], dim=-1)[..., 1:]
+
+
+def decode_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, slots: Tensor, scale: float
+) -> Tensor:
+    """softmax(scale q k^T) v over the first `length` keys of each row's slot (zero when there are none).
+
+    Shapes and semantics as `m1.ops.decode_attention`.
+    """
+    rep = q.shape[1] // k_cache.shape[1]
+    out = torch.zeros_like(q)
+    for row, (slot, length) in enumerate(zip(slots.tolist(), lengths.tolist(), strict=True)):
+        if slot >= 0 and length > 0:
+            k, v = (t[slot, :, :length].float().repeat_interleave(rep, dim=0) for t in (k_cache, v_cache))
+            weights = torch.softmax(scale * torch.einsum("hd,hld->hl", q[row].float(), k), dim=-1)
+            out[row] = torch.einsum("hl,hld->hd", weights, v).to(q.dtype)
+    return out

@@ -1,188 +1,200 @@
-"""The selective scan: one public function, which runs the C++ kernel on the CPU and the reference elsewhere."""
+"""The inside of a Mamba-1 mixer, from the input projection's output to the output projection's input, as one op."""
 
-import ctypes
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from m1.ops import reference
-from m1.ops.build import load_cpu_kernels
+from m1.ops.backend import Backend, choose
 
-KERNEL_STATE_SIZE = 16
-KERNEL_CHUNK = 16  # tokens between saved states, as in cpu/selective_scan.cpp
-
-Backend = Literal["auto", "cpu", "reference"]
+CHUNK = {"cpu": 16, "triton": 32}  # tokens between the states that the forward pass saves for the backward pass
 
 
 def selective_scan(
+    z: Tensor,
     x: Tensor,
-    dt: Tensor,
-    A: Tensor,
     B: Tensor,
     C: Tensor,
+    dt: Tensor,
+    A: Tensor,
     D: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
     seq_idx: Tensor | None = None,
+    window: Tensor | None = None,
     initial_state: Tensor | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t,  y_t = <C_t, h_t> + D x_t, with grouped B and C.
+    """u = silu(conv(x)),  dt = softplus(dt),  h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t,  y_t = (<C_t, h_t> + D u_t) silu(z_t).
 
-    Channels form groups of N. Group g reads C's group g and B's group g // (D / X): B is repeated as grouped-query
-    attention repeats key-value heads.
+    Channels form groups of N. Group g reads C's group g, and group g // (D / X) of x and B: they are repeated as
+    grouped-query attention repeats key-value heads, x before its convolution. The specification is
+    `reference.selective_scan`; `state_update` is the same for one token of many sequences, in place.
 
     Args:
-        x: [b, T, D] inputs, after convolution and activation.
-        dt: [b, T, D] step sizes >= 0, after softplus. A step of 0 leaves the state as it is (padding).
-        A: [D, N], negative.
-        B: [b, T, X], X a multiple of N that divides D.
+        z: [b, T, D] gate.
+        x: [b, T, X] inputs, X a multiple of N that divides D.
+        B: [b, T, X].
         C: [b, T, D].
+        dt: [b, T, D] step sizes before softplus. -inf, a step of size 0, leaves the state as it is (padding).
+        A: [D, N], negative.
         D: [D] skip weights.
+        conv_weight: [D, K]; the last tap multiplies the current token. Taps never reach into another document.
+        conv_bias: [D].
         seq_idx: [b, T] integers, the document of each token; the state is cleared where it changes.
+        window: [b, K-1, X], the inputs in front of the first token (which then belong to its document).
         initial_state: [b, D, N] state in front of the first token, zero when None.
-        backend: "cpu" is the C++ kernel (N = 16 only), "reference" plain PyTorch; "auto" picks.
+        backend: "cpu" and "triton" take N = 16 and K <= 4; "auto" picks what fits.
 
     Returns:
-        y [b, T, D] in x's dtype and the final state [b, D, N] in float32. All arithmetic is in float32.
+        y [b, T, D] in z's dtype and the final state [b, D, N] in float32. All arithmetic is in float32.
 
     Raises:
-        ValueError: shapes that don't fit, or backend "cpu" where it can't run.
+        ValueError: shapes that don't fit, or a backend that can't run this.
     """
-    d, n, kv = x.shape[-1], A.shape[1], B.shape[-1]
-    if d % n or kv % n or d % kv:
-        raise ValueError(f"selective_scan: D={d} and X={kv} must be multiples of the state size {n}, and X divide D")
-    fits = [x.shape == dt.shape == C.shape, B.shape[:-1] == x.shape[:-1], A.shape[0] == d, D.shape == (d,)]
-    fits.append(seq_idx is None or seq_idx.shape == x.shape[:-1])
-    fits.append(initial_state is None or initial_state.shape == (x.shape[0], d, n))
+    b, T, X = x.shape
+    d, n = A.shape
+    K = conv_weight.shape[1]
+    if d % n or X % n or d % X:
+        raise ValueError(f"selective_scan: D={d} and X={X} must be multiples of the state size {n}, and X divide D")
+    fits = [z.shape == C.shape == dt.shape == (b, T, d), B.shape == x.shape, D.shape == conv_bias.shape == (d,)]
+    fits += [conv_weight.shape[0] == d, seq_idx is None or seq_idx.shape == (b, T)]
+    fits += [window is None or window.shape == (b, K - 1, X)]
+    fits += [initial_state is None or initial_state.shape == (b, d, n)]
     if not all(fits):
-        shapes = [None if t is None else tuple(t.shape) for t in (x, dt, A, B, C, D, seq_idx, initial_state)]
-        raise ValueError(f"selective_scan: shapes of x, dt, A, B, C, D, seq_idx and initial_state don't fit: {shapes}")
-    kernel_fits = x.device.type == "cpu" and n == KERNEL_STATE_SIZE and x.shape[1] > 0
-    if backend == "reference" or not kernel_fits or not _kernels_available():
-        if backend == "cpu":
-            raise ValueError("selective_scan: backend 'cpu' needs CPU tensors, state size 16 and a C++ compiler")
-        y, state = reference.selective_scan(x, dt, A, B, C, D, seq_idx, initial_state)
-    else:
-        tensors = [t.float() for t in (x, dt, A, B, C, D)]
-        h0 = None if initial_state is None else initial_state.float()
-        documents = None if seq_idx is None else seq_idx.to(torch.int32).contiguous()
-        save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*tensors, h0))
-        y, state, _ = _cpu_forward(*tensors, documents, h0, save)
-    return y.to(x.dtype), state
+        named = dict(z=z, x=x, B=B, C=C, dt=dt, A=A, D=D, conv_weight=conv_weight, conv_bias=conv_bias)
+        named |= dict(seq_idx=seq_idx, window=window, initial_state=initial_state)
+        shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in named.items() if t is not None)
+        raise ValueError(f"selective_scan: shapes don't fit: {shapes}")
+    backend = choose("selective_scan", backend, z, {"state size 16": n == 16, "at most 4 convolution taps": K <= 4})
+    if backend == "reference":
+        return reference.selective_scan(z, x, B, C, dt, A, D, conv_weight, conv_bias, seq_idx, window, initial_state)
+    dtype = kernel_dtype(backend, z, x, B, C, dt)
+    activations = [t.to(dtype) for t in (z, x, B, C, dt)]
+    parameters = [t.float() for t in (A, D, conv_weight, conv_bias)]
+    documents = None if seq_idx is None else seq_idx.to(torch.int32)
+    window = None if window is None else window.to(dtype)
+    h0 = None if initial_state is None else initial_state.float()
+    differentiable = (*activations, *parameters, window, h0)
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
+    y, state, _ = _forward(*activations, *parameters, documents, window, h0, backend, save)
+    return y.to(z.dtype), state
 
 
-@torch.compiler.assume_constant_result
-def _kernels_available() -> bool:
-    return load_cpu_kernels("selective_scan") is not None
+def kernel_dtype(backend: Backend, *activations: Tensor) -> torch.dtype:
+    """The one dtype in which a kernel reads these: what they have in common, if the kernel knows it, else float32."""
+    dtypes = {t.dtype for t in activations}
+    known = {torch.float32, torch.bfloat16} | ({torch.float16} if backend == "triton" else set())
+    return dtypes.pop() if len(dtypes) == 1 and dtypes <= known else torch.float32
 
 
-# The C++ kernel as a PyTorch operator: float32 tensors; layouts are those of cpu/selective_scan.cpp.
+# The kernels as PyTorch operators. Activations share one dtype, parameters and states are float32.
 
 
-@torch.library.custom_op("m1::selective_scan", mutates_args=(), device_types="cpu")
-def _cpu_forward(
+@torch.library.custom_op("m1::selective_scan", mutates_args=())
+def _forward(
+    z: Tensor,
     x: Tensor,
-    dt: Tensor,
-    A: Tensor,
     B: Tensor,
     C: Tensor,
+    dt: Tensor,
+    A: Tensor,
     D: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
     seq_idx: Tensor | None,
+    window: Tensor | None,
     h0: Tensor | None,
+    backend: str,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, the final state, and the states the backward pass starts from (empty unless `save`)."""
-    y, h_last, saved = _cpu_forward_outputs(x, dt, A, B, C, D, seq_idx, h0, save)
-    x, dt, B, C = (_rows(t) for t in (x, dt, B, C))
-    _call(
-        "m1_selective_scan_forward",
-        *_sizes(x, B),
-        *_operands(x, dt, A.contiguous(), B, C, D.contiguous(), seq_idx),
-        None if h0 is None else h0.contiguous(),
-        y,
-        h_last,
-        saved if save else None,
-    )
-    return y, h_last, saved
+    """y, the final state, and the states the backward pass starts from (empty unless `save`), laid out as the
+    backend likes."""
+    inputs = (z, x, B, C, dt, A, D, conv_weight, conv_bias, seq_idx, window, h0)
+    outputs = _forward_outputs(*inputs, backend, save)
+    _kernels(backend).forward(*inputs, *outputs)
+    return outputs
 
 
-@_cpu_forward.register_fake
-def _cpu_forward_outputs(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, seq_idx: Any, h0: Any, save: bool
+@_forward.register_fake
+def _forward_outputs(
+    z: Tensor, x: Tensor, B: Tensor, C: Tensor, dt: Tensor, A: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    b, T, d = x.shape
-    chunks = -(-T // KERNEL_CHUNK) if save else 0
-    saved = x.new_empty(b, chunks, d // KERNEL_STATE_SIZE, KERNEL_STATE_SIZE, KERNEL_STATE_SIZE)
-    return x.new_empty(b, T, d), x.new_empty(b, d, KERNEL_STATE_SIZE), saved
+    *_, backend, save = rest
+    b, T, d = z.shape
+    chunks = -(-T // CHUNK[backend]) if save else 0
+    return z.new_empty(b, T, d), A.new_empty(b, *A.shape), A.new_empty(b, chunks, *A.shape)
 
 
-@torch.library.custom_op("m1::selective_scan_backward", mutates_args=(), device_types="cpu")
-def _cpu_backward(
+@torch.library.custom_op("m1::selective_scan_backward", mutates_args=())
+def _backward(
+    z: Tensor,
     x: Tensor,
-    dt: Tensor,
-    A: Tensor,
     B: Tensor,
     C: Tensor,
+    dt: Tensor,
+    A: Tensor,
     D: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
     seq_idx: Tensor | None,
+    window: Tensor | None,
     saved: Tensor,
     dy: Tensor,
     dh_last: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, dt, A, B, C, D and h0; those of A and D a sequence, to be summed over it."""
-    gradients = _cpu_backward_outputs(x, dt, A, B, C, D, seq_idx, saved, dy, dh_last)
-    x, dt, B, C = (_rows(t) for t in (x, dt, B, C))
-    operands = _operands(x, dt, A.contiguous(), B, C, D.contiguous(), seq_idx)
-    contiguous = [t.contiguous() for t in (saved, dy, dh_last)]
-    _call("m1_selective_scan_backward", *_sizes(x, B), *operands, *contiguous, *gradients)
+    backend: str,
+) -> list[Tensor]:
+    """Gradients of z, x, B, C, dt, A, D, conv_weight, conv_bias, window and h0."""
+    inputs = (z, x, B, C, dt, A, D, conv_weight, conv_bias, seq_idx, window, saved, dy, dh_last)
+    gradients = _backward_outputs(*inputs, backend)
+    _kernels(backend).backward(*inputs, *gradients)
     return gradients
 
 
-@_cpu_backward.register_fake
-def _cpu_backward_outputs(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, seq_idx: Any, saved: Any, dy: Any, dh_last: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    b, T, d = x.shape
-    dx, ddt, dC = (x.new_empty(b, T, d) for _ in range(3))
-    dA, dh0 = (x.new_empty(b, d, KERNEL_STATE_SIZE) for _ in range(2))
-    return dx, ddt, dA, x.new_empty(b, T, B.shape[-1]), dC, x.new_empty(b, d), dh0
+@_backward.register_fake
+def _backward_outputs(
+    z: Tensor,
+    x: Tensor,
+    B: Tensor,
+    C: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    D: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    *rest: Any,
+) -> list[Tensor]:
+    inputs = (z, x, B, C, dt, A, D, conv_weight, conv_bias)
+    window = x.new_empty(x.shape[0], conv_weight.shape[1] - 1, x.shape[2])
+    return [*(t.new_empty(t.shape) for t in inputs), window, A.new_empty(z.shape[0], *A.shape)]
 
 
-def _save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *tensors, h0, _ = inputs
+def _kernels(backend: str) -> Any:
+    if backend == "triton":
+        from m1.ops.triton import selective_scan as kernels  # triton is imported only where it runs
+    else:
+        from m1.ops.cpu import selective_scan as kernels
+    return kernels
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    *tensors, h0, backend, _ = inputs
     ctx.save_for_backward(*tensors, output[2])
-    ctx.has_h0 = h0 is not None
+    ctx.backend, ctx.has_h0 = backend, h0 is not None
 
 
-def _backward(ctx: Any, dy: Tensor, dh_last: Tensor, _: Tensor) -> tuple:
-    x, dt, A, B, C, D, seq_idx, saved = ctx.saved_tensors
-    dx, ddt, dA, dB, dC, dD, dh0 = _cpu_backward(x, dt, A, B, C, D, seq_idx, saved, dy, dh_last)
-    return dx, ddt, dA.sum(0), dB, dC, dD.sum(0), None, dh0 if ctx.has_h0 else None, None
-
-
-_cpu_forward.register_autograd(_backward, setup_context=_save_for_backward)
-
-
-def _rows(t: Tensor) -> Tensor:
-    """t with contiguous channels and evenly spaced rows: slices of a projection's output pass without a copy."""
-    return t if t.stride(2) == 1 and t.stride(0) == t.shape[1] * t.stride(1) else t.contiguous()
-
-
-def _sizes(x: Tensor, B: Tensor) -> tuple[int, int, int, int]:
-    return x.shape[0], x.shape[1], x.shape[2] // KERNEL_STATE_SIZE, B.shape[2] // KERNEL_STATE_SIZE
-
-
-def _operands(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, seq_idx: Tensor | None) -> tuple:
-    return x, x.stride(1), dt, dt.stride(1), A, B, B.stride(1), C, C.stride(1), D, seq_idx
-
-
-def _call(name: str, *arguments: Tensor | int | None) -> None:
-    """Calls a C function: tensors are passed as data pointers, None as a null pointer, integers as int64."""
-    function = getattr(load_cpu_kernels("selective_scan"), name)
-    function.restype = None
-    function(
-        *(
-            ctypes.c_int64(a) if isinstance(a, int) else ctypes.c_void_p(None if a is None else a.data_ptr())
-            for a in arguments
-        )
+def _autograd(ctx: Any, dy: Tensor, dh_last: Tensor, _: Tensor) -> tuple:
+    *inputs, seq_idx, window, saved = ctx.saved_tensors
+    *gradients, dwindow, dh0 = _backward(*inputs, seq_idx, window, saved, dy, dh_last, ctx.backend)
+    return (
+        *gradients,
+        None,
+        None if window is None else dwindow,
+        dh0 if ctx.has_h0 else None,
+        None,
+        None,
     )
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)

@@ -1,186 +1,334 @@
-// Selective scan (Mamba-1, grouped heads) on the CPU: forward and backward.
+// The selective scan, forward and backward, with convolution, silu, softplus, skip and gate in one pass over the
+// tokens. The specification is selective_scan in ops/reference.py.
 //
-//   h_t = exp(dt_t * A) * h_{t-1} + dt_t * x_t * B_t        y_t = <C_t, h_t> + D * x_t
-//
-// Channels come in groups of N = 16. A group has its own C (16 numbers a token) and shares its B with the
-// `rep` neighbouring groups of one key-value group. One vector holds one state index n for the 16 channels of
-// a group, so a group's whole 16x16 state is 16 vectors, B and C are broadcasts, and no lane ever waits for
-// another one in the forward pass. The specification is ops/reference.py.
-//
-// Parallelism is over (sequence, key-value group): every output element then has exactly one writer.
-// The forward pass keeps the state in front of every CHUNK tokens; the backward pass rebuilds the states inside
-// a chunk from it and sweeps back.
-//
-// GCC/Clang vector extensions, no intrinsics: the same source is AVX-512, AVX2, NEON or plain C.
+// Channels stand in groups of 16, and a vector holds one state index n for the channels of a group, so that B and C are
+// broadcasts and no lane waits for another one in the forward pass. Work is shared out by (sequence, key-value group):
+// every output element then has exactly one writer. Time goes by in chunks: a chunk's activations are first brought
+// into float32 buffers that stay in the L1 cache, then scanned. The forward pass saves the state in front of every
+// chunk; the backward pass takes chunks from the end, rebuilds the states inside one and sweeps back.
 
-#include <cstdint>
-#include <cstring>
+#include <algorithm>
+#include <vector>
+
+#include "vector.h"
 
 namespace {
 
-constexpr int N = 16;      // states per channel, and channels per group
-constexpr int CHUNK = 16;  // tokens between saved states: rebuilt states and decays of a chunk stay in L1/L2
+using namespace m1;
 
-typedef float vec __attribute__((vector_size(N * sizeof(float))));
-typedef int32_t ivec __attribute__((vector_size(N * sizeof(int32_t))));
+constexpr int CHUNK = 16;  // tokens; CHUNK["cpu"] in ops/selective_scan.py
+constexpr int STEP = 8;    // state indices that go in step, see exp2_nonpositive
+constexpr int TAPS = 4;    // of the convolution
+constexpr int HALO = TAPS - 1;
 
-inline vec load(const float* p) { vec v; std::memcpy(&v, p, sizeof v); return v; }
-inline void store(float* p, vec v) { std::memcpy(p, &v, sizeof v); }
+typedef float Rows[CHUNK][N];  // one value a token and channel of a group
+typedef float State[N][N];     // [n][channel]
 
-// exp(x) for x <= 0 (dt >= 0 and A < 0), relative error below 2e-7: x = k ln2 + r, then a polynomial in r
-// and k added to the exponent bits. NaN goes through.
-inline vec exp_nonpositive(vec x) {
-  const vec low = vec{} - 87.0f;
-  const vec magic = vec{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
-  vec clamped = x < low ? low : x;
-  vec t = clamped * 1.44269504089f + magic;
-  vec k = t - magic;
-  vec r = clamped - k * 0.693359375f + k * 2.12194440e-4f;
-  vec p = vec{} + 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  ivec exponent = ((ivec)t - (ivec)magic) << 23;
-  vec result = (vec)((ivec)p + exponent);
-  return x == x ? result : x;
+struct Activation {  // [b, T, ...]: channels contiguous, tokens `stride` elements apart, sequences T tokens apart
+  const void* data;
+  int64_t stride;
+};
+
+struct Inputs {
+  int64_t batch, length, groups, kv_groups, bfloat16;
+  Activation z, x, B, C, dt;       // D channels, or 16 kv_groups for x and B
+  const float *A, *D;              // [D, 16], [D]
+  const float *taps, *bias;        // [TAPS, D] oldest first, [D]
+  const int32_t* seq_idx;          // [b, T] or null
+  const void* window;              // [b, HALO, 16 kv_groups] or null
+};
+
+struct Forward {
+  Inputs in;
+  const float* h0;       // [b, D, 16] or null
+  void* y;               // [b, T, D]
+  float *h_last, *saved; // [b, D, 16]; [b, chunks, groups, n, channel] or null
+};
+
+struct Backward {
+  Inputs in;
+  const float* saved;
+  const void* dy;                        // [b, T, D]
+  const float* dh_last;                  // [b, D, 16]
+  void *dz, *dx, *dB, *dC, *ddt;         // [b, T, ...] contiguous
+  float *dA, *dD, *dtaps, *dbias;        // a sequence each, to be summed over b: [b, D, 16], [b, D], [b, TAPS, D], [b, D]
+  void* dwindow;                         // [b, HALO, 16 kv_groups]
+  float* dh0;                            // [b, D, 16]
+};
+
+void transposed(const float* from, float* to, float factor = 1.0f) {  // [16][16]
+  for (int i = 0; i < N; ++i)
+    for (int j = 0; j < N; ++j) to[j * N + i] = from[i * N + j] * factor;
 }
 
-// r[n] = sum over lanes of v[n]: four levels of pairwise shuffles and adds instead of sixteen reductions.
-inline vec sum_lanes(vec* v) {
-#define PICK8(o) 0 + o, 1 + o, 2 + o, 3 + o, 4 + o, 5 + o, 6 + o, 7 + o, 16 + o, 17 + o, 18 + o, 19 + o, 20 + o, 21 + o, 22 + o, 23 + o
-#define PICK4(o) 0 + o, 1 + o, 2 + o, 3 + o, 16 + o, 17 + o, 18 + o, 19 + o, 8 + o, 9 + o, 10 + o, 11 + o, 24 + o, 25 + o, 26 + o, 27 + o
-#define PICK2(o) 0 + o, 1 + o, 16 + o, 17 + o, 4 + o, 5 + o, 20 + o, 21 + o, 8 + o, 9 + o, 24 + o, 25 + o, 12 + o, 13 + o, 28 + o, 29 + o
-#define PICK1(o) 0 + o, 16 + o, 2 + o, 18 + o, 4 + o, 20 + o, 6 + o, 22 + o, 8 + o, 24 + o, 10 + o, 26 + o, 12 + o, 28 + o, 14 + o, 30 + o
-#define MERGE(a, b, pick, w) (__builtin_shufflevector(a, b, pick(0)) + __builtin_shufflevector(a, b, pick(w)))
-  for (int i = 0; i < 8; ++i) v[i] = MERGE(v[i], v[i + 8], PICK8, 8);
-  for (int i = 0; i < 4; ++i) v[i] = MERGE(v[i], v[i + 4], PICK4, 4);
-  for (int i = 0; i < 2; ++i) v[i] = MERGE(v[i], v[i + 2], PICK2, 2);
-  return MERGE(v[0], v[1], PICK1, 1);
+// The chunks of one sequence and key-value group, in float32.
+template <class T>
+struct Chunk {
+  const Inputs& in;
+  const int64_t sequence, kv;
+  const int32_t* const seq;
+  int64_t first = 0;
+  int count = 0;
+  bool starts[CHUNK];           // token j begins a document: the state in front of it is cleared
+  float reaches[CHUNK][TAPS];   // 1 where the tap that lies k tokens back is in token j's document, else 0
+  float x[HALO + CHUNK][N];     // convolution inputs
+  Rows B;
+
+  Chunk(const Inputs& in, int64_t sequence, int64_t kv)
+      : in(in), sequence(sequence), kv(kv), seq(in.seq_idx ? in.seq_idx + sequence * in.length : nullptr) {}
+
+  const T* row(const Activation& a, int64_t t, int64_t group) const {
+    return (const T*)a.data + (sequence * in.length + t) * a.stride + group * N;
+  }
+
+  int32_t document(int64_t t) const { return seq[std::max<int64_t>(t, 0)]; }  // the window belongs to token 0's
+
+  void bring(const T* from, float* to) const {
+    for (int c = 0; c < N; c += W) store(to + c, load(from + c));
+  }
+
+  void enter(int64_t chunk) {
+    first = chunk * CHUNK;
+    count = (int)std::min<int64_t>(CHUNK, in.length - first);
+    const T* window = in.window ? (const T*)in.window + (sequence * HALO * in.kv_groups + kv) * N : nullptr;
+    for (int j = -HALO; j < count; ++j) {
+      const int64_t t = first + j;
+      float* to = x[j + HALO];
+      if (t >= 0) bring(row(in.x, t, kv), to);
+      else if (window) bring(window + (t + HALO) * in.kv_groups * N, to);
+      else std::memset(to, 0, sizeof *x);
+    }
+    for (int j = 0; j < count; ++j) {
+      const int64_t t = first + j;
+      bring(row(in.B, t, kv), B[j]);
+      starts[j] = seq && t > 0 && seq[t] != seq[t - 1];
+      for (int k = 0; k < TAPS; ++k) reaches[j][k] = !seq || document(t - k) == seq[t];
+    }
+  }
+
+  // The lines of another chunk that the loops will ask for: their addresses lie too far apart for the hardware to guess.
+  void prefetch(int64_t t, int64_t group) const {
+    if (t < 0 || t >= in.length) return;
+    for (const Activation* a : {&in.z, &in.C, &in.dt}) __builtin_prefetch(row(*a, t, group));
+    for (const Activation* a : {&in.x, &in.B}) __builtin_prefetch(row(*a, t, kv));
+  }
+};
+
+// A group's activations in a chunk: u = silu(conv(x)), dt = softplus(dt), gate = silu(z), and C.
+struct Group {
+  Rows u, dt, gate, C;
+};
+
+// The derivatives of a group's activations with respect to what went into them.
+struct Slopes {
+  Rows u, dt, gate;
+};
+
+template <class T>
+void activate(const Chunk<T>& chunk, int64_t g, Group& out, Slopes* slopes) {
+  const Inputs& in = chunk.in;
+  const int64_t channels = in.groups * N;
+  for (int c = 0; c < N; c += W) {
+    const int64_t channel = g * N + c;
+    const vec bias = load(in.bias + channel);
+    vec taps[TAPS];
+    for (int k = 0; k < TAPS; ++k) taps[k] = load(in.taps + (HALO - k) * channels + channel);
+    for (int j = 0; j < chunk.count; ++j) {
+      const int64_t t = chunk.first + j;
+      vec conv = bias;
+      for (int k = 0; k < TAPS; ++k) conv += taps[k] * chunk.reaches[j][k] * load(chunk.x[j + HALO - k] + c);
+      const vec conv_sigmoid = sigmoid(conv);
+      const vec dt = load(chunk.row(in.dt, t, g) + c), z = load(chunk.row(in.z, t, g) + c), z_sigmoid = sigmoid(z);
+      store(out.u[j] + c, conv * conv_sigmoid);
+      store(out.dt[j] + c, softplus(dt));
+      store(out.gate[j] + c, z * z_sigmoid);
+      store(out.C[j] + c, load(chunk.row(in.C, t, g) + c));
+      if (slopes) {
+        store(slopes->u[j] + c, conv_sigmoid * (1.0f + conv * (1.0f - conv_sigmoid)));
+        store(slopes->dt[j] + c, sigmoid(dt));
+        store(slopes->gate[j] + c, z_sigmoid * (1.0f + z * (1.0f - z_sigmoid)));
+      }
+    }
+  }
 }
 
-// [16 channels][16 states] row-major <-> one vector per state. Done once per (sequence, group).
-inline void transpose_in(const float* src, vec* dst) {
-  for (int n = 0; n < N; ++n)
-    for (int c = 0; c < N; ++c) dst[n][c] = src[c * N + n];
-}
-inline void transpose_out(const vec* src, float* dst) {
-  for (int n = 0; n < N; ++n)
-    for (int c = 0; c < N; ++c) dst[c * N + n] = src[n][c];
+template <class T>
+void forward(const Forward& p) {
+  const Inputs& in = p.in;
+  const int64_t channels = in.groups * N, rep = in.groups / in.kv_groups, chunks = (in.length + CHUNK - 1) / CHUNK;
+#pragma omp parallel for collapse(2) schedule(dynamic)
+  for (int64_t i = 0; i < in.batch; ++i) {
+    for (int64_t kv = 0; kv < in.kv_groups; ++kv) {
+      Chunk<T> chunk(in, i, kv);
+      Group group;
+      std::vector<float> scratch(2 * rep * N * N);
+      State* const A = (State*)scratch.data();  // times log2(e)
+      State* const states = A + rep;
+      const int64_t of_kv = (i * channels + kv * rep * N) * N;
+      for (int64_t r = 0; r < rep; ++r) {
+        transposed(in.A + (kv * rep + r) * N * N, A[r][0], LOG2E);
+        if (p.h0) transposed(p.h0 + of_kv + r * N * N, states[r][0]);
+      }
+      for (int64_t index = 0; index < chunks; ++index) {
+        chunk.enter(index);
+        for (int64_t r = 0; r < rep; ++r) {
+          const int64_t g = kv * rep + r;
+          if (p.saved) std::memcpy(p.saved + ((i * chunks + index) * in.groups + g) * N * N, states[r], sizeof *states);
+          activate(chunk, g, group, (Slopes*)nullptr);
+          for (int c = 0; c < N; c += W) {
+            const vec skip = load(in.D + g * N + c);
+            vec h[N];
+            for (int n = 0; n < N; ++n) h[n] = load(states[r][n] + c);
+            for (int j = 0; j < chunk.count; ++j) {
+              if (c == 0) chunk.prefetch(chunk.first + j + CHUNK, g);
+              if (chunk.starts[j])
+                for (int n = 0; n < N; ++n) h[n] = vec{};
+              const vec u = load(group.u[j] + c), dt = load(group.dt[j] + c), dtu = dt * u;
+              vec y = skip * u;
+              for (int n = 0; n < N; ++n) {
+                h[n] = exp2_nonpositive(dt * load(A[r][n] + c)) * h[n] + dtu * chunk.B[j][n];
+                y += h[n] * group.C[j][n];
+              }
+              store((T*)p.y + (i * in.length + chunk.first + j) * channels + g * N + c, y * load(group.gate[j] + c));
+            }
+            for (int n = 0; n < N; ++n) store(states[r][n] + c, h[n]);
+          }
+        }
+      }
+      for (int64_t r = 0; r < rep; ++r) transposed(states[r][0], p.h_last + of_kv + r * N * N);
+    }
+  }
 }
 
-inline bool starts_document(const int32_t* seq, int64_t t) { return seq && t > 0 && seq[t] != seq[t - 1]; }
+// What the backward pass carries from chunk to chunk for one group.
+struct Carry {
+  State A, dh, dA;  // A times log2(e)
+  float dD[N], dtaps[TAPS][N], dbias[N];
+};
+
+template <class T>
+void backward(const Backward& p) {
+  const Inputs& in = p.in;
+  const int64_t channels = in.groups * N, rep = in.groups / in.kv_groups, chunks = (in.length + CHUNK - 1) / CHUNK;
+#pragma omp parallel for collapse(2) schedule(dynamic)
+  for (int64_t i = 0; i < in.batch; ++i) {
+    for (int64_t kv = 0; kv < in.kv_groups; ++kv) {
+      Chunk<T> chunk(in, i, kv);
+      Group group;
+      Slopes slopes;
+      std::vector<Carry> carries(rep, Carry{});
+      const int64_t of_kv = (i * channels + kv * rep * N) * N;
+      for (int64_t r = 0; r < rep; ++r) {
+        transposed(in.A + (kv * rep + r) * N * N, carries[r].A[0], LOG2E);
+        transposed(p.dh_last + of_kv + r * N * N, carries[r].dh[0]);
+      }
+      float dx[HALO + CHUNK][N] = {};  // with the taps that reach in front of the chunk
+      Rows dB, dconv;
+      for (int64_t index = chunks - 1; index >= 0; --index) {
+        chunk.enter(index);
+        std::memset(dB, 0, sizeof dB);
+        for (int64_t r = 0; r < rep; ++r) {
+          const int64_t g = kv * rep + r;
+          Carry& carry = carries[r];
+          activate(chunk, g, group, &slopes);
+          Rows dC = {};
+          for (int c = 0; c < N; c += W) {
+            vec decay[CHUNK][N], kept[CHUNK][N];  // kept: what is left of the state in front of token j
+            vec h[N];
+            const float* saved = p.saved + ((i * chunks + index) * in.groups + g) * N * N;
+            for (int n = 0; n < N; ++n) h[n] = load(saved + n * N + c);
+            for (int j = 0; j < chunk.count; ++j) {
+              chunk.prefetch(chunk.first + j - CHUNK, g);
+              if (chunk.starts[j])
+                for (int n = 0; n < N; ++n) h[n] = vec{};
+              const vec dt = load(group.dt[j] + c), dtu = dt * load(group.u[j] + c);
+              for (int n = 0; n < N; ++n) {
+                decay[j][n] = exp2_nonpositive(dt * load(carry.A[n] + c));
+                kept[j][n] = decay[j][n] * h[n];
+                h[n] = kept[j][n] + dtu * chunk.B[j][n];
+              }
+            }
+            const vec skip = load(in.D + g * N + c);
+            vec dh[N], dA[N], dD = load(carry.dD + c);
+            for (int n = 0; n < N; ++n) dh[n] = load(carry.dh[n] + c), dA[n] = load(carry.dA[n] + c);
+            for (int j = chunk.count - 1; j >= 0; --j) {
+              const int64_t row = (i * in.length + chunk.first + j) * channels + g * N + c;
+              const vec u = load(group.u[j] + c), dt = load(group.dt[j] + c), dtu = dt * u;
+              const vec dout = load((const T*)p.dy + row), dy = dout * load(group.gate[j] + c);
+              vec to_B[N], to_C[N], y = skip * u, along_B = {}, along_A = {};
+              for (int n = 0; n < N; ++n) {
+                const vec after = kept[j][n] + dtu * chunk.B[j][n];
+                dh[n] += dy * group.C[j][n];
+                y += after * group.C[j][n];
+                to_C[n] = dy * after;
+                to_B[n] = dtu * dh[n];
+                along_B += dh[n] * chunk.B[j][n];
+                const vec dlog_decay = dh[n] * kept[j][n];
+                along_A += dlog_decay * load(carry.A[n] + c);
+                dA[n] += dlog_decay * dt;
+                dh[n] *= decay[j][n];
+              }
+              if (chunk.starts[j])
+                for (int n = 0; n < N; ++n) dh[n] = vec{};
+              for (int n = 0; n < N; n += W) {
+                store(dC[j] + n, load(dC[j] + n) + sum_lanes(to_C + n));
+                store(dB[j] + n, load(dB[j] + n) + sum_lanes(to_B + n));
+              }
+              dD += dy * u;
+              store(dconv[j] + c, (skip * dy + along_B * dt) * load(slopes.u[j] + c));
+              store((T*)p.ddt + row, (LN2 * along_A + along_B * u) * load(slopes.dt[j] + c));
+              store((T*)p.dz + row, dout * y * load(slopes.gate[j] + c));
+            }
+            for (int n = 0; n < N; ++n) store(carry.dh[n] + c, dh[n]), store(carry.dA[n] + c, dA[n]);
+            store(carry.dD + c, dD);
+          }
+          for (int j = 0; j < chunk.count; ++j)
+            for (int c = 0; c < N; c += W) {
+              store((T*)p.dC + (i * in.length + chunk.first + j) * channels + g * N + c, load(dC[j] + c));
+              const vec d = load(dconv[j] + c);
+              store(carry.dbias + c, load(carry.dbias + c) + d);
+              for (int k = 0; k < TAPS; ++k) {
+                const vec reached = d * chunk.reaches[j][k];
+                float *to_tap = carry.dtaps[HALO - k] + c, *to_x = dx[j + HALO - k] + c;
+                store(to_tap, load(to_tap) + reached * load(chunk.x[j + HALO - k] + c));
+                store(to_x, load(to_x) + reached * load(in.taps + (HALO - k) * channels + g * N + c));
+              }
+            }
+        }
+        for (int j = 0; j < chunk.count; ++j) {
+          const int64_t row = ((i * in.length + chunk.first + j) * in.kv_groups + kv) * N;
+          for (int c = 0; c < N; c += W) {
+            store((T*)p.dx + row + c, load(dx[j + HALO] + c));
+            store((T*)p.dB + row + c, load(dB[j] + c));
+          }
+        }
+        // what reached in front of this chunk belongs to the last tokens of the one before
+        std::memcpy(dx[CHUNK], dx[0], HALO * sizeof *dx);
+        std::memset(dx[0], 0, CHUNK * sizeof *dx);
+      }
+      for (int k = 0; k < HALO; ++k)
+        for (int c = 0; c < N; c += W)
+          store((T*)p.dwindow + ((i * HALO + k) * in.kv_groups + kv) * N + c, load(dx[CHUNK + k] + c));
+      for (int64_t r = 0; r < rep; ++r) {
+        const Carry& carry = carries[r];
+        const int64_t channel = (kv * rep + r) * N;
+        transposed(carry.dA[0], p.dA + of_kv + r * N * N);
+        transposed(carry.dh[0], p.dh0 + of_kv + r * N * N);
+        std::memcpy(p.dD + i * channels + channel, carry.dD, sizeof carry.dD);
+        std::memcpy(p.dbias + i * channels + channel, carry.dbias, sizeof carry.dbias);
+        for (int k = 0; k < TAPS; ++k)
+          std::memcpy(p.dtaps + (i * TAPS + k) * channels + channel, carry.dtaps[k], sizeof *carry.dtaps);
+      }
+    }
+  }
+}
 
 }  // namespace
 
-// Shapes (b sequences, T tokens, G groups of 16 channels, K key-value groups, D = 16 G):
-//   x, dt, C [b, T, D]; B [b, T, 16 K]: token strides sx, sdt, sC, sB in floats, channels contiguous, sequences T
-//   tokens apart; A [D, 16]; D [D]; seq [b, T] or null; h0, h_last [b, D, 16] (h0 may be null);
-//   saved [b, ceil(T/16), G, 16, 16] or null; y [b, T, D] contiguous.
-extern "C" void m1_selective_scan_forward(
-    int64_t b, int64_t T, int64_t G, int64_t K, const float* x, int64_t sx, const float* dt, int64_t sdt,
-    const float* A, const float* B, int64_t sB, const float* C, int64_t sC, const float* D, const int32_t* seq,
-    const float* h0, float* y, float* h_last, float* saved) {
-  const int64_t channels = G * N, rep = G / K, chunks = (T + CHUNK - 1) / CHUNK;
-#pragma omp parallel for collapse(2) schedule(dynamic)
-  for (int64_t i = 0; i < b; ++i) {
-    for (int64_t g = 0; g < G; ++g) {
-      const int32_t* seq_i = seq ? seq + i * T : nullptr;
-      const int64_t offset = g * N, kv_offset = (g / rep) * N;
-      vec a[N], h[N] = {};
-      transpose_in(A + offset * N, a);
-      if (h0) transpose_in(h0 + (i * channels + offset) * N, h);
-      const vec skip = load(D + offset);
-      for (int64_t t = 0; t < T; ++t) {
-        if (saved && t % CHUNK == 0)
-          std::memcpy(saved + ((i * chunks + t / CHUNK) * G + g) * N * N, h, sizeof h);
-        if (starts_document(seq_i, t))
-          for (int n = 0; n < N; ++n) h[n] = vec{};
-        const int64_t row = i * T + t;
-        const vec x_t = load(x + row * sx + offset), dt_t = load(dt + row * sdt + offset), dtx = dt_t * x_t;
-        const float *B_t = B + row * sB + kv_offset, *C_t = C + row * sC + offset;
-        vec y_t = skip * x_t;
-        for (int n = 0; n < N; ++n) {
-          h[n] = exp_nonpositive(dt_t * a[n]) * h[n] + dtx * B_t[n];
-          y_t += h[n] * C_t[n];
-        }
-        store(y + row * channels + offset, y_t);
-      }
-      transpose_out(h, h_last + (i * channels + offset) * N);
-    }
-  }
+extern "C" void m1_selective_scan_forward(const Forward* p) {
+  p->in.bfloat16 ? forward<bf16>(*p) : forward<float>(*p);
 }
 
-// Gradients, all contiguous and fully written: dx, ddt, dC [b, T, D]; dB [b, T, 16 K]; dA [b, D, 16] and
-// dD [b, D] per sequence (the caller sums over b); dh0 [b, D, 16]. dh_last may be null.
-extern "C" void m1_selective_scan_backward(
-    int64_t b, int64_t T, int64_t G, int64_t K, const float* x, int64_t sx, const float* dt, int64_t sdt,
-    const float* A, const float* B, int64_t sB, const float* C, int64_t sC, const float* D, const int32_t* seq,
-    const float* saved, const float* dy, const float* dh_last, float* dx, float* ddt, float* dA, float* dB, float* dC,
-    float* dD, float* dh0) {
-  const int64_t channels = G * N, rep = G / K, chunks = (T + CHUNK - 1) / CHUNK;
-#pragma omp parallel for collapse(2) schedule(dynamic)
-  for (int64_t i = 0; i < b; ++i) {
-    for (int64_t kv = 0; kv < K; ++kv) {
-      const int32_t* seq_i = seq ? seq + i * T : nullptr;
-      for (int64_t g = kv * rep; g < (kv + 1) * rep; ++g) {
-        const int64_t offset = g * N;
-        vec a[N], grad_a[N] = {}, grad_h[N] = {};
-        transpose_in(A + offset * N, a);
-        if (dh_last) transpose_in(dh_last + (i * channels + offset) * N, grad_h);
-        const vec skip = load(D + offset);
-        vec grad_skip = {};
-        for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
-          const int64_t first = chunk * CHUNK, count = T - first < CHUNK ? T - first : CHUNK;
-          vec before[CHUNK][N], after[CHUNK][N], decay[CHUNK][N];  // state in front of and behind token j
-          vec h[N];
-          std::memcpy(h, saved + ((i * chunks + chunk) * G + g) * N * N, sizeof h);
-          for (int64_t j = 0; j < count; ++j) {
-            const int64_t t = first + j, row = i * T + t;
-            if (starts_document(seq_i, t))
-              for (int n = 0; n < N; ++n) h[n] = vec{};
-            const vec dt_t = load(dt + row * sdt + offset), dtx = dt_t * load(x + row * sx + offset);
-            const float* B_t = B + row * sB + kv * N;
-            for (int n = 0; n < N; ++n) {
-              before[j][n] = h[n];
-              decay[j][n] = exp_nonpositive(dt_t * a[n]);
-              h[n] = decay[j][n] * h[n] + dtx * B_t[n];
-              after[j][n] = h[n];
-            }
-          }
-          for (int64_t j = count - 1; j >= 0; --j) {
-            const int64_t t = first + j, row = i * T + t;
-            const vec x_t = load(x + row * sx + offset), dt_t = load(dt + row * sdt + offset);
-            const vec dtx = dt_t * x_t, dy_t = load(dy + row * channels + offset);
-            const float *B_t = B + row * sB + kv * N, *C_t = C + row * sC + offset;
-            vec to_B[N], to_C[N], along_B = {}, grad_dt = {};
-            for (int n = 0; n < N; ++n) {
-              const vec gh = grad_h[n] + dy_t * C_t[n];
-              to_C[n] = dy_t * after[j][n];
-              to_B[n] = gh * dtx;
-              along_B += gh * B_t[n];
-              const vec grad_log_decay = gh * before[j][n] * decay[j][n];
-              grad_a[n] += grad_log_decay * dt_t;
-              grad_dt += grad_log_decay * a[n];
-              grad_h[n] = gh * decay[j][n];
-            }
-            if (starts_document(seq_i, t))
-              for (int n = 0; n < N; ++n) grad_h[n] = vec{};
-            grad_skip += dy_t * x_t;
-            store(dx + row * channels + offset, skip * dy_t + along_B * dt_t);
-            store(ddt + row * channels + offset, grad_dt + along_B * x_t);
-            store(dC + row * channels + offset, sum_lanes(to_C));
-            float* dB_t = dB + (row * K + kv) * N;
-            const vec grad_B = sum_lanes(to_B);
-            store(dB_t, g == kv * rep ? grad_B : load(dB_t) + grad_B);
-          }
-        }
-        transpose_out(grad_a, dA + (i * channels + offset) * N);
-        transpose_out(grad_h, dh0 + (i * channels + offset) * N);
-        store(dD + i * channels + offset, grad_skip);
-      }
-    }
-  }
+extern "C" void m1_selective_scan_backward(const Backward* p) {
+  p->in.bfloat16 ? backward<bf16>(*p) : backward<float>(*p);
 }

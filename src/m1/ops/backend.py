@@ -1,0 +1,50 @@
+"""Which implementation runs an op: "cpu" (C++), "triton" (GPU), or "reference" (plain PyTorch, anywhere)."""
+
+import functools
+import importlib.util
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from m1.ops.build import load_cpu_kernels
+
+Backend = Literal["auto", "cpu", "triton", "reference"]
+
+
+@torch.compiler.assume_constant_result
+def available(backend: Backend) -> bool:
+    """Whether the backend can run here; the first question about "cpu" compiles it."""
+    if backend == "cpu":
+        return load_cpu_kernels() is not None
+    return backend == "reference" or _triton_installed()
+
+
+@functools.cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def choose(op: str, requested: Backend, tensor: Tensor, limits: dict[str, bool]) -> Backend:
+    """The requested backend; for "auto" that of the tensor's device, or "reference" where it can't run the op.
+
+    Args:
+        limits: what the kernels demand of the shapes, by name; whether it holds.
+
+    Raises:
+        ValueError: a kernel was asked for that can't run this.
+    """
+    if requested == "reference":
+        return requested
+    broken = [name for name, holds in limits.items() if not holds]
+    own: Backend = "triton" if tensor.device.type == "cuda" else "cpu"
+    backend = own if requested == "auto" else requested
+    if backend == "cpu" and tensor.device.type != "cpu":
+        broken.append("CPU tensors")
+    if not broken and not available(backend):
+        broken.append("a C++ compiler" if backend == "cpu" else "the package triton")
+    if not broken:
+        return backend
+    if requested == "auto":
+        return "reference"
+    raise ValueError(f"{op}: backend {requested!r} needs {' and '.join(broken)}")

@@ -1,0 +1,23 @@
+"""Calls decode_attention.cpp. Tensors, their shapes and dtypes are those of the operator in ops/decode_attention.py."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from m1.ops.build import call
+
+
+def decode_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, slots: Tensor, scale: float, out: Tensor
+) -> None:
+    """Fills out. Raises IndexError where a slot or a length doesn't exist."""
+    S, kv_heads, L, _ = k_cache.shape
+    scaled = (q.float() * (scale * math.log2(math.e))).contiguous()
+    sizes = [q.shape[0], S, L, q.shape[1], kv_heads, q.shape[2], q.dtype == torch.bfloat16]
+    caches = [field for cache in (k_cache, v_cache) for field in (cache, *cache.stride()[:3])]
+    lengths, slots = lengths.contiguous(), slots.contiguous()
+    bad_row = call("m1_decode_attention", *sizes, slots, lengths, scaled, *caches, out)
+    if bad_row >= 0:
+        slot, length = int(slots[bad_row]), int(lengths[bad_row])
+        raise IndexError(f"row {bad_row} has slot {slot} and {length} keys, but there are {S} slots of {L} keys")

@@ -1,0 +1,123 @@
+// Vectors of float as wide as the processor's, by GCC/Clang vector extensions: the same source is AVX-512, AVX2, NEON
+// or plain C. Below them what the kernels share: 16-channel blocks, bfloat16, exponentials, activations, lane sums.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+namespace m1 {
+
+constexpr int N = 16;  // states a channel, and channels a group: one group is the unit of all loads and stores
+
+#if defined(__AVX512F__)
+constexpr int W = 16;
+#elif defined(__AVX2__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+constexpr int BLOCKS = N / W;  // vectors that hold a group
+
+typedef float vec __attribute__((vector_size(W * sizeof(float))));
+typedef uint32_t uvec __attribute__((vector_size(W * sizeof(uint32_t))));
+typedef uint16_t halves __attribute__((vector_size(W * sizeof(uint16_t))));
+
+inline vec splat(float x) { return vec{} + x; }
+
+struct bf16 {
+  uint16_t bits;
+};
+
+inline vec load(const float* p) { vec v; std::memcpy(&v, p, sizeof v); return v; }
+inline void store(float* p, vec v) { std::memcpy(p, &v, sizeof v); }
+
+inline vec load(const bf16* p) {
+  halves h;
+  std::memcpy(&h, p, sizeof h);
+  return (vec)(__builtin_convertvector(h, uvec) << 16);
+}
+
+// To nearest, ties to even; NaN stays NaN.
+inline void store(bf16* p, vec v) {
+  const uvec bits = (uvec)v;
+  uvec rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  rounded = v == v ? rounded : uvec{} + 0x7fc0u;
+  const halves h = __builtin_convertvector(rounded, halves);
+  std::memcpy(p, &h, sizeof h);
+}
+
+// b where a is NaN or equal, as the instruction does, which GCC doesn't find by itself for vectors.
+#if defined(__AVX512F__)
+inline vec max(vec a, vec b) { return (vec)_mm512_max_ps((__m512)a, (__m512)b); }
+#elif defined(__AVX2__)
+inline vec max(vec a, vec b) { return (vec)_mm256_max_ps((__m256)a, (__m256)b); }
+#else
+inline vec max(vec a, vec b) { return a > b ? a : b; }
+#endif
+inline vec abs(vec x) { return (vec)((uvec)x & 0x7fffffffu); }
+
+// 2^x for x <= 0, relative error 1e-7 and exact at 0: 2^x = 2^k 2^r with k the nearest integer, a polynomial in r, and
+// k added to the exponent's bits. NaN goes through.
+inline vec exp2_nonpositive(vec x) {
+  const vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
+  x = max(splat(-126.0f), x);
+  const vec t = x + magic, r = x - (t - magic);
+  vec p = splat(1.32646869e-3f);
+  p = p * r + 9.67151206e-3f;
+  p = p * r + 5.55073358e-2f;
+  p = p * r + 2.40222424e-1f;
+  p = p * r + 6.93146980e-1f;
+  p = p * r + 1.0f;
+  return (vec)((uvec)p + ((uvec)t << 23));
+}
+
+constexpr float LOG2E = 1.44269504089f, LN2 = 0.693147180560f;
+
+// log(1 + e) for e in [0, 1] = 2 atanh(s), s = e / (2 + e): exact to rounding also for tiny e.
+inline vec log1p_unit(vec e) {
+  const vec s = e / (2.0f + e), q = s * s;
+  vec p = splat(0.14089166f);
+  p = p * q + 0.13980302f;
+  p = p * q + 0.20012455f;
+  p = p * q + 0.33333157f;
+  p = p * q + 1.0f;
+  return 2.0f * s * p;
+}
+
+inline vec sigmoid(vec x) {
+  const vec e = exp2_nonpositive(-LOG2E * abs(x));
+  return (x < 0.0f ? e : splat(1.0f)) / (1.0f + e);
+}
+
+inline vec softplus(vec x) {
+  return max(vec{}, x) + log1p_unit(exp2_nonpositive(-LOG2E * abs(x)));
+}
+
+// The sums over lanes of W vectors, one a lane of the result, in log2(W) levels of shuffles and adds: a level folds
+// vectors i and i + H, whose sums of H lanes come to stand side by side.
+template <int H>
+constexpr int pick(int lane, int offset) { return (lane & H ? W - H : 0) + lane + offset; }
+
+template <int H, int... lane>
+inline vec fold(vec a, vec b, std::integer_sequence<int, lane...>) {
+  return __builtin_shufflevector(a, b, pick<H>(lane, 0)...) + __builtin_shufflevector(a, b, pick<H>(lane, H)...);
+}
+
+// Overwrites v.
+template <int H = W / 2>
+inline vec sum_lanes(vec* v) {
+  if constexpr (H == 0) {
+    return v[0];
+  } else {
+    for (int i = 0; i < H; ++i) v[i] = fold<H>(v[i], v[i + H], std::make_integer_sequence<int, W>());
+    return sum_lanes<H / 2>(v);
+  }
+}
+
+}  // namespace m1
