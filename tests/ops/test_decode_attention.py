@@ -14,7 +14,7 @@ pytestmark = pytest.mark.filterwarnings("error:no C.. compiler", "error:compilin
 
 
 def make(lengths, kv_heads=2, group=3, capacity=400, head_dim=64, dtype=torch.float32, seed=0):
-    """q, k_cache, v_cache, lengths, slots: one slot more than rows, rows in reverse, NaN wherever nothing may be read."""
+    """q, k_cache, v_cache, lengths, slots: a slot more than rows, rows in reverse, NaN wherever nothing may be read."""
     g = torch.Generator().manual_seed(seed)
     b = len(lengths)
     q = torch.randn(b, kv_heads * group, head_dim, generator=g).to(dtype) * 2
@@ -102,7 +102,7 @@ def test_strided_caches_are_read_in_place(backend):
 @pytest.mark.parametrize(("slots", "lengths"), [([0, 3], [5, 5]), ([0, 1], [5, 401]), ([0, 1], [5, -1])])
 def test_slots_and_lengths_that_do_not_exist_are_refused(slots, lengths):
     q, k, v, _, _ = make([5, 5])
-    with pytest.raises(IndexError, match="row 1 has slot .* but there are 3 slots of 400 keys"):
+    with pytest.raises(IndexError, match=r"row 1 has slot .* but there are 3 slots of 400 keys"):
         decode_attention(q, k, v, torch.tensor(lengths), torch.tensor(slots), backend="cpu")
 
 

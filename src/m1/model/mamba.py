@@ -58,16 +58,18 @@ class MambaMixer(Mixer):
         if padding_mask is not None:
             real = padding_mask.to(torch.bool).unsqueeze(-1)
             x, dt = x * real, dt.masked_fill(~real, -torch.inf)
-        parameters = (-torch.exp(self.A_log.float()), self.D, *self.conv1d())
+        A = -torch.exp(self.A_log.float())
+        conv_weight, conv_bias = self.conv1d()
         states = self.states_to_update(x, past_key_values)
         if states is not None:
-            y = state_update(*(t[:, 0] for t in (z, x, B, C, dt)), *parameters, *states)
+            z, x, B, C, dt = (t[:, 0] for t in (z, x, B, C, dt))
+            y = state_update(z, x, B, C, dt, A, self.D, conv_weight, conv_bias, *states)
             return self.out_proj(y.unsqueeze(1))
         window = state = None
         if past_key_values is not None:
             state = self.recurrent_state(past_key_values)
             window = self.conv_window(x, past_key_values)
-        y, state = selective_scan(z, x, B, C, dt, *parameters, seq_idx, window, state)
+        y, state = selective_scan(z, x, B, C, dt, A, self.D, conv_weight, conv_bias, seq_idx, window, state)
         if past_key_values is not None:
             past_key_values.update_recurrent_state(state, self.layer_idx)
         return self.out_proj(y)

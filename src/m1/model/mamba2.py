@@ -56,18 +56,19 @@ class Mamba2Mixer(Mixer):
         xBC = torch.cat([x, B, C], dim=-1)
         dt = dt.float() + self.dt_bias.float()
         A = -torch.exp(self.A_log.float())
+        conv_weight, conv_bias = self.conv1d()
         if padding_mask is not None:
             real = padding_mask.to(torch.bool).unsqueeze(-1)
             xBC, dt = xBC * real, dt.masked_fill(~real, -torch.inf)
         states = self.states_to_update(xBC, past_key_values)
         if states is not None:
-            y = ssd_update(xBC[:, 0], dt[:, 0], A, self.D, *self.conv1d(), *states).unsqueeze(1)
+            y = ssd_update(xBC[:, 0], dt[:, 0], A, self.D, conv_weight, conv_bias, *states).unsqueeze(1)
             return self.out_proj(self.norm(y.flatten(-2) * F.silu(z)))
         window = state = None
         if past_key_values is not None:
             state = self.recurrent_state(past_key_values)
             window = self.conv_window(xBC, past_key_values)
-        xBC = F.silu(causal_conv(xBC, *self.conv1d(), seq_idx, window))
+        xBC = F.silu(causal_conv(xBC, conv_weight, conv_bias, seq_idx, window))
         x, B, C = (t.unflatten(-1, (-1, self.head_dim)) for t in xBC.split(self.conv_widths, dim=-1))
         y, state = ssd(x, F.softplus(dt), A, B, C, self.D, seq_idx, state)
         if past_key_values is not None:

@@ -87,7 +87,7 @@ class Mixer(nn.Module):
 
 
 class ConvTaps(nn.Conv1d):
-    """nn.Conv1d's parameters for an op that takes them: called, as offloading hooks look at calls, it hands them over."""
+    """nn.Conv1d's parameters for an op that takes them: a call, which is what offloading hooks see, hands them over."""
 
     def forward(self) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """weight [channels, K], bias [channels]."""

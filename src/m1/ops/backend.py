@@ -1,7 +1,9 @@
 """Which implementation runs an op: "cpu" (C++), "triton" (GPU), or "reference" (plain PyTorch, anywhere)."""
 
 import functools
+import importlib
 import importlib.util
+from types import ModuleType
 from typing import Literal
 
 import torch
@@ -48,3 +50,8 @@ def choose(op: str, requested: Backend, tensor: Tensor, limits: dict[str, bool])
     if requested == "auto":
         return "reference"
     raise ValueError(f"{op}: backend {requested!r} needs {' and '.join(broken)}")
+
+
+def kernels(backend: str, op: str) -> ModuleType:
+    """The module that launches an op's kernels, imported when it first runs: Triton may not be installed."""
+    return importlib.import_module(f"m1.ops.{backend}.{op}")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from m1.ops import reference
-from m1.ops.backend import Backend, choose
+from m1.ops.backend import Backend, choose, kernels
 from m1.ops.selective_scan import kernel_dtype
 from m1.ops.state_update import rows_as_slots
 
@@ -65,11 +65,7 @@ def _decode_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, slots: Tensor, scale: float, backend: str
 ) -> Tensor:
     out = q.new_empty(q.shape)
-    if backend == "triton":
-        from m1.ops.triton import decode_attention as kernels
-    else:
-        from m1.ops.cpu import decode_attention as kernels
-    kernels.decode_attention(q, k_cache, v_cache, lengths, slots, scale, out)
+    kernels(backend, "decode_attention").decode_attention(q, k_cache, v_cache, lengths, slots, scale, out)
     return out
 
 

@@ -142,9 +142,10 @@ def state_update(
     Shapes and semantics as `m1.ops.state_update`.
     """
     rows, at = occupied(slots)
-    token = (t[rows, None] for t in (z, x, B, C, dt))
+    z_t, x_t, B_t, C_t, dt_t = (t[rows, None] for t in (z, x, B, C, dt))
     window, h = conv_state[at].mT, ssm_state[at]
-    y, ssm_state[at] = selective_scan(*token, A, D, conv_weight, conv_bias, None, window, h)
+    arguments = (z_t, x_t, B_t, C_t, dt_t, A, D, conv_weight, conv_bias, None, window, h)
+    y, ssm_state[at] = selective_scan(*arguments)
     conv_state[at] = shifted(conv_state[at], x[rows])
     return torch.zeros_like(z).index_copy(0, rows, y[:, 0])
 

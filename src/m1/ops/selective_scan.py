@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from m1.ops import reference
-from m1.ops.backend import Backend, choose
+from m1.ops.backend import Backend, choose, kernels
 
 CHUNK = {"cpu": 16, "triton": 32}  # tokens between the states that the forward pass saves for the backward pass
 
@@ -26,7 +26,8 @@ def selective_scan(
     initial_state: Tensor | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """u = silu(conv(x)),  dt = softplus(dt),  h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t,  y_t = (<C_t, h_t> + D u_t) silu(z_t).
+    """u = silu(conv(x)),  dt = softplus(dt),  h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t,
+    y_t = (<C_t, h_t> + D u_t) silu(z_t).
 
     Channels form groups of N. Group g reads C's group g, and group g // (D / X) of x and B: they are repeated as
     grouped-query attention repeats key-value heads, x before its convolution. The specification is
@@ -63,7 +64,9 @@ def selective_scan(
     fits += [window is None or window.shape == (b, K - 1, X)]
     fits += [initial_state is None or initial_state.shape == (b, d, n)]
     if not all(fits):
-        named = dict(z=z, x=x, B=B, C=C, dt=dt, A=A, D=D, conv_weight=conv_weight, conv_bias=conv_bias)
+        named: dict[str, Tensor | None] = dict(
+            z=z, x=x, B=B, C=C, dt=dt, A=A, D=D, conv_weight=conv_weight, conv_bias=conv_bias
+        )
         named |= dict(seq_idx=seq_idx, window=window, initial_state=initial_state)
         shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in named.items() if t is not None)
         raise ValueError(f"selective_scan: shapes don't fit: {shapes}")
@@ -113,7 +116,7 @@ def _forward(
     backend likes."""
     inputs = (z, x, B, C, dt, A, D, conv_weight, conv_bias, seq_idx, window, h0)
     outputs = _forward_outputs(*inputs, backend, save)
-    _kernels(backend).forward(*inputs, *outputs)
+    kernels(backend, "selective_scan").forward(*inputs, *outputs)
     return outputs
 
 
@@ -148,7 +151,7 @@ def _backward(
     """Gradients of z, x, B, C, dt, A, D, conv_weight, conv_bias, window and h0."""
     inputs = (z, x, B, C, dt, A, D, conv_weight, conv_bias, seq_idx, window, saved, dy, dh_last)
     gradients = _backward_outputs(*inputs, backend)
-    _kernels(backend).backward(*inputs, *gradients)
+    kernels(backend, "selective_scan").backward(*inputs, *gradients)
     return gradients
 
 
@@ -168,14 +171,6 @@ def _backward_outputs(
     inputs = (z, x, B, C, dt, A, D, conv_weight, conv_bias)
     window = x.new_empty(x.shape[0], conv_weight.shape[1] - 1, x.shape[2])
     return [*(t.new_empty(t.shape) for t in inputs), window, A.new_empty(z.shape[0], *A.shape)]
-
-
-def _kernels(backend: str) -> Any:
-    if backend == "triton":
-        from m1.ops.triton import selective_scan as kernels  # triton is imported only where it runs
-    else:
-        from m1.ops.cpu import selective_scan as kernels
-    return kernels
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from m1.ops import reference
-from m1.ops.backend import Backend, choose
+from m1.ops.backend import Backend, choose, kernels
 from m1.ops.selective_scan import kernel_dtype
 
 
@@ -139,7 +139,9 @@ def _state_update(
     backend: str,
 ) -> Tensor:
     y = z.new_empty(z.shape)
-    _kernels(backend).state_update(z, x, B, C, dt, A, D, conv_weight, conv_bias, conv_state, ssm_state, slots, y)
+    kernels(backend, "state_update").state_update(
+        z, x, B, C, dt, A, D, conv_weight, conv_bias, conv_state, ssm_state, slots, y
+    )
     return y
 
 
@@ -162,7 +164,7 @@ def _ssd_update(
     backend: str,
 ) -> Tensor:
     y = xBC.new_empty(len(xBC), *ssm_state.shape[1:3])
-    _kernels(backend).ssd_update(xBC, dt, A, D, conv_weight, conv_bias, conv_state, ssm_state, slots, y)
+    kernels(backend, "state_update").ssd_update(xBC, dt, A, D, conv_weight, conv_bias, conv_state, ssm_state, slots, y)
     return y
 
 
@@ -171,11 +173,3 @@ def _(
     xBC: Tensor, dt: Tensor, A: Tensor, D: Any, w: Any, b: Any, conv_state: Any, ssm_state: Tensor, *rest: Any
 ) -> Tensor:
     return xBC.new_empty(len(xBC), *ssm_state.shape[1:3])
-
-
-def _kernels(backend: str) -> Any:
-    if backend == "triton":
-        from m1.ops.triton import state_update as kernels
-    else:
-        from m1.ops.cpu import state_update as kernels
-    return kernels

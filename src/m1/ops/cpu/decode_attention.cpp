@@ -44,10 +44,12 @@ void attend(const T* k, int64_t k_stride, const T* v, int64_t v_stride, const fl
     vec products[Q][W] = {};
     for (int j = 0; j < some; ++j) {
       const T* key = k + (first + j) * k_stride;
+      vec product[Q] = {};
       for (int64_t c = 0; c < head_dim; c += W) {
         const vec x = load(key + c);
-        for (int i = 0; i < Q; ++i) products[i][j] += x * load(q + i * head_dim + c);
+        for (int i = 0; i < Q; ++i) product[i] += x * load(q + i * head_dim + c);
       }
+      for (int i = 0; i < Q; ++i) products[i][j] = product[i];
     }
     for (int i = 0; i < Q; ++i) store(weights[i] + first, sum_lanes(products[i]));
   }

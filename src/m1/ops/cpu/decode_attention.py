@@ -15,9 +15,14 @@ def decode_attention(
     S, kv_heads, L, _ = k_cache.shape
     scaled = (q.float() * (scale * math.log2(math.e))).contiguous()
     sizes = [q.shape[0], S, L, q.shape[1], kv_heads, q.shape[2], q.dtype == torch.bfloat16]
-    caches = [field for cache in (k_cache, v_cache) for field in (cache, *cache.stride()[:3])]
+    caches = [*_cache(k_cache), *_cache(v_cache)]
     lengths, slots = lengths.contiguous(), slots.contiguous()
     bad_row = call("m1_decode_attention", *sizes, slots, lengths, scaled, *caches, out)
     if bad_row >= 0:
         slot, length = int(slots[bad_row]), int(lengths[bad_row])
         raise IndexError(f"row {bad_row} has slot {slot} and {length} keys, but there are {S} slots of {L} keys")
+
+
+def _cache(t: Tensor) -> list[Tensor | int]:
+    """The fields of the C++ struct Cache."""
+    return [t, *t.stride()[:3]]
