@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels import BACKENDS, poisoned_memory, to_backend  # noqa: F401
+from kernels import BACKENDS, TRITON_DEVICE, poisoned_memory, to_backend  # noqa: F401
 from tolerance import assert_rms_close
 
 from m1.ops import decode_attention
@@ -37,6 +37,8 @@ def run(backend, *arguments):
 @pytest.mark.parametrize("group", [1, 3, 4, 7])
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 128])
 def test_kernel_equals_reference(backend, dtype, group, head_dim):
+    if backend == "triton" and dtype == torch.bfloat16 and TRITON_DEVICE == "cpu":
+        pytest.skip("Triton's interpreter has no bfloat16 matrix product")
     arguments = make([1, 2, 17, 128, 129, 400], group=group, head_dim=head_dim, dtype=dtype)
     tolerance = 1e-5 if dtype == torch.float32 else 0.005
     assert_rms_close([run(backend, *arguments)], [run("reference", *arguments)], tolerance)

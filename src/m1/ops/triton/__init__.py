@@ -1,0 +1,40 @@
+"""The GPU kernels, in Triton, and the arithmetic they share.
+
+They run under TRITON_INTERPRET=1 too, on CPU tensors: slow, for tests.
+"""
+
+# ruff: noqa: ANN001, ANN201 (inside kernels everything is a tensor, a pointer or a constexpr)
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def sigmoid(x):
+    return 1.0 / (1.0 + tl.exp2(x * -LOG2_E))
+
+
+@triton.jit
+def silu(x):
+    return x * sigmoid(x)
+
+
+@triton.jit
+def silu_gradient(x):
+    s = sigmoid(x)
+    return s * (1.0 + x * (1.0 - s))
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + e^x), with a small relative error where it is small too; 0 at -inf.
+
+    max(x, 0) + log(1 + e) with e = e^-|x|, and log(1 + e) = 2 atanh(s) = 2 (s + s^3/3 + s^5/5 + ...), s <= 1/3.
+    """
+    e = tl.exp2(tl.abs(x) * -LOG2_E)
+    s = e / (2.0 + e)
+    q = s * s
+    tail = 2 / 3 + q * (2 / 5 + q * (2 / 7 + q * (2 / 9 + q * (2 / 11 + q * (2 / 13 + q * (2 / 15))))))
+    return tl.maximum(x, 0.0) + s * (2.0 + q * tail)

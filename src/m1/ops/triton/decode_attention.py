@@ -1,0 +1,114 @@
+"""Decode attention on a GPU: split-KV flash-decoding for grouped queries.
+
+`_attend` gives every SPLIT keys of a row and a KV head a program, which reads them once for all query heads of the
+group; `_merge` adds up the parts of a row in order. SPLIT is fixed, so a row's result is the same in any batch.
+"""
+
+# ruff: noqa: ANN001, ANN202 (inside kernels everything is a tensor, a pointer or a constexpr)
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from m1.ops.triton import LOG2_E
+
+SPLIT = 256  # keys in a program of _attend
+TILE_BYTES = 16384  # of the keys that _attend reads at a time; twice that and as much of values is in flight
+PARTS = 16  # parts at a time in _merge
+MIN_ROWS = 16  # of an operand of tl.dot
+
+
+def decode_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, slots: Tensor, scale: float, out: Tensor
+) -> None:
+    """Fills out [b, heads, head_dim]."""
+    b, heads, head_dim = q.shape
+    kv_heads, L = k_cache.shape[1:3]
+    group, splits, width = heads // kv_heads, triton.cdiv(L, SPLIT), triton.next_power_of_2(head_dim)
+    parts = torch.empty(b, heads, splits, head_dim, dtype=torch.float32, device=q.device)
+    highest, weights = torch.empty_like(parts[..., 0]), torch.empty_like(parts[..., 0])
+    q = q.contiguous()
+    rows = max(triton.next_power_of_2(group), MIN_ROWS)
+    keys = min(max(TILE_BYTES // (width * q.element_size()), MIN_ROWS), SPLIT)
+    _attend[splits, kv_heads, b](
+        q, k_cache, v_cache, lengths, slots, parts, highest, weights, k_cache.stride()[:3], v_cache.stride()[:3],
+        scale, group, head_dim, rows, width, SPLIT, keys, num_stages=2,
+    )  # fmt: skip
+    _merge[heads, b](parts, highest, weights, lengths, slots, out, splits, head_dim, width, SPLIT, PARTS, num_warps=1)
+
+
+@triton.jit
+def _keys(lengths, slots, row):
+    """How many keys the row has; none without a slot."""
+    return tl.where(tl.load(slots + row) < 0, 0, tl.load(lengths + row))
+
+
+@triton.jit
+def _attend(
+    q, k_cache, v_cache, lengths, slots, parts, highest, weights, k_strides, v_strides, scale, group, head_dim,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """parts: the values of the split's keys, weighted with e^(score - highest); weights: the sum of those."""
+    split, kv_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    slot, length = tl.load(slots + row), _keys(lengths, slots, row)
+    first = split * SPLIT
+    if first < length:
+        member, feature = tl.arange(0, ROWS), tl.arange(0, WIDTH)
+        heads = row * tl.num_programs(1) * group + kv_head * group + member
+        in_group, in_head = member < group, feature < head_dim
+        both = in_group[:, None] & in_head[None, :]
+        queries = tl.load(q + heads[:, None] * head_dim + feature[None, :], mask=both, other=0.0)
+        k_cache += slot * k_strides[0] + kv_head * k_strides[1]
+        v_cache += slot * v_strides[0] + kv_head * v_strides[1]
+        top = tl.full([ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        values = tl.zeros([ROWS, WIDTH], tl.float32)
+        for start in range(first, tl.minimum(first + SPLIT, length), KEYS):
+            key = start + tl.arange(0, KEYS)
+            exists = key < length
+            present = exists[:, None] & in_head[None, :]
+            k = tl.load(k_cache + key[:, None] * k_strides[2] + feature[None, :], mask=present, other=0.0)
+            v = tl.load(v_cache + key[:, None] * v_strides[2] + feature[None, :], mask=present, other=0.0)
+            scores = tl.dot(queries, tl.trans(k), input_precision="ieee") * (scale * LOG2_E)
+            scores = tl.where(exists[None, :], scores, float("-inf"))
+            higher = tl.maximum(top, tl.max(scores, axis=1))
+            weight = tl.exp2(scores - higher[:, None])
+            rescale = tl.exp2(top - higher)
+            total = total * rescale + tl.sum(weight, axis=1)
+            values = values * rescale[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
+            top = higher
+        at = heads * tl.num_programs(0) + split
+        tl.store(highest + at, top, mask=in_group)
+        tl.store(weights + at, total, mask=in_group)
+        tl.store(parts + at[:, None] * head_dim + feature[None, :], values, mask=both)
+
+
+@triton.jit
+def _merge(
+    parts, highest, weights, lengths, slots, out, splits, head_dim,
+    WIDTH: tl.constexpr, SPLIT: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(1).to(tl.int64)
+    head = row * tl.num_programs(0) + tl.program_id(0)
+    filled = tl.cdiv(_keys(lengths, slots, row), SPLIT)
+    feature = tl.arange(0, WIDTH)
+    in_head = feature < head_dim
+    top = float("-inf")
+    total = 0.0
+    values = tl.zeros([WIDTH], tl.float32)
+    for start in range(0, filled, PARTS):
+        part = start + tl.arange(0, PARTS)
+        exists = part < filled
+        at = head * splits + part
+        own_top = tl.load(highest + at, mask=exists, other=float("-inf"))
+        higher = tl.maximum(top, tl.max(own_top, axis=0))
+        share = tl.exp2(own_top - higher)
+        rescale = tl.exp2(top - higher)
+        tile = tl.load(
+            parts + at[:, None] * head_dim + feature[None, :], mask=exists[:, None] & in_head[None, :], other=0.0
+        )
+        total = total * rescale + tl.sum(share * tl.load(weights + at, mask=exists, other=0.0), axis=0)
+        values = values * rescale + tl.sum(share[:, None] * tile, axis=0)
+        top = higher
+    tl.store(out + head * head_dim + feature, values / tl.where(filled > 0, total, 1.0), mask=in_head)
