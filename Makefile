@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 TEST_INSTALLED := .venv/.test-installed
 
-.PHONY: install demo test lint format clean
+.PHONY: install demo test sanitize lint format clean
 
 install: $(INSTALLED)
 
@@ -27,6 +27,12 @@ demo: install
 
 test: $(TEST_INSTALLED)
 	$(BIN)/pytest
+
+# The kernels built with AddressSanitizer and UBSan, which must be in the process before Python.
+sanitize: $(TEST_INSTALLED)
+	M1_CXXFLAGS="-g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all" \
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 $(BIN)/pytest tests/ops -k "not triton and not opcheck and not compile and not build"
 
 lint: install
 	$(BIN)/ruff check .
