@@ -361,7 +361,7 @@ def _read_gradients(
     z, step, conv, B, C, A, D, seq_idx, states, dy, dstates, dz, dC, dA_parts, dD_parts, dlog, dlog_end,
     strides, T, channels, REP: tl.constexpr, N: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dlog: the sum over n of A dread_t C_t * h_t, from g_t. dlog_end: that of A dh * h behind each span."""
+    """dlog: the sum over n of A_log2 dread_t C_t * h_t, from g_t. dlog_end: that of A_log2 dh * h behind each span."""
     block = tl.program_id(0) * BLOCK
     vectors, d = block + tl.arange(0, BLOCK), block + _interleaved(N, BLOCK)
     n = tl.arange(0, N)
@@ -373,8 +373,7 @@ def _read_gradients(
     B += row * strides[1][0]
     C += row * strides[2][0]
     seq_idx = None if seq_idx is None else seq_idx + row * T
-    A_tile = tl.load(A + tile, mask=in_tile, other=0.0)
-    A_log2 = A_tile * LOG2_E
+    A_log2 = tl.load(A + tile, mask=in_tile, other=0.0) * LOG2_E
     skip = tl.load(D + d, mask=inside, other=0.0)
     span_at = row * tl.num_programs(1) + span
     h = tl.load(states + span_at * channels * N + tile, mask=in_tile, other=0.0)
@@ -396,13 +395,13 @@ def _read_gradients(
         dread = dy_t * silu(z_t)
         tl.store(dz + token + d, dy_t * (tl.sum(h * C_t, axis=1) + skip * u) * silu_gradient(z_t), mask=inside)
         tl.store(dC + token + vectors, _group_sums(dread[:, None] * h, N, BLOCK), mask=vectors < channels)
-        tl.store(dlog + token + d, dread * tl.sum(h * C_t * A_tile, axis=1), mask=inside)
+        tl.store(dlog + token + d, dread * tl.sum(h * C_t * A_log2, axis=1), mask=inside)
         dA += dread[:, None] * C_t * dh_dA
         dD += dread * u
     dh = tl.load(dstates + span_at * channels * N + tile, mask=in_tile, other=0.0)
     tl.store(dA_parts + span_at * channels * N + tile, dA + dh * dh_dA, mask=in_tile)
     tl.store(dD_parts + span_at * channels + d, dD, mask=inside)
-    tl.store(dlog_end + span_at * channels + d, tl.sum(dh * h * A_tile, axis=1), mask=inside)
+    tl.store(dlog_end + span_at * channels + d, tl.sum(dh * h * A_log2, axis=1), mask=inside)
 
 
 @triton.jit
@@ -423,8 +422,7 @@ def _write_gradients(
     C += row * strides[2][0]
     dt += row * strides[3][0]
     seq_idx = None if seq_idx is None else seq_idx + row * T
-    A_tile = tl.load(A + tile, mask=in_tile, other=0.0)
-    A_log2 = A_tile * LOG2_E
+    A_log2 = tl.load(A + tile, mask=in_tile, other=0.0) * LOG2_E
     skip = tl.load(D + d, mask=inside, other=0.0)
     span_at = row * tl.num_programs(1) + span
     dh = tl.load(dstates + span_at * channels * N + tile, mask=in_tile, other=0.0)
@@ -449,9 +447,9 @@ def _write_gradients(
         dwritten = tl.sum(dh * B_t, axis=1)  # the gradient of step_t u
         du = step_t * dwritten + skip * dread
         tl.store(dconv + token + d, du * silu_gradient(conv_t), mask=inside)
-        dlog_t += tl.load(dlog + token + d, mask=inside, other=0.0) - step_t * u * tl.sum(dh * B_t * A_tile, axis=1)
+        dlog_t += tl.load(dlog + token + d, mask=inside, other=0.0) - step_t * u * tl.sum(dh * B_t * A_log2, axis=1)
         dlog_t = tl.where(continues, dlog_t, 0.0)
-        tl.store(ddt + token + d, (dlog_t + u * dwritten) * sigmoid(dt_t), mask=inside)
+        tl.store(ddt + token + d, (dlog_t / LOG2_E + u * dwritten) * sigmoid(dt_t), mask=inside)
         dh *= _decay(step_t, A_log2, continues)
 
 
