@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels import BACKENDS, TRITON_DEVICE, poisoned_memory, to_backend  # noqa: F401
+from kernels import BACKENDS, TRITON_DEVICE, to_backend
 from tolerance import assert_rms_close
 
 from m1.ops import decode_attention

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels import BACKENDS, cases, poisoned_memory, to_backend  # noqa: F401
+from kernels import BACKENDS, cases, to_backend
 from tolerance import assert_rms_close
 
 from m1.ops import reference, selective_scan

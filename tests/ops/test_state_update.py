@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels import BACKENDS, poisoned_memory, to_backend  # noqa: F401
+from kernels import BACKENDS, to_backend
 from tolerance import assert_rms_close
 
 from m1.ops import causal_conv, selective_scan, ssd, ssd_update, state_update
@@ -59,6 +59,18 @@ def test_kernel_equals_reference(backend, dtype, op, make):
     for before, after in zip(case[2], actual[1:], strict=True):
         assert torch.equal(after[[1, 2, 4, 5]], before[[1, 2, 4, 5]])
         assert (after[[0, 3, 6, 7]] != before[[0, 3, 6, 7]]).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("held", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("op", "make"), [(state_update, mamba), (ssd_update, mamba2)])
+def test_conv_states_of_any_dtype(op, make, dtype, held):
+    """A kernel that takes one dtype for another reads and writes outside its slot."""
+    activations, parameters, (conv_state, ssm_state) = make(3, 4, dtype)
+    case = activations, parameters, [conv_state.to(held), ssm_state], torch.tensor([2, 0, 3])
+    actual, expected = step(op, "cpu", *case), step(op, "reference", *case)
+    assert actual[1].dtype == held
+    assert_rms_close(actual, expected, 0.005, ["y", "conv", "ssm"])
 
 
 @pytest.mark.usefixtures("poisoned_memory")

@@ -6,7 +6,7 @@ from typing import ClassVar, get_args
 import torch
 
 from m1.errors import UserError
-from m1.ops.backend import Backend, available
+from m1.ops.backend import Backend, available, own_backend
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -48,7 +48,7 @@ class Options:
     @property
     def own(self) -> Backend:
         """This package's kernels on the device."""
-        return "triton" if self.device == "cuda" else "cpu"
+        return own_backend(self.device)
 
     def chosen_backends(self) -> list[Backend]:
         """Those asked for, or all that run here.

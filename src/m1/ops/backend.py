@@ -3,6 +3,7 @@
 import functools
 import importlib
 import importlib.util
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Literal
 
@@ -27,6 +28,20 @@ def _triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def own_backend(device_type: str) -> Backend:
+    """This package's kernels for a kind of device."""
+    return "triton" if device_type == "cuda" else "cpu"
+
+
+def require_shapes(
+    op: str, fits: list[bool], tensors: Mapping[str, Tensor | None], problem: str = "shapes don't fit"
+) -> None:
+    """Raises ValueError with the tensors' shapes and dtypes unless all `fits` hold: kernels read without looking."""
+    if not all(fits):
+        shapes = ", ".join(f"{name} {tuple(t.shape)} {t.dtype}" for name, t in tensors.items() if t is not None)
+        raise ValueError(f"{op}: {problem}: {shapes}")
+
+
 def choose(op: str, requested: Backend, tensor: Tensor, limits: dict[str, bool]) -> Backend:
     """The requested backend; for "auto" that of the tensor's device, or "reference" where it can't run the op.
 
@@ -39,8 +54,7 @@ def choose(op: str, requested: Backend, tensor: Tensor, limits: dict[str, bool])
     if requested == "reference":
         return requested
     broken = [name for name, holds in limits.items() if not holds]
-    own: Backend = "triton" if tensor.device.type == "cuda" else "cpu"
-    backend = own if requested == "auto" else requested
+    backend = own_backend(tensor.device.type) if requested == "auto" else requested
     if backend == "cpu" and tensor.device.type != "cpu":
         broken.append("CPU tensors")
     if not broken and not available(backend):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from m1.ops import reference
-from m1.ops.backend import Backend, choose, kernels
+from m1.ops.backend import Backend, choose, kernels, require_shapes
 from m1.ops.selective_scan import kernel_dtype
 from m1.ops.state_update import rows_as_slots
 
@@ -44,10 +44,8 @@ def decode_attention(
     S, kv_heads = k_cache.shape[:2]
     fits = [k_cache.shape == v_cache.shape, k_cache.shape[3] == head_dim, heads % kv_heads == 0]
     fits += [lengths.shape == (b,), b <= S if slots is None else slots.shape == (b,)]
-    if not all(fits):
-        named = dict(q=q, k_cache=k_cache, v_cache=v_cache, lengths=lengths, slots=slots)
-        shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in named.items() if t is not None)
-        raise ValueError(f"decode_attention: shapes don't fit: {shapes}")
+    named = dict(q=q, k_cache=k_cache, v_cache=v_cache, lengths=lengths, slots=slots)
+    require_shapes("decode_attention", fits, named)
     slots = rows_as_slots(slots, q)
     scale = head_dim**-0.5 if scale is None else scale
     contiguous = k_cache.stride(3) == v_cache.stride(3) == 1

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from m1.ops import reference
-from m1.ops.backend import Backend, choose, kernels
+from m1.ops.backend import Backend, choose, kernels, require_shapes
 
 CHUNK = {"cpu": 16, "triton": 32}  # tokens between the states that the forward pass saves for the backward pass
 
@@ -63,13 +63,9 @@ def selective_scan(
     fits += [conv_weight.shape[0] == d, seq_idx is None or seq_idx.shape == (b, T)]
     fits += [window is None or window.shape == (b, K - 1, X)]
     fits += [initial_state is None or initial_state.shape == (b, d, n)]
-    if not all(fits):
-        named: dict[str, Tensor | None] = dict(
-            z=z, x=x, B=B, C=C, dt=dt, A=A, D=D, conv_weight=conv_weight, conv_bias=conv_bias
-        )
-        named |= dict(seq_idx=seq_idx, window=window, initial_state=initial_state)
-        shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in named.items() if t is not None)
-        raise ValueError(f"selective_scan: shapes don't fit: {shapes}")
+    named = dict(z=z, x=x, B=B, C=C, dt=dt, A=A, D=D, conv_weight=conv_weight, conv_bias=conv_bias)
+    states = dict(seq_idx=seq_idx, window=window, initial_state=initial_state)
+    require_shapes("selective_scan", fits, named | states)
     backend = choose("selective_scan", backend, z, {"state size 16": n == 16, "at most 4 convolution taps": K <= 4})
     if backend == "reference":
         return reference.selective_scan(z, x, B, C, dt, A, D, conv_weight, conv_bias, seq_idx, window, initial_state)

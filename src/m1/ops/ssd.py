@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from m1.ops.backend import require_shapes
+
 CHUNK = 64  # tokens whose pairwise products are formed; work grows with it, the number of sequential steps shrinks
 
 
@@ -42,9 +44,7 @@ def ssd(
     heads, N = C.shape[2:]
     fits = [heads % G == 0, B.shape == (b, T, G, N), C.shape[:2] == (b, T), dt.shape == (b, T, heads)]
     fits.append(seq_idx is None or seq_idx.shape == (b, T))
-    if not all(fits):
-        shapes = [None if t is None else tuple(t.shape) for t in (x, dt, B, C, seq_idx)]
-        raise ValueError(f"ssd: shapes of x, dt, B, C and seq_idx don't fit: {shapes}")
+    require_shapes("ssd", fits, dict(x=x, dt=dt, B=B, C=C, seq_idx=seq_idx))
     with torch.autocast(x.device.type, enabled=False):  # it would take the products in bfloat16
         rep, out_dtype = heads // G, x.dtype
         size = min(CHUNK, T)

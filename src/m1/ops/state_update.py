@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from m1.ops import reference
-from m1.ops.backend import Backend, choose, kernels
+from m1.ops.backend import Backend, choose, kernels, require_shapes
 from m1.ops.selective_scan import kernel_dtype
+
+PROBLEM = "shapes don't fit, or ssm_state isn't float32"
 
 
 def state_update(
@@ -48,17 +50,15 @@ def state_update(
     fits += [conv_state.shape[1:] == (X, K - 1), ssm_state.shape[1:] == (d, n), ssm_state.dtype == torch.float32]
     fits += [len(conv_state) == len(ssm_state), d % X == X % n == 0, b <= len(ssm_state) or slots is not None]
     fits += [slots is None or slots.shape == (b,)]
-    if not all(fits):
-        named = dict(z=z, x=x, B=B, C=C, dt=dt, A=A, conv_state=conv_state, ssm_state=ssm_state, slots=slots)
-        shapes = ", ".join(f"{name} {tuple(t.shape)} {t.dtype}" for name, t in named.items() if t is not None)
-        raise ValueError(f"state_update: shapes don't fit, or ssm_state isn't float32: {shapes}")
+    named = dict(z=z, x=x, B=B, C=C, dt=dt, A=A, conv_state=conv_state, ssm_state=ssm_state, slots=slots)
+    require_shapes("state_update", fits, named, PROBLEM)
     slots = rows_as_slots(slots, z)
     contiguous = conv_state.is_contiguous() and ssm_state.is_contiguous()
     limits = {"state size 16": n == 16, "4 convolution taps": K == 4, "contiguous states": contiguous}
     backend = choose("state_update", backend, z, limits)
     if backend == "reference":
         return reference.state_update(z, x, B, C, dt, A, D, conv_weight, conv_bias, conv_state, ssm_state, slots)
-    dtype = kernel_dtype(backend, z, x, B, C, dt)
+    dtype = kernel_dtype(backend, z, x, B, C, dt, conv_state)
     activations = [t.to(dtype) for t in (z, x, B, C, dt)]
     parameters = [t.float() for t in (A, D, conv_weight, conv_bias)]
     return _state_update(*activations, *parameters, conv_state, ssm_state, slots, backend).to(z.dtype)
@@ -102,10 +102,8 @@ def ssd_update(
     fits += [conv_weight.shape[0] == channels, conv_state.shape[1:] == (channels, K - 1)]
     fits += [len(conv_state) == len(ssm_state), ssm_state.dtype == torch.float32]
     fits += [b <= len(ssm_state) if slots is None else slots.shape == (b,)]
-    if not all(fits):
-        named = dict(xBC=xBC, dt=dt, A=A, conv_weight=conv_weight, conv_state=conv_state, ssm_state=ssm_state)
-        shapes = ", ".join(f"{name} {tuple(t.shape)} {t.dtype}" for name, t in named.items())
-        raise ValueError(f"ssd_update: shapes don't fit, or ssm_state isn't float32: {shapes}")
+    named = dict(xBC=xBC, dt=dt, A=A, conv_weight=conv_weight, conv_state=conv_state, ssm_state=ssm_state)
+    require_shapes("ssd_update", fits, named, PROBLEM)
     slots = rows_as_slots(slots, xBC)
     contiguous = conv_state.is_contiguous() and ssm_state.is_contiguous()
     limits = {"P and N that are multiples of 16": P % 16 == N % 16 == 0, "4 convolution taps": K == 4}
@@ -113,7 +111,7 @@ def ssd_update(
     if backend == "reference":
         return reference.ssd_update(xBC, dt, A, D, conv_weight, conv_bias, conv_state, ssm_state, slots)
     parameters = [t.float() for t in (dt, A, D, conv_weight, conv_bias)]
-    y = _ssd_update(xBC.to(kernel_dtype(backend, xBC)), *parameters, conv_state, ssm_state, slots, backend)
+    y = _ssd_update(xBC.to(kernel_dtype(backend, xBC, conv_state)), *parameters, conv_state, ssm_state, slots, backend)
     return y.to(xBC.dtype)
 
 

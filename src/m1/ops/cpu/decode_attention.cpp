@@ -114,20 +114,19 @@ void decode(const Attention& p) {
     }
 #pragma omp for schedule(static)
     for (int64_t head = 0; head < p.rows * p.heads; ++head) {
-      const int64_t unit = head / group, i = head % group;
+      const int64_t unit = head / group, i = head % group, end = first_part[unit + 1];
+      const auto maximum_of = [&](int64_t part) { return &results[part * group * width + group * p.head_dim + i]; };
       float maximum = -1e30f, sum = 0.0f;
-      for (int64_t part = first_part[unit]; part < first_part[unit + 1]; ++part)
-        maximum = std::max(maximum, results[part * group * width + group * p.head_dim + i]);
+      for (int64_t part = first_part[unit]; part < end; ++part) maximum = std::max(maximum, *maximum_of(part));
+      for (int64_t part = first_part[unit]; part < end; ++part) {
+        float* factor = maximum_of(part);  // takes the maximum's place
+        *factor = exp2_nonpositive(splat(*factor - maximum))[0];
+        sum += *factor * factor[group];  // sums stand behind the maxima
+      }
       for (int64_t c = 0; c < p.head_dim; c += W) {
         vec total = {};
-        sum = 0.0f;
-        for (int64_t part = first_part[unit]; part < first_part[unit + 1]; ++part) {
-          const float* values = results.data() + part * group * width;
-          const float *maxima = values + group * p.head_dim, *sums = maxima + group;
-          const float factor = exp2_nonpositive(splat(maxima[i] - maximum))[0];
-          total += factor * load(values + i * p.head_dim + c);
-          sum += factor * sums[i];
-        }
+        for (int64_t part = first_part[unit]; part < end; ++part)
+          total += *maximum_of(part) * load(&results[part * group * width + i * p.head_dim + c]);
         store((T*)p.out + head * p.head_dim + c, sum > 0.0f ? total / sum : total);
       }
     }

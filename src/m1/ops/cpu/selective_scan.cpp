@@ -238,7 +238,7 @@ void backward(const Backward& p) {
             const float* saved = p.saved + ((i * chunks + index) * in.groups + g) * N * N;
             for (int n = 0; n < N; ++n) h[n] = load(saved + n * N + c);
             for (int j = 0; j < chunk.count; ++j) {
-              chunk.prefetch(chunk.first + j - CHUNK, g);
+              if (c == 0) chunk.prefetch(chunk.first + j - CHUNK, g);
               if (chunk.starts[j])
                 for (int n = 0; n < N; ++n) h[n] = vec{};
               const vec dt = load(group.dt[j] + c), dtu = dt * load(group.u[j] + c);

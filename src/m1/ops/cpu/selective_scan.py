@@ -27,7 +27,7 @@ def forward(
     saved: Tensor,
 ) -> None:
     """Fills y, h_last and, if it has room, saved: in front of every chunk the groups' states, [n, channel] each."""
-    inputs, _keep = _inputs(z, x, B, C, dt, A, D, conv_weight, conv_bias, seq_idx, window)
+    inputs = _inputs(z, x, B, C, dt, A, D, conv_weight, conv_bias, seq_idx, window)
     h0 = None if h0 is None else h0.contiguous()
     call("m1_selective_scan_forward", *inputs, h0, y, h_last, saved if saved.numel() else None)
 
@@ -60,7 +60,7 @@ def backward(
     dh0: Tensor,
 ) -> None:
     """Fills the gradients. Those of parameters come from the kernel a sequence each and are summed here."""
-    inputs, _keep = _inputs(z, x, B, C, dt, A, D, conv_weight, conv_bias, seq_idx, window)
+    inputs = _inputs(z, x, B, C, dt, A, D, conv_weight, conv_bias, seq_idx, window)
     b, d = z.shape[0], z.shape[2]
     sequences = [A.new_empty(b, *A.shape), D.new_empty(b, d), D.new_empty(b, TAPS, d), D.new_empty(b, d)]
     window_taps = x.new_empty(b, TAPS - 1, x.shape[2])
@@ -87,8 +87,8 @@ def _inputs(
     conv_bias: Tensor,
     seq_idx: Tensor | None,
     window: Tensor | None,
-) -> tuple[list[Tensor | int | None], list[Tensor]]:
-    """The fields of the C++ struct Inputs, and the tensors that must outlive the call."""
+) -> list[Tensor | int | None]:
+    """The fields of the C++ struct Inputs."""
     missing = TAPS - conv_weight.shape[1]
     taps = F.pad(conv_weight, (missing, 0)).T.contiguous()
     if window is not None:
@@ -99,8 +99,7 @@ def _inputs(
     for t in activations:
         fields += [t, t.stride(1)]
     tensors = [A.contiguous(), D.contiguous(), taps, conv_bias.contiguous()]
-    fields += [*tensors, None if seq_idx is None else seq_idx.contiguous(), window]
-    return fields, [t for t in fields if isinstance(t, Tensor)]
+    return [*fields, *tensors, None if seq_idx is None else seq_idx.contiguous(), window]
 
 
 def rows(t: Tensor) -> Tensor:

@@ -23,12 +23,15 @@ def state_update(
 ) -> None:
     """Updates the slots' states and fills y. Raises IndexError, before any change, where a slot doesn't exist."""
     n = A.shape[1]
-    step = _step(z, conv_weight, conv_bias, conv_state, ssm_state, slots)
+    held = conv_state.to(z.dtype)  # itself, but for a dtype the kernel doesn't know
+    step = _step(z, conv_weight, conv_bias, held, ssm_state, slots)
     activations = [contiguous_rows(t) for t in (z, x, B, C, dt)]
     strides = [t.stride(0) for t in activations]
     parameters = [A.contiguous(), D.contiguous()]
     sizes = [z.shape[1] // n, x.shape[1] // n]
     _check(call("m1_state_update", *step, *sizes, *activations, *strides, *parameters, y), slots, ssm_state)
+    if held is not conv_state:
+        conv_state.copy_(held)
 
 
 def ssd_update(
@@ -45,11 +48,14 @@ def ssd_update(
 ) -> None:
     """Updates the slots' states and fills y. Raises IndexError, before any change, where a slot doesn't exist."""
     _, heads, P, N = ssm_state.shape
-    step = _step(xBC, conv_weight, conv_bias, conv_state, ssm_state, slots)
+    held = conv_state.to(xBC.dtype)  # as in state_update
+    step = _step(xBC, conv_weight, conv_bias, held, ssm_state, slots)
     xBC = contiguous_rows(xBC)
     parameters = [t.contiguous() for t in (dt, A, D)]
     sizes = [(xBC.shape[1] - heads * N) // (P + N), heads, P, N]
     _check(call("m1_ssd_update", *step, *sizes, xBC, xBC.stride(0), *parameters, y), slots, ssm_state)
+    if held is not conv_state:
+        conv_state.copy_(held)
 
 
 def _step(
