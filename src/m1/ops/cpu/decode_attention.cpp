@@ -34,45 +34,101 @@ struct Part {
   int64_t row, kv, first;
 };
 
-// Queries [Q, head_dim] against `count` keys: each query's maximum, sum of weights, and weighted values [head_dim].
+// 16 channels of a key or value, in an order of their own: bfloat16 is widened fastest where every other number is in
+// the upper half of its 32 bits already. Queries are brought into this order, and outputs out of it.
+inline void widen(const float* p, vec (&v)[BLOCKS]) {
+  for (int b = 0; b < BLOCKS; ++b) v[b] = load(p + b * W);
+}
+
+inline void widen(const bf16* p, vec (&v)[BLOCKS]) {
+  if constexpr (BLOCKS == 2) {
+    uvec pairs;
+    std::memcpy(&pairs, p, sizeof pairs);
+    v[0] = (vec)(pairs << 16);
+    v[1] = (vec)(pairs & 0xffff0000u);
+  } else {
+    for (int b = 0; b < BLOCKS; ++b) v[b] = load(p + b * W);
+  }
+}
+
+template <class T>
+int64_t place(int64_t channel) {  // of a channel, in that order
+  const bool apart = sizeof(T) == sizeof(bf16) && BLOCKS == 2;
+  return apart ? channel / N * N + channel % 2 * W + channel % N / 2 : channel;
+}
+
+// Q queries [head_dim] against `count` keys: each one's maximum, sum of weights, and weighted values [head_dim].
 template <class T, int Q>
-void attend(const T* k, int64_t k_stride, const T* v, int64_t v_stride, const float* q, int64_t head_dim, int count,
-            float* maximum, float* sum, float* values) {
-  float weights[Q][PART];
-  for (int first = 0; first < count; first += W) {
-    const int some = std::min(W, count - first);
-    vec products[Q][W] = {};
-    for (int j = 0; j < some; ++j) {
-      const T* key = k + (first + j) * k_stride;
-      vec product[Q] = {};
-      for (int64_t c = 0; c < head_dim; c += W) {
-        const vec x = load(key + c);
-        for (int i = 0; i < Q; ++i) product[i] += x * load(q + i * head_dim + c);
-      }
-      for (int i = 0; i < Q; ++i) products[i][j] = product[i];
+struct Attend {
+  const T *k, *v;
+  int64_t k_stride, v_stride, head_dim;
+  int count;
+  const float* q;
+  float *maximum, *sum, *values;
+
+  void run() const {
+    float weights[Q][PART];
+    for (int first = 0; first < count; first += W) {
+      const int some = std::min(W, count - first);
+      vec products[Q][W];
+      for (int j = some; j < W; ++j)
+        for (int i = 0; i < Q; ++i) products[i][j] = vec{};
+      for (int j = 0; j + 1 < some; j += 2) multiply<2>(first, j, products);
+      if (some % 2) multiply<1>(first, some - 1, products);
+      for (int i = 0; i < Q; ++i) store(weights[i] + first, sum_lanes(products[i]));
     }
-    for (int i = 0; i < Q; ++i) store(weights[i] + first, sum_lanes(products[i]));
+    for (int i = 0; i < Q; ++i) exponentiate(weights[i], maximum[i], sum[i]);
+    for (int64_t c = 0; c < head_dim; c += N) weigh(weights, c);
   }
-  for (int i = 0; i < Q; ++i) {
-    maximum[i] = *std::max_element(weights[i], weights[i] + count);
-    sum[i] = 0.0f;
-    for (int j = count; j < (count + W - 1) / W * W; ++j) weights[i][j] = -1e30f;
-    for (int j = 0; j < count; j += W) store(weights[i] + j, exp2_nonpositive(load(weights[i] + j) - maximum[i]));
-    for (int j = 0; j < count; ++j) sum[i] += weights[i][j];
+
+  // Products of the K keys from first + j, lanes to be summed. Their values are asked for, to come in the meantime.
+  template <int K>
+  void multiply(int first, int j, vec (&products)[Q][W]) const {
+    const T *key = k + (first + j) * k_stride, *value = v + (first + j) * v_stride;
+    vec product[K][Q] = {};
+    for (int64_t c = 0; c < head_dim; c += N) {
+      vec x[K][BLOCKS];
+      for (int m = 0; m < K; ++m) {
+        widen(key + m * k_stride + c, x[m]);
+        __builtin_prefetch(value + m * v_stride + c);
+      }
+      for (int b = 0; b < BLOCKS; ++b)
+        for (int i = 0; i < Q; ++i)
+          for (int m = 0; m < K; ++m) product[m][i] += x[m][b] * load(q + i * head_dim + c + b * W);
+    }
+    for (int i = 0; i < Q; ++i)
+      for (int m = 0; m < K; ++m) products[i][j + m] = product[m][i];
   }
-  for (int64_t c = 0; c < head_dim; c += N) {
+
+  void exponentiate(float* weight, float& maximum, float& sum) const {
+    const int end = (count + W - 1) / W * W;
+    for (int j = count; j < end; ++j) weight[j] = -1e30f;
+    vec highest = load(weight), total = {};
+    for (int j = W; j < end; j += W) highest = max(highest, load(weight + j));
+    maximum = highest[0];
+    for (int lane = 1; lane < W; ++lane) maximum = std::max(maximum, highest[lane]);
+    for (int j = 0; j < end; j += W) {
+      const vec x = exp2_nonpositive(load(weight + j) - maximum);
+      store(weight + j, x);
+      total += x;
+    }
+    sum = 0.0f;
+    for (int lane = 0; lane < W; ++lane) sum += total[lane];
+  }
+
+  // Weighted values of 16 channels from c: no more, or the totals of 3 queries don't fit AVX2's registers.
+  void weigh(const float (&weights)[Q][PART], int64_t c) const {
     vec total[Q][BLOCKS] = {};
     for (int j = 0; j < count; ++j) {
-      const T* value = v + j * v_stride + c;
-      for (int b = 0; b < BLOCKS; ++b) {
-        const vec x = load(value + b * W);
-        for (int i = 0; i < Q; ++i) total[i][b] += weights[i][j] * x;
-      }
+      vec x[BLOCKS];
+      widen(v + j * v_stride + c, x);
+      for (int i = 0; i < Q; ++i)
+        for (int b = 0; b < BLOCKS; ++b) total[i][b] += weights[i][j] * x[b];
     }
     for (int i = 0; i < Q; ++i)
       for (int b = 0; b < BLOCKS; ++b) store(values + i * head_dim + c + b * W, total[i][b]);
   }
-}
+};
 
 template <class T>
 void decode(const Attention& p) {
@@ -85,9 +141,17 @@ void decode(const Attention& p) {
       for (int64_t first = 0; p.slots[i] >= 0 && first < p.lengths[i]; first += PART) parts.push_back({i, kv, first});
     }
   first_part.back() = parts.size();
-  std::vector<float> results(parts.size() * group * width);
+  // Kept from call to call: fresh memory costs more here than what is written to it.
+  static thread_local std::vector<float> kept_results, kept_queries;
+  kept_results.resize(std::max(kept_results.size(), parts.size() * group * width));
+  kept_queries.resize(std::max<size_t>(kept_queries.size(), p.rows * p.heads * p.head_dim));
+  float *results = kept_results.data(), *queries = kept_queries.data();
 #pragma omp parallel
   {
+#pragma omp for schedule(static)
+    for (int64_t head = 0; head < p.rows * p.heads; ++head)
+      for (int64_t c = 0; c < p.head_dim; ++c)
+        queries[head * p.head_dim + place<T>(c)] = p.q[head * p.head_dim + c];
 #pragma omp for schedule(dynamic, 4)
     for (size_t index = 0; index < parts.size(); ++index) {
       const Part& part = parts[index];
@@ -96,19 +160,19 @@ void decode(const Attention& p) {
       const auto at = [&](const Cache& cache) {
         return (const T*)cache.data + slot * cache.slot_stride + part.kv * cache.head_stride + part.first * cache.stride;
       };
-      float* values = results.data() + index * group * width;
+      float* values = results + index * group * width;
       float *maxima = values + group * p.head_dim, *sums = maxima + group;
-      const float* q = p.q + (part.row * p.heads + part.kv * group) * p.head_dim;
+      const float* q = queries + (part.row * p.heads + part.kv * group) * p.head_dim;
       for (int64_t i = 0; i < group; i += QUERIES) {
-        const auto run = [&](auto attend) {
-          attend(at(p.k), p.k.stride, at(p.v), p.v.stride, q + i * p.head_dim, p.head_dim, count, maxima + i, sums + i,
-                 values + i * p.head_dim);
+        const auto attend = [&](auto some) {
+          Attend<T, some>{at(p.k), at(p.v), p.k.stride, p.v.stride, p.head_dim, count, q + i * p.head_dim, maxima + i,
+                          sums + i, values + i * p.head_dim}.run();
         };
         switch (group - i) {
-          case 1: run(attend<T, 1>); break;
-          case 2: run(attend<T, 2>); break;
-          case 3: run(attend<T, 3>); break;
-          default: run(attend<T, QUERIES>);
+          case 1: attend(std::integral_constant<int, 1>()); break;
+          case 2: attend(std::integral_constant<int, 2>()); break;
+          case 3: attend(std::integral_constant<int, 3>()); break;
+          default: attend(std::integral_constant<int, QUERIES>());
         }
       }
     }
@@ -127,7 +191,12 @@ void decode(const Attention& p) {
         vec total = {};
         for (int64_t part = first_part[unit]; part < end; ++part)
           total += *maximum_of(part) * load(&results[part * group * width + i * p.head_dim + c]);
-        store((T*)p.out + head * p.head_dim + c, sum > 0.0f ? total / sum : total);
+        store(queries + head * p.head_dim + c, sum > 0.0f ? total / sum : total);  // where the query was
+      }
+      for (int64_t c = 0; c < p.head_dim; c += N) {
+        float ordered[N];
+        for (int i = 0; i < N; ++i) ordered[i] = queries[head * p.head_dim + place<T>(c + i)];
+        for (int i = 0; i < N; i += W) store((T*)p.out + head * p.head_dim + c + i, load(ordered + i));
       }
     }
   }

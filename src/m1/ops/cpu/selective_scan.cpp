@@ -17,7 +17,6 @@ namespace {
 using namespace m1;
 
 constexpr int CHUNK = 16;  // tokens; CHUNK["cpu"] in ops/selective_scan.py
-constexpr int STEP = 8;    // state indices that go in step, see exp2_nonpositive
 constexpr int TAPS = 4;    // of the convolution
 constexpr int HALO = TAPS - 1;
 
