@@ -1,0 +1,165 @@
+"""The forward kernels of `selective_scan`, in the order in which they run, and what they share with the backward ones.
+
+A program of `span_states` and of `outputs` walks one span, with a tile of BLOCK channels by N states in registers.
+"""
+
+# ruff: noqa: ANN001, ANN201 (inside kernels everything is a tensor, a pointer or a constexpr)
+
+import triton
+import triton.language as tl
+
+from m1.ops.triton import LOG2_E, silu, softplus
+
+AHEAD = tl.constexpr(8)  # spans whose loads `carry` starts at once, as its loop is all latency
+
+
+@triton.jit
+def load(pointers, mask):
+    """In float32; zero where the mask is not set."""
+    return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def token_of(activation, strides, row, t):
+    """Where the channels of token t begin; strides: those of a sequence and of a token."""
+    return activation + row * strides[0] + t * strides[1]
+
+
+@triton.jit
+def span_of(T, SPAN: tl.constexpr):
+    """The program's sequence, its span's number among those of all sequences, and the tokens from where to where."""
+    span, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    first = span.to(tl.int64) * SPAN
+    return row, row * tl.num_programs(1) + span, first, tl.minimum(first + SPAN, T)
+
+
+@triton.jit
+def tile_of(d, channels, REP: tl.constexpr, N: tl.constexpr):
+    """For channels d: which exist, also as a column; their states' places in [D, N]; those of what they read of a
+    token's B and C, [BLOCK, N]."""
+    n = tl.arange(0, N)[None, :]
+    inside = d < channels
+    of_B, of_C = (d // (N * REP) * N)[:, None] + n, (d // N * N)[:, None] + n
+    return inside, inside[:, None], d[:, None] * N + n, of_B, of_C
+
+
+@triton.jit
+def continues(seq_idx, row, t, T):
+    """Whether token t belongs to the document of the token in front of it."""
+    if seq_idx is None:
+        return True
+    else:
+        documents = seq_idx + row * T
+        return tl.load(documents + t) == tl.load(documents + tl.maximum(t - 1, 0))
+
+
+@triton.jit
+def decay(step, A_log2, goes_on):
+    """What a token leaves of the state in front of it [BLOCK, N]; nothing unless the document goes on."""
+    return tl.where(goes_on, tl.exp2(step[:, None] * A_log2), 0.0)
+
+
+@triton.jit
+def prepare(
+    x, dt, conv_weight, conv_bias, seq_idx, window, step, conv, strides, T, channels, X,
+    REP: tl.constexpr, N: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """step: the step sizes. conv: the convolution's outputs."""
+    d = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    t = tl.program_id(1).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    row = tl.program_id(2).to(tl.int64)
+    inside = d < channels
+    here = (t < T)[:, None] & inside[None, :]
+    kv = d // (N * REP) * N + d % N
+    total = tl.zeros([TOKENS, WIDTH], tl.float32) + load(conv_bias + d, inside)[None, :]
+    for k in tl.static_range(K):
+        at = t - k
+        counts = t < T
+        if seq_idx is not None:
+            own = tl.load(seq_idx + row * T + t, mask=counts, other=0)
+            counts &= own == tl.load(seq_idx + row * T + tl.maximum(at, 0), mask=counts, other=0)
+        in_row, in_window = counts & (at >= 0), counts & (at < 0)
+        value = load(token_of(x, strides[0], row, at[:, None]) + kv[None, :], in_row[:, None] & inside[None, :])
+        if window is not None:
+            past = window + (row * (K - 1) + K - 1 + at)[:, None] * X + kv[None, :]
+            value += load(past, in_window[:, None] & inside[None, :])
+        total += value * load(conv_weight + d * K + (K - 1 - k), inside)[None, :]
+    at = (row * T + t)[:, None] * channels + d[None, :]
+    tl.store(conv + at, total, mask=here)
+    tl.store(step + at, softplus(load(token_of(dt, strides[1], row, t[:, None]) + d[None, :], here)), mask=here)
+
+
+@triton.jit
+def span_states(
+    step, conv, B, A, seq_idx, states, steps, strides, T, channels,
+    REP: tl.constexpr, N: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """states: the final state of each span that starts from zero. steps: the sum of its step sizes, infinite when a
+    document starts in it, for then nothing of the state in front of it is left."""
+    row, span, first, end = span_of(T, SPAN)
+    d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside, in_tile, tile, of_B, _ = tile_of(d, channels, REP, N)
+    A_log2 = load(A + tile, in_tile) * LOG2_E
+    h = tl.zeros([BLOCK, N], tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    for t in range(first, end):
+        at = (row * T + t) * channels + d
+        step_t = load(step + at, inside)
+        u = silu(load(conv + at, inside))
+        B_t = load(token_of(B, strides[0], row, t) + of_B, in_tile)
+        goes_on = continues(seq_idx, row, t, T)
+        h = decay(step_t, A_log2, goes_on) * h + (step_t * u)[:, None] * B_t
+        total += tl.where(goes_on, step_t, float("inf"))
+    tl.store(states + span * channels * N + tile, h, mask=in_tile)
+    tl.store(steps + span * channels + d, total, mask=inside)
+
+
+@triton.jit
+def carry(states, steps, A, start, end, spans, size, N: tl.constexpr, REVERSE: tl.constexpr, BLOCK: tl.constexpr):
+    """states: what each span adds -> what is in front of it, in the order of time or against it.
+
+    start: what is in front of the first span, zero when None. end: what the last leaves.
+    """
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(1).to(tl.int64)
+    inside = at < size
+    A_log2 = load(A + at, inside) * LOG2_E
+    carried = tl.zeros([BLOCK], tl.float32)
+    if start is not None:
+        carried += load(start + row * size + at, inside)
+    for done in range(0, spans, AHEAD):
+        added: list = []
+        total: list = []
+        for i in tl.static_range(AHEAD):
+            span = row * spans + (spans - 1 - done - i if REVERSE else done + i)
+            exists = at < tl.where(done + i < spans, size, 0)
+            added += (load(states + span * size + at, exists),)
+            total += (load(steps + span * (size // N) + at // N, exists),)
+        for i in tl.static_range(AHEAD):
+            span = row * spans + (spans - 1 - done - i if REVERSE else done + i)
+            tl.store(states + span * size + at, carried, mask=at < tl.where(done + i < spans, size, 0))
+            left = tl.where(total[i] < float("inf"), tl.exp2(total[i] * A_log2), 0.0)
+            carried = left * carried + added[i]
+    tl.store(end + row * size + at, carried, mask=inside)
+
+
+@triton.jit
+def outputs(
+    z, step, conv, B, C, A, D, seq_idx, states, y, strides, T, channels,
+    REP: tl.constexpr, N: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """y, from the states in front of the spans."""
+    row, span, first, end = span_of(T, SPAN)
+    d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside, in_tile, tile, of_B, of_C = tile_of(d, channels, REP, N)
+    A_log2, skip = load(A + tile, in_tile) * LOG2_E, load(D + d, inside)
+    h = load(states + span * channels * N + tile, in_tile)
+    for t in range(first, end):
+        at = (row * T + t) * channels + d
+        step_t = load(step + at, inside)
+        u = silu(load(conv + at, inside))
+        z_t = load(token_of(z, strides[0], row, t) + d, inside)
+        B_t = load(token_of(B, strides[1], row, t) + of_B, in_tile)
+        C_t = load(token_of(C, strides[2], row, t) + of_C, in_tile)
+        h = decay(step_t, A_log2, continues(seq_idx, row, t, T)) * h + (step_t * u)[:, None] * B_t
+        tl.store(y + at, (tl.sum(h * C_t, axis=1) + skip * u) * silu(z_t), mask=inside)
