@@ -1,7 +1,15 @@
 """Fixtures of the kernels' tests."""
 
+import importlib.util
+
 import pytest
 import torch
+from kernels import TRITON_DEVICE
+
+if TRITON_DEVICE == "cpu" and importlib.util.find_spec("triton"):
+    import interpreter
+
+    interpreter.repair()
 
 
 @pytest.fixture
