@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from m1.ops import reference
-from m1.ops.backend import Backend, choose, kernels, require_shapes
+from m1.ops.backend import Backend, choose, decode_operator, kernels, require_shapes
 from m1.ops.selective_scan import kernel_dtype
 from m1.ops.state_update import rows_as_slots
 
@@ -58,7 +58,7 @@ def decode_attention(
     return _decode_attention(*arguments).to(q.dtype)
 
 
-@torch.library.custom_op("m1::decode_attention", mutates_args=())
+@decode_operator("decode_attention")
 def _decode_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, slots: Tensor, scale: float, backend: str
 ) -> Tensor:
@@ -67,6 +67,6 @@ def _decode_attention(
     return out
 
 
-@_decode_attention.register_fake
+@torch.library.register_fake("m1::decode_attention")
 def _(q: Tensor, *rest: Any) -> Tensor:
     return q.new_empty(q.shape)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from m1.ops import reference
-from m1.ops.backend import Backend, choose, kernels, require_shapes
+from m1.ops.backend import Backend, choose, decode_operator, kernels, require_shapes
 from m1.ops.selective_scan import kernel_dtype
 
 PROBLEM = "shapes don't fit, or ssm_state isn't float32"
@@ -120,7 +120,7 @@ def rows_as_slots(slots: Tensor | None, rows: Tensor) -> Tensor:
     return torch.arange(len(rows), device=rows.device) if slots is None else slots.long()
 
 
-@torch.library.custom_op("m1::state_update", mutates_args=("conv_state", "ssm_state"))
+@decode_operator("state_update", mutates=("conv_state", "ssm_state"))
 def _state_update(
     z: Tensor,
     x: Tensor,
@@ -143,12 +143,12 @@ def _state_update(
     return y
 
 
-@_state_update.register_fake
+@torch.library.register_fake("m1::state_update")
 def _(z: Tensor, *rest: Any) -> Tensor:
     return z.new_empty(z.shape)
 
 
-@torch.library.custom_op("m1::ssd_update", mutates_args=("conv_state", "ssm_state"))
+@decode_operator("ssd_update", mutates=("conv_state", "ssm_state"))
 def _ssd_update(
     xBC: Tensor,
     dt: Tensor,
@@ -166,7 +166,7 @@ def _ssd_update(
     return y
 
 
-@_ssd_update.register_fake
+@torch.library.register_fake("m1::ssd_update")
 def _(
     xBC: Tensor, dt: Tensor, A: Tensor, D: Any, w: Any, b: Any, conv_state: Any, ssm_state: Tensor, *rest: Any
 ) -> Tensor:
