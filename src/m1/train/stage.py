@@ -43,7 +43,7 @@ def trainer_arguments(cls: type[Arguments], out: str | Path, given: dict[str, An
         "logging_steps": 10,
         "report_to": ["tensorboard"],
         "use_cpu": not torch.cuda.is_available(),
-        "bf16": torch.cuda.is_available(),
+        "bf16": torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported(),  # elsewhere emulated, slowly
         "disable_tqdm": False,
     }
     given = {key: value for key, value in given.items() if key != "model_init_kwargs"}  # see model_options

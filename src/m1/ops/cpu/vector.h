@@ -79,9 +79,23 @@ inline vec exp2_nonpositive(vec x) {
 
 constexpr float LOG2E = 1.44269504089f, LN2 = 0.693147180560f;
 
+// 1 / x for x in [1, 3], relative error 2e-7: the processor's estimate and one step of Newton's cost a third of a division.
+inline vec reciprocal(vec x) {
+#if defined(__AVX512F__)
+  const vec r = (vec)_mm512_rcp14_ps((__m512)x);
+#elif defined(__AVX2__)
+  const vec r = (vec)_mm256_rcp_ps((__m256)x);
+#else
+  return 1.0f / x;
+#endif
+#ifdef __AVX2__
+  return r * (2.0f - x * r);
+#endif
+}
+
 // log(1 + e) for e in [0, 1] = 2 atanh(s), s = e / (2 + e): exact to rounding also for tiny e.
 inline vec log1p_unit(vec e) {
-  const vec s = e / (2.0f + e), q = s * s;
+  const vec s = e * reciprocal(2.0f + e), q = s * s;
   vec p = splat(0.14089166f);
   p = p * q + 0.13980302f;
   p = p * q + 0.20012455f;
@@ -92,7 +106,7 @@ inline vec log1p_unit(vec e) {
 
 inline vec sigmoid(vec x) {
   const vec e = exp2_nonpositive(-LOG2E * abs(x));
-  return (x < 0.0f ? e : splat(1.0f)) / (1.0f + e);
+  return (x < 0.0f ? e : splat(1.0f)) * reciprocal(1.0f + e);
 }
 
 inline vec softplus(vec x) {
