@@ -56,8 +56,8 @@ def test_conversion_tables_are_the_committed_results():
     assert conversion["layers_table"](layers) in text
 
 
-def test_readme_table_is_the_committed_result():
+def test_tables_are_the_committed_results():
     done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "readme.py"), "--check"], capture_output=True, text=True
+        [sys.executable, str(ROOT / "benchmarks" / "tables.py"), "--check"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
