@@ -10,11 +10,10 @@ One layer keeps the last K-1 inputs of the convolution, before the repeat, and a
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache
 from transformers import initialization as init
 
 from m1.model.configuration import M1Config
-from m1.model.mixer import Mixer, initial_time_step_bias
+from m1.model.mixer import Activations, Constants, Mixer, initial_time_step_bias
 from m1.ops import selective_scan, state_update
 
 
@@ -38,38 +37,38 @@ class MambaMixer(Mixer):
         init.copy_(self.dt_proj.bias, initial_time_step_bias(self.dt_proj.out_features, device))
         init.uniform_(self.dt_proj.weight, -(self.dt_proj.in_features**-0.5), self.dt_proj.in_features**-0.5)
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        seq_idx: Tensor | None = None,
-        padding_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
-    ) -> Tensor:
-        """hidden_states [b, T, H] -> [b, T, H].
+    def constants(self) -> Constants:
+        """A, D and the convolution's taps and bias."""
+        return -torch.exp(self.A_log.float()), self.D, *self.conv1d()
 
-        Args:
-            seq_idx: [b, T] integers, the document of each packed token.
-            padding_mask: [b, T], zero at padding. Padding is a step of size 0 on a zero input: it leaves conv window
-                and state as in a sequence without it.
-            past_key_values: continues from, and updates, this layer's conv and recurrent state.
-        """
+    def activations(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> Activations:
+        """[..., H] -> z, x, B, C, dt. Padding becomes a step of size 0 on a zero input."""
         z, x, B, C, dt = self.project(hidden_states)
         dt = self.dt_proj(dt)
         if padding_mask is not None:
             real = padding_mask.to(torch.bool).unsqueeze(-1)
             x, dt = x * real, dt.masked_fill(~real, -torch.inf)
-        A = -torch.exp(self.A_log.float())
-        conv_weight, conv_bias = self.conv1d()
-        states = self.states_to_update(x, past_key_values)
-        if states is not None:
-            z, x, B, C, dt = (t[:, 0] for t in (z, x, B, C, dt))
-            y = state_update(z, x, B, C, dt, A, self.D, conv_weight, conv_bias, *states)
-            return self.out_proj(y.unsqueeze(1))
-        window = state = None
-        if past_key_values is not None:
-            state = self.recurrent_state(past_key_values)
-            window = self.conv_window(x, past_key_values)
-        y, state = selective_scan(z, x, B, C, dt, A, self.D, conv_weight, conv_bias, seq_idx, window, state)
-        if past_key_values is not None:
-            past_key_values.update_recurrent_state(state, self.layer_idx)
-        return self.out_proj(y)
+        return z, x, B, C, dt
+
+    def conv_inputs(self, activations: Activations) -> Tensor:
+        return activations[1]
+
+    def scan(
+        self,
+        activations: Activations,
+        constants: Constants,
+        seq_idx: Tensor | None,
+        window: Tensor | None,
+        state: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        return selective_scan(*activations, *constants, seq_idx, window, state)
+
+    def step(
+        self,
+        activations: Activations,
+        constants: Constants,
+        conv_state: Tensor,
+        ssm_state: Tensor,
+        slots: Tensor | None = None,
+    ) -> Tensor:
+        return state_update(*activations, *constants, conv_state, ssm_state, slots)

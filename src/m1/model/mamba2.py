@@ -12,11 +12,10 @@ One layer keeps the last K-1 inputs of the convolution and a float32 state [head
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Cache
 from transformers import initialization as init
 
 from m1.model.configuration import M1Config
-from m1.model.mixer import HeadRMSNorm, Mixer, initial_time_step_bias
+from m1.model.mixer import Activations, Constants, HeadRMSNorm, Mixer, initial_time_step_bias
 from m1.ops import causal_conv, ssd, ssd_update
 
 A_RANGE = (1.0, 16.0)  # initial -A, uniform (Mamba-2)
@@ -44,33 +43,46 @@ class Mamba2Mixer(Mixer):
         init.ones_(self.D)
         init.copy_(self.dt_bias, initial_time_step_bias(self.dt_bias.numel(), self.dt_bias.device))
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        seq_idx: Tensor | None = None,
-        padding_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
-    ) -> Tensor:
-        """hidden_states [b, T, H] -> [b, T, H]; arguments as `MambaMixer.forward`."""
+    def constants(self) -> Constants:
+        """A, D and the convolution's taps and bias."""
+        return -torch.exp(self.A_log.float()), self.D, *self.conv1d()
+
+    def activations(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> Activations:
+        """[..., H] -> z, x | B | C, dt. Padding becomes a step of size 0 on a zero input."""
         z, x, B, C, dt = self.project(hidden_states)
         xBC = torch.cat([x, B, C], dim=-1)
         dt = dt.float() + self.dt_bias.float()
-        A = -torch.exp(self.A_log.float())
-        conv_weight, conv_bias = self.conv1d()
         if padding_mask is not None:
             real = padding_mask.to(torch.bool).unsqueeze(-1)
             xBC, dt = xBC * real, dt.masked_fill(~real, -torch.inf)
-        states = self.states_to_update(xBC, past_key_values)
-        if states is not None:
-            y = ssd_update(xBC[:, 0], dt[:, 0], A, self.D, conv_weight, conv_bias, *states).unsqueeze(1)
-            return self.out_proj(self.norm(y.flatten(-2) * F.silu(z)))
-        window = state = None
-        if past_key_values is not None:
-            state = self.recurrent_state(past_key_values)
-            window = self.conv_window(xBC, past_key_values)
+        return z, xBC, dt
+
+    def conv_inputs(self, activations: Activations) -> Tensor:
+        return activations[1]
+
+    def scan(
+        self,
+        activations: Activations,
+        constants: Constants,
+        seq_idx: Tensor | None,
+        window: Tensor | None,
+        state: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        z, xBC, dt = activations
+        A, D, conv_weight, conv_bias = constants
         xBC = F.silu(causal_conv(xBC, conv_weight, conv_bias, seq_idx, window))
         x, B, C = (t.unflatten(-1, (-1, self.head_dim)) for t in xBC.split(self.conv_widths, dim=-1))
-        y, state = ssd(x, F.softplus(dt), A, B, C, self.D, seq_idx, state)
-        if past_key_values is not None:
-            past_key_values.update_recurrent_state(state, self.layer_idx)
-        return self.out_proj(self.norm(y.flatten(-2) * F.silu(z)))
+        y, state = ssd(x, F.softplus(dt), A, B, C, D, seq_idx, state)
+        return self.norm(y.flatten(-2) * F.silu(z)), state
+
+    def step(
+        self,
+        activations: Activations,
+        constants: Constants,
+        conv_state: Tensor,
+        ssm_state: Tensor,
+        slots: Tensor | None = None,
+    ) -> Tensor:
+        z, xBC, dt = activations
+        y = ssd_update(xBC, dt, *constants, conv_state, ssm_state, slots)
+        return self.norm(y.flatten(-2) * F.silu(z))

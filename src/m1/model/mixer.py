@@ -1,4 +1,4 @@
-"""What the Mamba-1 and the Mamba-2 mixer share: projections, padding, cache windows, initial time steps.
+"""What the Mamba-1 and the Mamba-2 mixer share: projections, caches, initial time steps.
 
     in_proj(h) -> z[D] | x[X] | B[X] | C[D] | dt            D = heads * head_dim, X = kv_heads * head_dim
     ...                                                      mamba.py, mamba2.py
@@ -17,6 +17,9 @@ from transformers import Cache
 from transformers import initialization as init
 
 from m1.model.configuration import M1Config
+
+Activations = tuple[Tensor, ...]  # what a scan reads at every token
+Constants = tuple[Tensor, ...]  # A, D, conv weight [channels, K], conv bias [channels]
 
 TIME_STEP_RANGE = (1e-3, 1e-1)  # initial step sizes (Mamba, §3.6)
 
@@ -59,8 +62,69 @@ class Mixer(nn.Module):
         init.uniform_(self.conv1d.weight, -bound, bound)
         init.uniform_(self.conv1d.bias, -bound, bound)
 
+    def constants(self) -> Constants:
+        raise NotImplementedError
+
+    def activations(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> Activations:
+        raise NotImplementedError
+
+    def conv_inputs(self, activations: Activations) -> Tensor:
+        """[..., channels]: what the convolution's window keeps the last K-1 of."""
+        raise NotImplementedError
+
+    def scan(
+        self,
+        activations: Activations,
+        constants: Constants,
+        seq_idx: Tensor | None,
+        window: Tensor | None,
+        state: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Whole sequences [b, T, ...] from a window [b, K-1, channels] and a state: y [b, T, D] and the final state."""
+        raise NotImplementedError
+
+    def step(
+        self,
+        activations: Activations,
+        constants: Constants,
+        conv_state: Tensor,
+        ssm_state: Tensor,
+        slots: Tensor | None = None,
+    ) -> Tensor:
+        """One token a row, [b, ...]: y [b, D]; updates the states in the rows' slots."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        seq_idx: Tensor | None = None,
+        padding_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+    ) -> Tensor:
+        """hidden_states [b, T, H] -> [b, T, H].
+
+        Args:
+            seq_idx: [b, T] integers, the document of each packed token.
+            padding_mask: [b, T], zero at padding, which leaves conv window and state as in a sequence without it.
+            past_key_values: continues from, and updates, this layer's conv and recurrent state.
+        """
+        activations, constants = self.activations(hidden_states, padding_mask), self.constants()
+        inputs = self.conv_inputs(activations)
+        states = self.states_to_update(inputs, past_key_values)
+        if states is not None:
+            y = self.step(tuple(t[:, 0] for t in activations), constants, *states)
+            return self.out_proj(y.unsqueeze(1))
+        window = state = None
+        if past_key_values is not None:
+            state = self.recurrent_state(past_key_values)
+            window = self.conv_window(inputs, past_key_values)
+        y, state = self.scan(activations, constants, seq_idx, window, state)
+        if past_key_values is not None:
+            past_key_values.update_recurrent_state(state, self.layer_idx)
+        return self.out_proj(y)
+
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """[b, T, H] -> z, x, B, C, dt."""
+        """[..., H] -> z, x, B, C, dt."""
         z, x, B, C, dt = self.in_proj(hidden_states).split(self.widths, dim=-1)
         return z, x, self.B_norm(B), self.C_norm(C), dt
 
