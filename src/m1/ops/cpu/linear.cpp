@@ -1,0 +1,170 @@
+// A linear layer for few rows, over weights packed once. The specification is torch's F.linear.
+//
+// Weights lie in panels of WIDTH outputs, input by input, so that memory is read once and in order. The sums of a tile
+// of rows and a panel are kept in registers over DEPTH inputs: that much of a panel stays in the L1 cache while the
+// tiles of a block of rows use it. An output is its bias, plus the sum of each DEPTH inputs in order, which is summed
+// in order from zero: nothing depends on other rows, on tiles, or on threads.
+
+#include <algorithm>
+#include <vector>
+
+#include "vector.h"
+
+namespace {
+
+using namespace m1;
+
+constexpr int WIDTH = 2 * W;                         // outputs a panel
+constexpr int TILE = W == 16 ? 12 : W == 8 ? 6 : 4;  // rows whose sums fit the registers beside what is multiplied
+constexpr int DEPTH = 4096 / WIDTH;                  // inputs: 16 KB of float32
+constexpr int BLOCK = 96;                            // rows
+constexpr int64_t SMALL = 1 << 16;                   // products that aren't worth waking threads for
+
+struct Layer {
+  int64_t inputs, outputs, bfloat16;
+  const void* weight;  // [panels, inputs, WIDTH], bfloat16 in the order of `widen`
+  const float* bias;   // [panels, WIDTH]
+};
+
+struct Rows {
+  int64_t count, stride, bfloat16;
+  const void* x;       // [count, inputs], rows `stride` elements apart
+  void* out;           // [count, outputs]
+};
+
+inline void widen(const float* p, vec (&v)[2]) {
+  for (int i = 0; i < 2; ++i) v[i] = load(p + i * W);
+}
+
+// Outputs i and W + i lie side by side: widened fastest, as one is in the upper half of its 32 bits already.
+inline void widen(const bf16* p, vec (&v)[2]) {
+  uvec pairs;
+  std::memcpy(&pairs, p, sizeof pairs);
+  v[0] = (vec)(pairs << 16);
+  v[1] = (vec)(pairs & 0xffff0000u);
+}
+
+// For one or a few rows, several panels at once: else too few sums grow side by side to keep the processor busy.
+constexpr int panels_for(int64_t rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
+constexpr int most_rows(int panels) { return panels == 4 ? 1 : panels == 2 ? 3 : TILE; }
+
+// A tile of rows and one or more panels, over some inputs.
+template <class T>
+struct Tile {
+  const float* x;                // `stride` apart
+  const T *weight, *ahead;       // weights wanted later, `pace` for each input
+  int64_t stride, panel, pace;   // a panel's size
+  int64_t count;                 // of inputs
+  float* sums;                   // [rows, PANELS, WIDTH], added to
+
+  template <int ROWS, int PANELS>
+  void multiply() const {
+    vec total[ROWS][PANELS][2] = {};
+    for (int64_t k = 0; k < count; ++k) {
+      if constexpr (PANELS == 1) __builtin_prefetch(ahead + k * pace);
+      for (int p = 0; p < PANELS; ++p) {
+        vec w[2];
+        widen(weight + p * panel + k * WIDTH, w);
+        for (int r = 0; r < ROWS; ++r)
+          for (int i = 0; i < 2; ++i) total[r][p][i] += x[r * stride + k] * w[i];
+      }
+    }
+    for (int r = 0; r < ROWS; ++r)
+      for (int p = 0; p < PANELS; ++p)
+        for (int i = 0; i < 2; ++i) {
+          float* sum = sums + (r * PANELS + p) * WIDTH + i * W;
+          store(sum, load(sum) + total[r][p][i]);
+        }
+  }
+
+  template <int PANELS, int ROWS = most_rows(PANELS)>
+  void run(int64_t rows) const {
+    if constexpr (ROWS > 1)
+      if (rows < ROWS) return run<PANELS, ROWS - 1>(rows);
+    multiply<ROWS, PANELS>();
+  }
+};
+
+template <class O>
+void write(const float* sums, O* out, int64_t count) {
+  O all[WIDTH];
+  O* to = count < WIDTH ? all : out;
+  for (int i = 0; i < WIDTH; i += W) store(to + i, load(sums + i));
+  if (count < WIDTH) std::memcpy(out, all, count * sizeof(O));
+}
+
+// Outputs of `count` rows from `row`, at most BLOCK, and PANELS panels from `panel`.
+template <class T, int PANELS>
+void block(const Layer& p, const Rows& rows, const float* x, int64_t stride, int64_t row, int64_t count,
+           int64_t panel) {
+  float sums[BLOCK * WIDTH];  // more panels only with fewer rows
+  const int64_t size = p.inputs * WIDTH, tiles = (count + most_rows(PANELS) - 1) / most_rows(PANELS);
+  const int64_t pace = (WIDTH + tiles - 1) / tiles;  // the tiles together ask for all of the next DEPTH inputs
+  for (int64_t r = 0; r < count; ++r)
+    std::memcpy(sums + r * PANELS * WIDTH, p.bias + panel * WIDTH, PANELS * WIDTH * sizeof(float));
+  for (int64_t k = 0; k < p.inputs; k += DEPTH) {
+    const int64_t depth = std::min<int64_t>(DEPTH, p.inputs - k);
+    const T *weight = (const T*)p.weight + panel * size + k * WIDTH, *next = weight + depth * WIDTH;
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t first = t * count / tiles, end = (t + 1) * count / tiles;
+      Tile<T>{x + (row + first) * stride + k, weight, next + t * depth * pace, stride, size, pace, depth,
+              sums + first * PANELS * WIDTH}.template run<PANELS>(end - first);
+    }
+  }
+  for (int64_t r = 0; r < count; ++r)
+    for (int i = 0; i < PANELS; ++i) {
+      const float* sum = sums + (r * PANELS + i) * WIDTH;
+      const int64_t column = (panel + i) * WIDTH, at = (row + r) * p.outputs + column;
+      const int64_t some = std::min<int64_t>(WIDTH, p.outputs - column);
+      rows.bfloat16 ? write(sum, (bf16*)rows.out + at, some) : write(sum, (float*)rows.out + at, some);
+    }
+}
+
+void to_float(const bf16* from, float* to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t bits = (uint32_t)from[i].bits << 16;
+    std::memcpy(to + i, &bits, sizeof bits);
+  }
+}
+
+template <class T>
+void linear(const Layer& p, const Rows& rows) {
+  // Kept from call to call: fresh memory costs more here than what is written to it.
+  static thread_local std::vector<float> kept;
+  if (rows.bfloat16) kept.resize(std::max<size_t>(kept.size(), rows.count * p.inputs));
+  float* converted = kept.data();
+  const float* x = rows.bfloat16 ? converted : (const float*)rows.x;
+  const int64_t stride = rows.bfloat16 ? p.inputs : rows.stride;
+  const int64_t blocks = (rows.count + BLOCK - 1) / BLOCK, panels = (p.outputs + WIDTH - 1) / WIDTH;
+  const int64_t together = panels_for(rows.count), groups = (panels + together - 1) / together;
+#pragma omp parallel if (rows.count * p.inputs * p.outputs > SMALL)
+  {
+    if (rows.bfloat16) {
+#pragma omp for schedule(static)
+      for (int64_t r = 0; r < rows.count; ++r)
+        to_float((const bf16*)rows.x + r * rows.stride, converted + r * stride, p.inputs);
+    }
+#pragma omp for collapse(2) schedule(static)
+    for (int64_t group = 0; group < groups; ++group)
+      for (int64_t b = 0; b < blocks; ++b) {
+        const int64_t row = b * rows.count / blocks, count = (b + 1) * rows.count / blocks - row;
+        const int64_t panel = group * together, end = std::min(panel + together, panels);
+        if (together == 4 && end - panel == 4) {
+          block<T, 4>(p, rows, x, stride, row, count, panel);
+        } else if (together == 2 && end - panel == 2) {
+          block<T, 2>(p, rows, x, stride, row, count, panel);
+        } else {
+          for (int64_t i = panel; i < end; ++i) block<T, 1>(p, rows, x, stride, row, count, i);
+        }
+      }
+  }
+}
+
+}  // namespace
+
+// Outputs a panel.
+extern "C" int64_t m1_linear_width() { return WIDTH; }
+
+extern "C" void m1_linear(const Layer* p, const Rows* rows) {
+  p->bfloat16 ? linear<bf16>(*p, *rows) : linear<float>(*p, *rows);
+}

@@ -1,0 +1,69 @@
+"""Packs a linear layer's weights for linear.cpp, or for oneDNN. Tensors and dtypes are those of ops/linear.py."""
+
+import ctypes
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from m1.ops.build import load_cpu_kernels
+
+Layer = Rows = ctypes.c_int64 * 5  # the C++ structs
+
+
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Whether the processor has bfloat16 products, and oneDNN uses them."""
+    has = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return has and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+class Panels:
+    """Weights packed for linear.cpp; called with rows, multiplies."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        kernels: Any = load_cpu_kernels()
+        outputs, inputs = weight.shape
+        width = kernels.m1_linear_width()
+        missing = -outputs % width
+        padded = F.pad(weight, (0, 0, 0, missing)) if missing else weight
+        side_by_side = 2 if weight.dtype == torch.bfloat16 else 1  # outputs i and width / 2 + i
+        panels = padded.reshape(-1, side_by_side, width // side_by_side, inputs).permute(0, 3, 2, 1).contiguous()
+        bias = F.pad((weight.new_zeros(outputs) if bias is None else bias).float(), (0, missing)).contiguous()
+        self._outputs = outputs
+        self._kernel = kernels.m1_linear
+        self._tensors = panels, bias  # keeps what the struct points to
+        self._layer = Layer(inputs, outputs, side_by_side == 2, panels.data_ptr(), bias.data_ptr())
+
+    def __call__(self, x: Tensor) -> Tensor:
+        count, rows = len(x), x if x.stride(1) == 1 else x.contiguous()
+        out = x.new_empty(count, self._outputs)
+        bfloat16 = x.dtype == torch.bfloat16
+        self._kernel(self._layer, Rows(count, rows.stride(0), bfloat16, rows.data_ptr(), out.data_ptr()))
+        return out
+
+
+class OneDNN:
+    """bfloat16 weights packed for oneDNN; for float32 rows, when there are any, also for linear.cpp."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self._weight, self._bias = weight, bias
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+        self._packed_bias = None if bias is None else bias.to(torch.bfloat16)
+
+    @functools.cached_property
+    def _panels(self) -> Panels:
+        return Panels(self._weight, self._bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.dtype != torch.bfloat16:
+            return self._panels(x)
+        return torch.ops.mkldnn._linear_pointwise(x, self._packed, self._packed_bias, "none", [], "")
+
+
+def pack(weight: Tensor, bias: Tensor | None) -> Panels | OneDNN:
+    """The faster of the two here."""
+    native = weight.dtype == torch.bfloat16 and multiplies_bfloat16()
+    return OneDNN(weight, bias) if native else Panels(weight, bias)

@@ -1,0 +1,124 @@
+"""PackedLinear equals F.linear in float64, and a row's outputs don't depend on its batch-mates."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerance import assert_rms_close
+
+from m1.ops import PackedLinear
+from m1.ops.cpu import linear as cpu
+
+pytestmark = pytest.mark.filterwarnings("error:no C.. compiler", "error:compiling")
+
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
+# Around a panel (8, 16, 32 outputs), a tile (4, 6, 12 rows), a block (96 rows), and 128, 256, 512 inputs at a time.
+OUTPUTS = st.sampled_from([1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 64, 65, 100, 128, 130])
+INPUTS = st.sampled_from([1, 2, 3, 17, 127, 128, 129, 255, 256, 257, 512, 700])
+ROWS = st.one_of(st.integers(1, 26), st.sampled_from([64, 95, 96, 97, 200]))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_kernel():
+    """Also on processors where torch's bfloat16 products would take its place."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "multiplies_bfloat16", lambda: False)
+        yield
+
+
+def make(rows, inputs, outputs, x_dtype=torch.float32, dtype=torch.float32, seed=0):
+    """x, weight, bias."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, inputs, generator=g).to(x_dtype)
+    weight = (torch.randn(outputs, inputs, generator=g) / inputs**0.5).to(dtype)
+    return x, weight, torch.randn(outputs, generator=g).to(dtype)
+
+
+def assert_equals_torch(layer, x, weight, bias):
+    expected = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    actual = layer(x)
+    assert actual.dtype == x.dtype
+    assert_rms_close([actual], [expected], 1e-6 if x.dtype == torch.float32 else 0.003)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@settings(max_examples=200, deadline=None)
+@given(ROWS, INPUTS, OUTPUTS, DTYPES, DTYPES, st.booleans())
+def test_kernel_equals_torch(rows, inputs, outputs, x_dtype, dtype, biased):
+    x, weight, bias = make(rows, inputs, outputs, x_dtype, dtype)
+    bias = bias if biased else None
+    assert_equals_torch(PackedLinear(weight, bias, backend="cpu"), x, weight, bias)
+
+
+@settings(max_examples=50, deadline=None)
+@given(ROWS, INPUTS, OUTPUTS, DTYPES, DTYPES, st.data())
+def test_rows_do_not_depend_on_their_batch_mates(rows, inputs, outputs, x_dtype, dtype, data):
+    x, weight, bias = make(rows, inputs, outputs, x_dtype, dtype)
+    layer = PackedLinear(weight, bias, backend="cpu")
+    together = layer(x)
+    chosen = data.draw(st.lists(st.integers(0, rows - 1), min_size=1, max_size=110))
+    assert torch.equal(layer(x[chosen]), together[chosen])
+    assert torch.equal(layer(x[chosen[:1]]), together[chosen[:1]])
+
+
+def test_outputs_do_not_depend_on_threads():
+    x, weight, bias = make(70, 700, 200)
+    layer = PackedLinear(weight, bias, backend="cpu")
+    threads, outs = torch.get_num_threads(), []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        outs.append(layer(x))
+    torch.set_num_threads(threads)
+    assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_strided_and_empty_rows(backend, dtype):
+    x, weight, bias = make(12, 40, 50, dtype, dtype)
+    layer = PackedLinear(weight.T.contiguous().T, bias, backend)
+    for view in (x.T.contiguous().T, x.repeat(1, 2)[:, 3:43], x[::3], x[:1].expand(5, -1), x[:0]):
+        assert_equals_torch(layer, view, weight, bias)
+    assert layer(x[:0]).shape == (0, 50)
+
+
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_runs_without_a_compiler(monkeypatch, x_dtype, dtype):
+    monkeypatch.setattr("m1.ops.backend.load_cpu_kernels", lambda: None)
+    x, weight, bias = make(5, 40, 50, x_dtype, dtype)
+    assert_equals_torch(PackedLinear(weight, bias), x, weight, bias)
+
+
+@pytest.mark.skipif(not cpu.multiplies_bfloat16(), reason="the processor has no bfloat16 products")
+def test_processors_own_bfloat16(monkeypatch):
+    monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: True)
+    for x_dtype in (torch.bfloat16, torch.float32):
+        x, weight, bias = make(70, 257, 100, x_dtype, torch.bfloat16)
+        for addend in (bias, bias.float(), None):
+            assert_equals_torch(PackedLinear(weight, addend), x, weight, addend)
+
+
+@pytest.mark.parametrize("shapes", [((40,), (40,)), ((0, 40), (0,)), ((50, 40), (40,)), ((50, 40), (50, 1))])
+def test_weights_that_do_not_fit_are_refused(shapes):
+    weight, bias = map(torch.randn, shapes)
+    with pytest.raises(ValueError, match=r"weight .* bias .*float32"):
+        PackedLinear(weight, bias)
+
+
+def test_weights_of_other_dtypes_are_refused():
+    with pytest.raises(ValueError, match=r"weight \(50, 40\) torch.float16"):
+        PackedLinear(torch.randn(50, 40).half())
+
+
+@pytest.mark.parametrize("x", [torch.randn(3, 41), torch.randn(40), torch.randn(1, 3, 40), torch.randn(3, 40).double()])
+def test_rows_that_do_not_fit_are_refused(x):
+    layer = PackedLinear(torch.randn(50, 40))
+    with pytest.raises(ValueError, match=r"of 40 inputs on cpu: rows on cpu don't fit: x \("):
+        layer(x)
+
+
+def test_there_is_no_triton_kernel():
+    with pytest.raises(ValueError, match="'triton' needs CPU tensors"):
+        PackedLinear(torch.randn(50, 40), backend="triton")
