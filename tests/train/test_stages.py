@@ -122,13 +122,13 @@ def test_grpo_runs_on_engine_rollouts(hybrid_dir, tmp_path):
 
 
 def test_parity_gate_refuses_wrong_logprobs(hybrid_dir, tmp_path, monkeypatch):
-    from m1.engine import engine
+    from m1.engine.sampling import SamplingBatch
 
-    def shifted(logits, params, generator, sample=engine.sample):
-        tokens, logprobs = sample(logits, params, generator)
+    def shifted(self, logits, drawn, sample=SamplingBatch.sample):
+        tokens, logprobs = sample(self, logits, drawn)
         return tokens, logprobs + 0.1
 
-    monkeypatch.setattr(engine, "sample", shifted)
+    monkeypatch.setattr(SamplingBatch, "sample", shifted)
     trainer = TRAINER | {"num_generations": 4, "max_completion_length": 8}
     with pytest.raises(UserError, match=r"differ from the trainer's by 0\.1"):
         run_stage(GRPOStage(str(hybrid_dir), str(tmp_path), CHAIN, trainer=trainer))

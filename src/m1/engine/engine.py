@@ -1,49 +1,121 @@
-"""Batched generation, tokens in and tokens out: prefill each prompt once, fork its state, decode, drop what is done.
+"""Continuous batching, tokens in and tokens out: a step admits what has a slot and decodes one token of each sample.
 
-Runs M1 models and any transformers causal LM on its own cache classes. It knows no text and no HTTP.
+It knows no text and no HTTP; `LLM` (llm.py) does.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from m1.engine.sampling import SamplingParams, sample
+from m1.engine.runner import Runner
+from m1.engine.sampling import SamplingBatch, SamplingParams, stream_of
+from m1.engine.scheduler import Scheduler, Stats
+from m1.engine.sequence import Completion, Request, Running
+from m1.engine.state import Slots, slots_that_fit
 from m1.errors import UserError
 
-COMPACT_BELOW = 0.8  # share of unfinished rows under which the finished ones are cut out of the cache
-
-
-@dataclass
-class Completion:
-    """One sample: new token ids (with the stop token, if it was reached), their log-probabilities, why it ended."""
-
-    prompt: int
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    finish_reason: str = "abort"  # "stop", "length", or "abort" until it has ended by itself
+DEFAULT_MAX_LEN = 8192
 
 
 class Engine:
-    """Generates from a model on its device.
+    """Generates from an M1, Llama, Qwen2 or Qwen3 model on its device, with the weights it has now.
+
+    A sample's tokens depend on its prompt, its settings and its seed, not on what else is being decoded.
 
     Args:
-        model: any causal LM of transformers whose cache is a DynamicCache.
-        stop_token_ids: a sequence ends behind one of these; the model's eos tokens when None.
-        max_batch: sequences decoded together.
+        model: the weights are packed anew, so later changes of the model don't reach the engine.
+        stop_token_ids: a sample ends behind one of these; the model's eos tokens when None.
+        max_batch: samples decoded together; fewer if memory has no room for so many.
+        max_len: tokens of a prompt and its sample together; the model's context, at most 8192, when None.
+        prefill_chunk: prompt tokens that are prefilled between two decode steps.
+        snapshots: prompts (and beginnings of prompts) whose states are kept for the next that begins so.
     """
 
-    def __init__(self, model: PreTrainedModel, stop_token_ids: Sequence[int] | None = None, max_batch: int = 256):
-        self.model = model
-        if max_batch < 1:
-            raise UserError(f"max_batch={max_batch}: need room for at least one sequence")
+    @torch.inference_mode()
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        stop_token_ids: Sequence[int] | None = None,
+        max_batch: int = 256,
+        max_len: int | None = None,
+        prefill_chunk: int = 512,
+        snapshots: int = 8,
+    ):
+        context = getattr(model.config, "max_position_embeddings", None) or DEFAULT_MAX_LEN
+        self.max_len = min(context, DEFAULT_MAX_LEN) if max_len is None else max_len
+        for name, value in {"max_batch": max_batch, "max_len": self.max_len, "prefill_chunk": prefill_chunk}.items():
+            if value < 1:
+                raise UserError(f"{name}={value}: must be at least 1")
+        if self.max_len > context:
+            raise UserError(f"max_len={max_len}: the model's context is {context} tokens")
         eos = model.generation_config.eos_token_id if stop_token_ids is None else list(stop_token_ids)
-        self.stop = torch.tensor([eos] if isinstance(eos, int) else eos or [], dtype=torch.long, device=model.device)
-        self.max_batch = max_batch
+        self.stop = frozenset([eos] if isinstance(eos, int) else eos or [])
+        self.vocab_size = model.config.vocab_size
+        count = min(max_batch, slots_that_fit(model.config, self.max_len, model.dtype, model.device))
+        self.slots = Slots(model.config, count, self.max_len, model.dtype, model.device)
+        self.runner = Runner(model, self.slots)
+        self.scheduler = Scheduler(self.runner, self.slots, prefill_chunk, snapshots)
+        self._batch: tuple[list[Running], SamplingBatch] | None = None
+
+    @property
+    def stats(self) -> Stats:
+        return self.scheduler.stats
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything waits or runs."""
+        return bool(self.scheduler.waiting or self.scheduler.running)
+
+    def submit(self, tokens: Sequence[int], params: SamplingParams, n: int = 1, prompt: int = 0) -> Request:
+        """Queues n samples of a prompt; `step` fills their completions.
+
+        Raises:
+            UserError: an empty prompt, a token that isn't in the vocabulary, or more tokens than `max_len`.
+        """
+        if not tokens:
+            raise UserError(f"prompt {prompt} is empty")
+        if n < 1:
+            raise UserError(f"n={n}: must be at least 1")
+        if not (min(tokens) >= 0 and max(tokens) < self.vocab_size):
+            raise UserError(
+                f"prompt {prompt} has token {max(tokens, key=abs)}; the model knows 0 to {self.vocab_size - 1}"
+            )
+        if len(tokens) + params.max_tokens > self.max_len:
+            raise UserError(
+                f"prompt {prompt} has {len(tokens)} tokens and max_tokens is {params.max_tokens}, "
+                f"together more than the engine's max_len of {self.max_len}: shorten one of them, or raise max_len "
+                "up to the model's context"
+            )
+        request = Request(tokens, params, [Completion(prompt) for _ in range(n)])
+        self.scheduler.waiting.append(request)
+        return request
 
     @torch.inference_mode()
+    def step(self) -> list[Completion]:
+        """Admits, decodes one token of each running sample, and returns the completions that ended."""
+        ended = []
+        fresh = list(self.scheduler.admit())
+        if fresh:
+            logits = torch.stack([sample.request.logits for sample in fresh if sample.request.logits is not None])
+            for sample in fresh:
+                if sample.request.started == len(sample.request.completions):
+                    sample.request.logits = None
+            ended += self._sample(fresh, SamplingBatch(*self._settings(fresh), logits.device), logits)
+        if self.scheduler.running:
+            ended += self._decode()
+        return ended
+
+    def abort(self, request: Request) -> None:
+        """Ends what is unfinished of a request, with reason "abort"; its slots are free at once."""
+        self.scheduler.drop(request)
+        for completion in request.completions:
+            completion.done = True
+
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
@@ -52,117 +124,67 @@ class Engine:
         should_stop: Callable[[], bool] = lambda: False,
         on_finish: Callable[[Completion], None] = lambda completion: None,
     ) -> list[Completion]:
-        """n samples a prompt; completion i belongs to prompt i // n.
+        """n samples a prompt; completion i belongs to prompt i // n, whose seed is made of params' and its number.
 
         Args:
             should_stop: asked before every step; True ends what is unfinished with reason "abort".
             on_finish: called with each completion as it ends by itself (not with aborted ones).
 
         Raises:
-            UserError: an empty prompt, or one that leaves no room for max_tokens in the model's context.
+            UserError: a prompt that `submit` refuses; nothing is generated then.
         """
-        limit = getattr(self.model.config, "max_position_embeddings", None)
-        for i, prompt in enumerate(prompts):
-            if not prompt:
-                raise UserError(f"prompt {i} is empty")
-            if limit and len(prompt) + params.max_tokens > limit:
-                raise UserError(
-                    f"prompt {i} has {len(prompt)} tokens and max_tokens is {params.max_tokens}, "
-                    f"together more than the model's context of {limit}: shorten one of them"
-                )
-        completions = [Completion(prompt=i // n) for i in range(len(prompts) * n)]
-        generator = torch.Generator(self.model.device).manual_seed(params.seed)
-        was_training = self.model.training
-        self.model.eval()
+        requests: list[Request] = []
         try:
-            for batch in self._batches(prompts, completions, n):
-                self._run([prompts[i] for i in batch.prompts], batch, params, generator, should_stop, on_finish)
+            for i, prompt in enumerate(prompts):
+                requests.append(self.submit(prompt, replace(params, seed=stream_of(params.seed, i)), n, prompt=i))
+            mine = {id(completion) for request in requests for completion in request.completions}
+            left = len(mine)
+            while left and not should_stop():
+                for completion in self.step():
+                    if id(completion) in mine:
+                        left -= 1
+                        on_finish(completion)
         finally:
-            self.model.train(was_training)
-        return completions
+            for request in requests:
+                if not request.done:
+                    self.abort(request)
+        return [completion for request in requests for completion in request.completions]
 
-    def _batches(self, prompts: Sequence[Sequence[int]], completions: list[Completion], n: int) -> Iterator["_Batch"]:
-        """Prompts of similar length together, so that there is little padding; a prompt's samples stay together."""
-        per_batch = max(1, self.max_batch // n)
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        for start in range(0, len(order), per_batch):
-            chosen = order[start : start + per_batch]
-            for first in range(0, n, self.max_batch):  # more samples than a batch holds
-                width = range(first, min(n, first + self.max_batch))
-                yield _Batch(chosen, [completions[i * n + j] for i in chosen for j in width], len(width))
+    def _decode(self) -> list[Completion]:
+        running = list(self.scheduler.running)
+        if self._batch is None or self._batch[0] != running:
+            self._batch = running, SamplingBatch(*self._settings(running), self.runner.device)
+        columns = torch.tensor([[r.token, r.slot, r.length] for r in running]).T.contiguous().to(self.runner.device)
+        logits = self.runner.decode(*columns)
+        for sample in running:
+            sample.length += 1
+        self.stats.steps += 1
+        return self._sample(running, self._batch[1], logits)
 
-    def _run(
-        self,
-        prompts: list[Sequence[int]],
-        batch: "_Batch",
-        params: SamplingParams,
-        generator: torch.Generator,
-        should_stop: Callable[[], bool],
-        on_finish: Callable[[Completion], None],
-    ) -> None:
-        if should_stop():
-            return
-        cache = DynamicCache(config=self.model.config)
-        tokens, mask = _left_pad(prompts, self.model.device)
-        logits = self._forward(tokens, mask, cache)
-        fork = torch.arange(len(prompts), device=mask.device).repeat_interleave(batch.n)
-        cache.reorder_cache(fork)
-        logits, mask = logits[fork], mask[fork]
-        live = batch.completions
-        finished = torch.zeros(len(live), dtype=torch.bool, device=mask.device)
-        for step in range(params.max_tokens):
-            tokens, logprobs = sample(logits, params, generator)
-            for row, (token, logprob, done) in enumerate(
-                zip(tokens.tolist(), logprobs.tolist(), finished.tolist(), strict=True)
-            ):
-                if not done:
-                    live[row].token_ids.append(token)
-                    live[row].logprobs.append(logprob)
-            stopped = torch.isin(tokens, self.stop)
-            ended = ~finished if step + 1 == params.max_tokens else stopped & ~finished
-            for row in ended.nonzero().flatten().tolist():
-                live[row].finish_reason = "stop" if stopped[row] else "length"
-                on_finish(live[row])
-            finished |= ended
-            unfinished = (~finished).nonzero().flatten()
-            if not len(unfinished):
-                return
-            if should_stop():
-                return
-            if len(unfinished) < COMPACT_BELOW * len(live):
-                cache.reorder_cache(unfinished)
-                live = [live[row] for row in unfinished.tolist()]
-                tokens, mask, finished = tokens[unfinished], mask[unfinished], finished[unfinished]
-            mask = torch.cat([mask, mask.new_ones(len(live), 1)], dim=1)
-            logits = self._forward(tokens[:, None], mask, cache)
+    def _sample(self, rows: list[Running], batch: SamplingBatch, logits: Tensor) -> list[Completion]:
+        """Draws each row's next token; returns the completions that ended with it, whose slots are free."""
+        drawn = np.array([len(row.completion.token_ids) for row in rows])
+        tokens, logprobs = batch.sample(logits, drawn)
+        left = []
+        for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
+            completion, params = row.completion, row.request.params
+            if math.isnan(logprob):
+                completion.finish_reason = "nan"
+            else:
+                row.token = token
+                completion.token_ids.append(token)
+                completion.logprobs.append(logprob)
+                if token in params.stop_token_ids or (token in self.stop and not params.ignore_eos):
+                    completion.finish_reason = "stop"
+                elif len(completion.token_ids) == params.max_tokens:
+                    completion.finish_reason = "length"
+                else:
+                    continue
+            completion.done = True
+            left.append(row)
+        self.stats.decoded += len(rows)
+        self.scheduler.leave(left)
+        return [row.completion for row in left]
 
-    def _forward(self, tokens: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
-        """Logits [b, V] of the last position."""
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
-        outputs = self.model(
-            input_ids=tokens,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return outputs.logits[:, -1]
-
-
-@dataclass
-class _Batch:
-    prompts: list[int]
-    completions: list[Completion]
-    n: int
-
-
-def _left_pad(prompts: list[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """tokens and mask [b, T]; the padding's token is never looked at."""
-    width = max(len(prompt) for prompt in prompts)
-    tokens = torch.zeros(len(prompts), width, dtype=torch.long)
-    mask = torch.zeros(len(prompts), width, dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        tokens[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
-    return tokens.to(device), mask.to(device)
+    def _settings(self, rows: list[Running]) -> tuple[list[SamplingParams], list[int]]:
+        return [row.request.params for row in rows], [row.stream for row in rows]

@@ -1,69 +1,160 @@
-"""How the next token is chosen."""
+"""How the next token is chosen: a row for itself, whatever stands in the other rows."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from m1.errors import UserError
 
+BLOCK = 128  # tokens whose probabilities are summed first, so that no running sum goes over the whole vocabulary
+
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """Settings of one generation call.
+    """Settings of one request.
 
     Args:
         max_tokens: new tokens at most.
         temperature: divides the logits; 0 is greedy.
         top_k: only the k likeliest tokens (0: all).
         top_p: only the likeliest tokens that together have this probability (1: all).
-        seed: of the random draws.
+        min_p: only tokens at least this times as likely as the likeliest (0: all).
+        seed: of the random draws; a request's sample j depends on seed and j alone.
+        stop_token_ids: a sample also ends behind one of these.
+        ignore_eos: doesn't end at the model's own end-of-sequence tokens.
     """
 
     max_tokens: int = 1024
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     seed: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
 
     def __post_init__(self) -> None:
         checks = {
             "max_tokens": self.max_tokens >= 1,
-            "temperature": self.temperature >= 0,
+            "temperature": 0 <= self.temperature < float("inf"),
             "top_k": self.top_k >= 0,
             "top_p": 0 < self.top_p <= 1,
+            "min_p": 0 <= self.min_p <= 1,
         }
         for name, fits in checks.items():
             if not fits:
                 raise UserError(f"{name}={getattr(self, name)} is out of range")
 
 
-def sample(logits: Tensor, params: SamplingParams, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draws a token a row.
+class SamplingBatch:
+    """The settings of a batch's rows as tensors. Rows come and go rarely; steps are many."""
 
-    Args:
-        logits: [b, V].
+    def __init__(self, params: Sequence[SamplingParams], streams: Sequence[int], device: torch.device):
+        """streams: each row's random stream, from `stream_of`."""
 
-    Returns:
-        tokens [b] and their log-probabilities [b] under softmax(logits / temperature) before truncation, float32
-        (at temperature 0: under softmax(logits)).
+        def column(name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.tensor([getattr(p, name) for p in params], dtype=dtype, device=device)[:, None]
+
+        self.streams = np.array(streams, dtype=np.uint64)
+        self.greedy = column("temperature") == 0
+        self.temperature = column("temperature").masked_fill(self.greedy, 1.0)
+        self.tempered = any(p.temperature not in (0, 1) for p in params)
+        self.all_greedy = all(p.temperature == 0 for p in params)
+        self.top_k, self.max_k = column("top_k", torch.long), max((p.top_k for p in params), default=0)
+        self.top_p, self.any_top_p = column("top_p"), any(p.top_p < 1 for p in params)
+        self.min_p, self.any_min_p = column("min_p"), any(p.min_p > 0 for p in params)
+
+    def sample(self, logits: Tensor, drawn: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Draws a token a row.
+
+        Args:
+            logits: [b, V], float32 or bfloat16.
+            drawn: [b] integers, tokens each row has drawn before.
+
+        Returns:
+            tokens [b], and their log-probabilities [b] under softmax(logits / temperature) before truncation, float32
+            (at temperature 0: under softmax(logits)); NaN where a row's logits have one.
+        """
+        logits = logits.float()
+        logprobs = (logits / self.temperature if self.tempered else logits).log_softmax(dim=-1)
+        if self.all_greedy:
+            tokens = logprobs.argmax(dim=-1)
+        else:
+            uniform = torch.from_numpy(uniforms(self.streams, drawn)).to(logits.device)
+            tokens = inverse_cdf(self.truncate(logprobs).exp(), uniform)
+            tokens = torch.where(self.greedy[:, 0], logprobs.argmax(dim=-1), tokens) if self.greedy.any() else tokens
+        return tokens, logprobs.gather(1, tokens[:, None]).squeeze(1)
+
+    def truncate(self, logprobs: Tensor) -> Tensor:
+        """-inf where top-k, top-p or min-p leave a token out; the likeliest always stays. Each is of the whole
+        distribution's probabilities after those before it, as in transformers."""
+        size = logprobs.shape[-1]
+        if self.max_k:
+            likeliest = logprobs.topk(min(self.max_k, size)).values
+            kth = likeliest.gather(1, (self.top_k.clamp(1, size) - 1))
+            logprobs = logprobs.masked_fill((logprobs < kth) & (self.top_k > 0), -torch.inf)
+            if self.any_top_p or self.any_min_p:
+                logprobs = logprobs.log_softmax(dim=-1)
+        if self.any_top_p:
+            logprobs = logprobs.masked_fill(logprobs < self._nucleus_threshold(logprobs), -torch.inf)
+        if self.any_min_p:
+            floor = logprobs.amax(dim=-1, keepdim=True) + self.min_p.log()
+            logprobs = logprobs.masked_fill(logprobs < floor, -torch.inf)
+        return logprobs
+
+    def _nucleus_threshold(self, logprobs: Tensor) -> Tensor:
+        """[b, 1] log-probability of the last token inside top-p. Looks at as many of the likeliest as it takes,
+        doubling: a full sort is seldom needed."""
+        size, count = logprobs.shape[-1], 64
+        while True:
+            likeliest = logprobs.topk(min(count, size)).values
+            mass = likeliest.exp().cumsum(dim=-1)
+            inside = mass - likeliest.exp() < self.top_p  # tokens in front of it have less than top_p
+            if count >= size or not (inside[:, -1:] & (self.top_p < 1)).any():
+                last = inside.sum(dim=-1, keepdim=True).clamp(min=1) - 1
+                threshold = likeliest.gather(1, last)
+                return threshold.masked_fill(self.top_p >= 1, -torch.inf)
+            count *= 4
+
+
+def inverse_cdf(probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """The token of each row [b, V] at which the running sum of probabilities passes uniform [b] of their total.
+
+    Goes down two levels, blocks of tokens and tokens of a block; a token of probability 0 is never the answer.
     """
-    logits = logits.float() / (params.temperature or 1.0)
-    logprobs = logits.log_softmax(dim=-1)
-    if params.temperature == 0:
-        tokens = logits.argmax(dim=-1)
-    else:
-        tokens = torch.multinomial(_truncate(logprobs, params).exp(), 1, generator=generator).squeeze(1)
-    return tokens, logprobs.gather(1, tokens[:, None]).squeeze(1)
+    b, size = probabilities.shape
+    blocks = torch.nn.functional.pad(probabilities, (0, -size % BLOCK)).view(b, -1, BLOCK)
+    sums = blocks.sum(dim=-1).double().cumsum(dim=-1)
+    target = uniform.double()[:, None] * sums[:, -1:]
+    block = (sums <= target).sum(dim=-1, keepdim=True).clamp(max=sums.shape[1] - 1)
+    before = sums.gather(1, (block - 1).clamp(min=0)).masked_fill(block == 0, 0.0)
+    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, BLOCK)).squeeze(1).double()
+    passed = (before + inside.cumsum(dim=-1) <= target) | (inside == 0)
+    # rounding can leave no token behind the target: then it is the block's last one with any probability
+    last = (inside > 0) * torch.arange(BLOCK, device=inside.device)
+    offset = torch.where(passed.all(dim=-1), last.argmax(dim=-1), (~passed).to(torch.uint8).argmax(dim=-1))
+    return (block[:, 0] * BLOCK + offset).clamp(max=size - 1)
 
 
-def _truncate(logprobs: Tensor, params: SamplingParams) -> Tensor:
-    """-inf where top-k or top-p leaves a token out; the likeliest token always stays."""
-    if params.top_k:
-        threshold = logprobs.topk(min(params.top_k, logprobs.shape[-1])).values[:, -1:]
-        logprobs = logprobs.masked_fill(logprobs < threshold, -torch.inf)
-    if params.top_p < 1:
-        ordered, index = logprobs.softmax(-1).sort(dim=-1, descending=True)
-        outside = ordered.cumsum(-1) - ordered >= params.top_p
-        logprobs = logprobs.masked_fill(torch.zeros_like(outside).scatter(1, index, outside), -torch.inf)
-    return logprobs
+def stream_of(seed: int, sample: int) -> int:
+    """The random stream of a request's sample."""
+    with np.errstate(over="ignore"):
+        return int(_mix(_mix(np.uint64(seed % 2**64)) + np.uint64(sample)))
+
+
+def uniforms(streams: np.ndarray, index: np.ndarray) -> np.ndarray:
+    """[b] float64 in [0, 1): element `index` of each stream. Counter-based (SplitMix64): nothing is carried along."""
+    with np.errstate(over="ignore"):
+        bits = _mix(streams + index.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+    return np.asarray((bits >> np.uint64(11)) * 2.0**-53)
+
+
+def _mix(x: np.ndarray | np.uint64) -> np.ndarray | np.uint64:
+    """SplitMix64's finalizer (Steele, Lea, Flood 2014)."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -65,7 +65,9 @@ def evaluate(
     _check_settings(out / "settings.json", settings, problems, model)
     drop_torn_line(samples_path)
     rows = list(read_jsonl(samples_path)) if samples_path.exists() else []
-    engine = Engine(model, stop_tokens(model, tokenizer), max_batch)
+    longest = max((len(chat_prompt(tokenizer, p.prompt)) for p in problems), default=0) + settings.max_new_tokens
+    max_len = min(longest, model.config.max_position_embeddings)
+    engine = Engine(model, stop_tokens(model, tokenizer), max_batch, max_len)
     total = settings.n * len(problems)
     on_progress(len(rows), total)
     with Grader() as grader:

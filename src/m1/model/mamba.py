@@ -39,7 +39,8 @@ class MambaMixer(Mixer):
 
     def constants(self) -> Constants:
         """A, D and the convolution's taps and bias."""
-        return -torch.exp(self.A_log.float()), self.D, *self.conv1d()
+        conv_weight, conv_bias = self.conv1d()
+        return -torch.exp(self.A_log.float()), self.D, conv_weight, conv_bias
 
     def activations(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> Activations:
         """[..., H] -> z, x, B, C, dt. Padding becomes a step of size 0 on a zero input."""
@@ -61,7 +62,9 @@ class MambaMixer(Mixer):
         window: Tensor | None,
         state: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        return selective_scan(*activations, *constants, seq_idx, window, state)
+        z, x, B, C, dt = activations
+        A, D, conv_weight, conv_bias = constants
+        return selective_scan(z, x, B, C, dt, A, D, conv_weight, conv_bias, seq_idx, window, state)
 
     def step(
         self,
@@ -71,4 +74,6 @@ class MambaMixer(Mixer):
         ssm_state: Tensor,
         slots: Tensor | None = None,
     ) -> Tensor:
-        return state_update(*activations, *constants, conv_state, ssm_state, slots)
+        z, x, B, C, dt = activations
+        A, D, conv_weight, conv_bias = constants
+        return state_update(z, x, B, C, dt, A, D, conv_weight, conv_bias, conv_state, ssm_state, slots)

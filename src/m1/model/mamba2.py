@@ -45,7 +45,8 @@ class Mamba2Mixer(Mixer):
 
     def constants(self) -> Constants:
         """A, D and the convolution's taps and bias."""
-        return -torch.exp(self.A_log.float()), self.D, *self.conv1d()
+        conv_weight, conv_bias = self.conv1d()
+        return -torch.exp(self.A_log.float()), self.D, conv_weight, conv_bias
 
     def activations(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> Activations:
         """[..., H] -> z, x | B | C, dt. Padding becomes a step of size 0 on a zero input."""
@@ -84,5 +85,6 @@ class Mamba2Mixer(Mixer):
         slots: Tensor | None = None,
     ) -> Tensor:
         z, xBC, dt = activations
-        y = ssd_update(xBC, dt, *constants, conv_state, ssm_state, slots)
+        A, D, conv_weight, conv_bias = constants
+        y = ssd_update(xBC, dt, A, D, conv_weight, conv_bias, conv_state, ssm_state, slots)
         return self.norm(y.flatten(-2) * F.silu(z))

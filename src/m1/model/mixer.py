@@ -19,7 +19,7 @@ from transformers import initialization as init
 from m1.model.configuration import M1Config
 
 Activations = tuple[Tensor, ...]  # what a scan reads at every token
-Constants = tuple[Tensor, ...]  # A, D, conv weight [channels, K], conv bias [channels]
+Constants = tuple[Tensor, Tensor, Tensor, Tensor]  # A, D, conv weight [channels, K], conv bias [channels]
 
 TIME_STEP_RANGE = (1e-3, 1e-1)  # initial step sizes (Mamba, §3.6)
 

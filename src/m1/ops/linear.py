@@ -43,10 +43,11 @@ class PackedLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[rows, out] in x's dtype, for x [rows, in] float32 or bfloat16. Raises ValueError for any other."""
-        if x.dim() != 2 or x.shape[1] != self.in_features or x.dtype not in DTYPES or x.device != self.device:
+        shape = x.shape
+        if len(shape) != 2 or shape[1] != self.in_features or x.dtype not in DTYPES or x.device != self.device:
             of = f"PackedLinear of {self.in_features} inputs on {self.device}"
             require_shapes(of, [False], dict(x=x), f"rows on {x.device} don't fit")
-        return self._multiply(x) if len(x) else x.new_empty(0, self.out_features)
+        return self._multiply(x) if shape[0] else x.new_empty(0, self.out_features)
 
 
 class _Torch:

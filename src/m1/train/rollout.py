@@ -39,7 +39,9 @@ class EngineRollouts:
         n = trainer.num_generations if model.training else trainer.num_generations_eval
         if any(rendered[i] != rendered[i - i % n] for i in range(len(rendered))) or len(rendered) % n:
             n = 1  # groups are split over processes: no shared prefill
-        engine = Engine(model, trainer.eos_token_ids, self.max_batch)
+        longest = max(map(len, rendered)) + args.max_completion_length
+        max_len = min(longest, model.config.max_position_embeddings)
+        engine = Engine(model, trainer.eos_token_ids, self.max_batch, max_len)
         completions = engine.generate(rendered[::n], params, n)
         if not self.checked:
             check_parity(model, rendered, completions, args.temperature)

@@ -144,7 +144,7 @@ void linear(const Layer& p, const Rows& rows) {
       for (int64_t r = 0; r < rows.count; ++r)
         to_float((const bf16*)rows.x + r * rows.stride, converted + r * stride, p.inputs);
     }
-#pragma omp for collapse(2) schedule(static)
+#pragma omp for collapse(2) schedule(static) nowait
     for (int64_t group = 0; group < groups; ++group)
       for (int64_t b = 0; b < blocks; ++b) {
         const int64_t row = b * rows.count / blocks, count = (b + 1) * rows.count / blocks - row;

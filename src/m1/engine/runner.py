@@ -1,0 +1,164 @@
+"""The network on slots: one sequence's prompt by chunks, or one token of each of many sequences.
+
+Weights come from a loaded model, packed once for products with few rows; Mamba layers are the model's own modules. What
+a row computes doesn't depend on the other rows: products and kernels sum in an order of their own, prompts run alone.
+"""
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from m1.engine.state import LayerState, Slots
+from m1.errors import UserError
+from m1.ops import PackedLinear, decode_attention
+
+MODELS = ("m1", "llama", "qwen2", "qwen3")
+
+
+class Runner:
+    """Runs M1, Llama, Qwen2 and Qwen3 models.
+
+    Raises:
+        UserError: another architecture, or sliding-window attention.
+    """
+
+    def __init__(self, model: PreTrainedModel, slots: Slots):
+        config: Any = model.config
+        network: Any = model.model
+        if config.model_type not in MODELS:
+            raise UserError(f"the engine runs {', '.join(MODELS)} models, not {config.model_type!r}")
+        if getattr(config, "use_sliding_window", False):
+            raise UserError(
+                "the engine has no sliding-window attention: set use_sliding_window to false, or use generate"
+            )
+        self.device = model.device
+        self.slots = slots
+        self.eps = config.rms_norm_eps
+        self.embedding: Tensor = network.embed_tokens.weight
+        self.rotary = network.rotary_emb
+        self.layers = [Layer(layer, state, config) for layer, state in zip(network.layers, slots.layers, strict=True)]
+        self.norm: Tensor = network.norm.weight
+        self.head = pack(model.get_output_embeddings())
+
+    def prefill(self, tokens: Tensor, slot: int, start: int) -> Tensor:
+        """Logits [V] behind tokens [T], which follow the `start` tokens that the slot has seen."""
+        positions = torch.arange(start, start + len(tokens), device=self.device)
+        hidden = self._stack(tokens, positions, lambda layer, *inputs: layer.prefill(*inputs, slot, start))
+        return self._logits(hidden[-1:])[0]
+
+    def decode(self, tokens: Tensor, slots: Tensor, lengths: Tensor) -> Tensor:
+        """Logits [b, V] behind one token of each row [b], whose slots [b] have seen `lengths` [b] tokens."""
+        hidden = self._stack(tokens, lengths, lambda layer, *inputs: layer.decode(*inputs, slots, lengths))
+        return self._logits(hidden)
+
+    def _stack(self, tokens: Tensor, positions: Tensor, mix: Any) -> Tensor:
+        hidden = F.embedding(tokens, self.embedding)
+        cos, sin = (t[0, :, None] for t in self.rotary(hidden[None], positions[None]))  # [rows, 1, head_dim]
+        for layer in self.layers:
+            hidden = hidden + mix(layer, self._normed(hidden, layer.mixer_norm), cos, sin)
+            hidden = hidden + layer.mlp(self._normed(hidden, layer.mlp_norm))
+        return hidden
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return self.head(self._normed(hidden, self.norm))
+
+    def _normed(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(hidden, weight.shape, weight, self.eps)
+
+
+class Layer:
+    """One decoder layer: its packed weights and its slots."""
+
+    def __init__(self, layer: Any, state: LayerState, config: Any):
+        self.state = state
+        self.mixer_norm: Tensor = layer.input_layernorm.weight
+        self.mlp_norm: Tensor = layer.post_attention_layernorm.weight
+        self.gate_up, self.down = pack(layer.mlp.gate_proj, layer.mlp.up_proj), pack(layer.mlp.down_proj)
+        self.activation = layer.mlp.act_fn
+        if hasattr(layer, "mamba"):
+            self.mixer: Any = with_packed_linears(layer.mamba)
+            self.constants = tuple(t.float().contiguous() for t in layer.mamba.constants())
+            self.prefill, self.decode = self._prefill_mamba, self._decode_mamba
+        else:
+            attention = layer.self_attn
+            self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+            self.head_dim = attention.head_dim
+            self.qkv, self.out = pack(attention.q_proj, attention.k_proj, attention.v_proj), pack(attention.o_proj)
+            self.q_norm, self.k_norm = (getattr(attention, name, nn.Identity()) for name in ("q_norm", "k_norm"))
+            self.prefill, self.decode = self._prefill_attention, self._decode_attention
+
+    def mlp(self, hidden: Tensor) -> Tensor:
+        gate, up = self.gate_up(hidden).chunk(2, dim=-1)
+        return self.down(self.activation(gate) * up)
+
+    def queries_keys_values(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[rows, heads or kv_heads, head_dim], queries and keys rotated."""
+        heads = self.qkv(hidden).view(len(hidden), -1, self.head_dim)
+        q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        qk = torch.cat([self.q_norm(q), self.k_norm(k)], dim=1)
+        first, second = qk.chunk(2, dim=-1)
+        qk = qk * cos + torch.cat([-second, first], dim=-1) * sin
+        return qk[:, : self.heads], qk[:, self.heads :], v
+
+    def _prefill_attention(self, hidden: Tensor, cos: Tensor, sin: Tensor, slot: int, start: int) -> Tensor:
+        q, k, v = self.queries_keys_values(hidden, cos, sin)
+        end = start + len(hidden)
+        keys, values = self.state.used(slot, end)
+        keys[:, start:], values[:, start:] = k.transpose(0, 1), v.transpose(0, 1)
+        mask = None
+        if start:
+            mask = torch.ones(len(hidden), end, dtype=torch.bool, device=hidden.device).tril(start)
+        q, keys, values = q.transpose(0, 1)[None], keys[None], values[None]
+        out = F.scaled_dot_product_attention(q, keys, values, mask, is_causal=mask is None, enable_gqa=True)
+        return self.out(out[0].transpose(0, 1).flatten(1))
+
+    def _decode_attention(self, hidden: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, lengths: Tensor) -> Tensor:
+        q, k, v = self.queries_keys_values(hidden, cos, sin)
+        keys, values = self.state.first, self.state.second
+        keys[slots, :, lengths] = k
+        values[slots, :, lengths] = v
+        return self.out(decode_attention(q, keys, values, lengths + 1, slots).flatten(1))
+
+    def _prefill_mamba(self, hidden: Tensor, cos: Tensor, sin: Tensor, slot: int, start: int) -> Tensor:
+        window, state = self.state.used(slot, start)
+        activations = tuple(t[None] for t in self.mixer.activations(hidden))
+        inputs = torch.cat([window.T[None], self.mixer.conv_inputs(activations)], dim=1)
+        past = len(window.T)
+        y, last = self.mixer.scan(activations, self.constants, None, inputs[:, :past], state[None])
+        window.copy_(inputs[0, len(inputs[0]) - past :].T)
+        state.copy_(last[0])
+        return self.mixer.out_proj(y[0])
+
+    def _decode_mamba(self, hidden: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, lengths: Tensor) -> Tensor:
+        activations = self.mixer.activations(hidden)
+        y = self.mixer.step(activations, self.constants, self.state.first, self.state.second, slots)
+        return self.mixer.out_proj(y)
+
+
+def pack(*linears: nn.Linear) -> PackedLinear:
+    """Linear layers of one input as one."""
+    weight = torch.cat([linear.weight.detach() for linear in linears])
+    if linears[0].bias is None:
+        return PackedLinear(weight)
+    return PackedLinear(weight, torch.cat([linear.bias.detach() for linear in linears]))
+
+
+class Packed(nn.Module):
+    """A PackedLinear where a module is expected."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.forward = pack(linear)
+
+
+def with_packed_linears(module: nn.Module) -> nn.Module:
+    """A copy that shares all parameters but those of its linear layers, which are packed."""
+    if type(module) is nn.Linear:
+        return Packed(module)
+    clone = copy.copy(module)
+    clone._modules = {name: with_packed_linears(child) for name, child in module.named_children()}
+    return clone
