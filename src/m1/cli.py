@@ -180,6 +180,37 @@ def evaluate(
 
 
 @app.command()
+def generate(
+    model: Model,
+    prompts: Annotated[Path, typer.Option(help='JSONL of {"prompt"}, {"problem"} or {"messages"}; "id" if you like.')],
+    out: Annotated[Path, typer.Option(help="JSONL, a line a sample as it finishes; run again, it goes on.")],
+    n: Annotated[int, typer.Option(help="Samples a prompt.")] = 1,
+    max_new_tokens: int = 1024,
+    temperature: float = 0.7,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Ends a sample, which is cut in front of it. Repeatable.")
+    ] = None,
+    max_batch: Annotated[int, typer.Option(help="Sequences decoded together.")] = 256,
+    seed: int = 0,
+) -> None:
+    """Sample answers to a file of prompts."""
+    from m1.engine import SamplingParams
+    from m1.engine.llm import generate_file
+    from m1.model.checkpoint import load_model
+
+    params = SamplingParams(
+        max_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed
+    )
+    network, tokenizer = load_model(model)
+    with progress_bar("generate", "samples") as on_progress:
+        tokens, seconds = generate_file(network, tokenizer, prompts, out, params, n, stop or [], max_batch, on_progress)
+    console.print(f"{tokens:,} tokens in {seconds:.1f} s, {tokens / max(seconds, 1e-9):,.0f} tokens/s, in {out}")
+
+
+@app.command()
 def solve(
     problem: Annotated[str, typer.Argument(help="The question, as a user would type it.")],
     model: Model,
@@ -195,6 +226,7 @@ def solve(
     from m1.evaluation.evaluate import stop_tokens
     from m1.model.checkpoint import load_model
     from m1.reasoning.answers import Grader
+    from m1.reasoning.solve import chat_prompt
     from m1.reasoning.solve import solve as run
 
     if n < 1:
@@ -203,7 +235,9 @@ def solve(
         raise UserError(f"--seconds {seconds}: need a positive budget")
     network, tokenizer = load_model(model)
     params = SamplingParams(max_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    engine = Engine(network, stop_tokens(network, tokenizer))
+    longest = len(chat_prompt(tokenizer, problem)) + max_new_tokens
+    max_len = min(longest, network.config.max_position_embeddings)
+    engine = Engine(network, stop_tokens(network, tokenizer), n, max_len)
     with Grader() as grader:
         solution = run(problem, engine, tokenizer, grader, params, n, seconds, stop_when_decided=not all_samples)
     for answer, votes in solution.vote.counts.items():
@@ -288,6 +322,36 @@ def bench_attention(
     device = device or default_device()
     own = dict(batch=batch, kv_heads=kv_heads, group=group, keys=keys, head_dim=head_dim)
     _bench(run, AttentionOptions(**own, dtype=dtype, device=device, backends=backends, repeats=repeats), out)
+
+
+@bench.command("decode")
+def bench_decode(
+    shape: Annotated[str, typer.Option(help="30m, 100m or m1-3b; tiny to try it.")] = "30m",
+    cells: Annotated[
+        str, typer.Option(help="BATCHxNEW_TOKENS, separated by commas.")
+    ] = "16x512,64x512,64x2048,16x8192",
+    prompt: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 128,
+    engines: Annotated[
+        str, typer.Option(help="Some of ours-hybrid, ours-transformer, transformers, vllm (see `make peers`).")
+    ] = "ours-hybrid,ours-transformer,vllm",
+    dtype: Annotated[str, typer.Option(help="Of weights and activations: float32 or bfloat16.")] = "float32",
+    device: Device = None,
+    repeats: Annotated[int, typer.Option(help="Timed runs a cell and engine, in turns.")] = 3,
+    out: Result = None,
+) -> None:
+    """Tokens a second of whole batches: this engine, hybrid and transformer, beside its peers."""
+    from m1.bench.decode import DecodeOptions, run
+    from m1.bench.options import default_device
+
+    try:
+        pairs = [(int(batch), int(new)) for batch, new in (cell.split("x") for cell in cells.split(","))]
+    except ValueError:
+        raise UserError(f"--cells {cells}: give BATCHxNEW_TOKENS, such as 16x512,64x2048") from None
+    options = DecodeOptions(
+        shape=shape, cells=pairs, prompt=prompt, engines=engines.split(","), dtype=dtype,
+        device=device or default_device(), repeats=repeats,
+    )  # fmt: skip
+    _bench(lambda options: run(options, errors.print), options, out)
 
 
 def _bench(run: Callable[[Any], dict[str, Any]], options: Any, out: Path | None) -> None:

@@ -116,6 +116,11 @@ class Engine:
         for completion in request.completions:
             completion.done = True
 
+    def finish(self, completion: Completion, reason: str) -> None:
+        """Ends one running sample for a reason that the engine doesn't know, such as a stop string."""
+        self.scheduler.leave([sample for sample in self.scheduler.running if sample.completion is completion])
+        completion.finish_reason, completion.done = reason, True
+
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
