@@ -4,7 +4,9 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 TEST_INSTALLED := .venv/.test-installed
 
-.PHONY: install demo test sanitize lint format clean
+PEERS_INSTALLED := .venv-peers/.installed
+
+.PHONY: install demo test peers sanitize lint format clean
 
 install: $(INSTALLED)
 
@@ -28,6 +30,16 @@ demo: install
 test: $(TEST_INSTALLED)
 	$(BIN)/pytest
 
+# vLLM for CPUs, which `m1 bench decode` measures beside our engine. The list is complete, and --no-deps keeps out the CUDA
+# builds of torchvision and others that text doesn't need.
+peers: $(PEERS_INSTALLED)
+
+$(PEERS_INSTALLED): requirements/torch.txt requirements/peers.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/pip install --quiet --disable-pip-version-check -r requirements/torch.txt
+	.venv-peers/bin/pip install --quiet --disable-pip-version-check --no-deps -r requirements/peers.txt
+	touch $(PEERS_INSTALLED)
+
 # The kernels built with AddressSanitizer and UBSan, which must be in the process before Python.
 sanitize: $(TEST_INSTALLED)
 	M1_CXXFLAGS="-g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all" \
@@ -44,4 +56,4 @@ format: install
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv runs build dist
+	rm -rf .venv .venv-peers runs build dist

@@ -30,7 +30,12 @@ def show_time(row: Row) -> str:
 COLUMNS: list[tuple[str, str, Callable[[Row], str]]] = [
     ("pass", "pass", lambda row: row["pass"]),
     ("", "name", lambda row: row["name"]),
-    ("time a layer", "seconds", show_time),
+    ("batch", "batch", lambda row: str(row["batch"])),
+    ("new tokens", "new_tokens", lambda row: f"{row['new_tokens']:,}"),
+    ("tokens/s", "tokens_per_second", lambda row: f"{row['tokens_per_second']:,.0f}"),
+    ("of floor", "share_of_floor", lambda row: f"{row['share_of_floor']:.0%}"),
+    ("times vLLM", "times_vllm", lambda row: f"{row['times_vllm']:.2f}"),
+    ("time", "seconds", show_time),
     ("runs", "runs", lambda row: str(row["runs"])),
     ("tokens", "tokens", lambda row: f"{row['tokens']:,}"),
     ("µs/token·layer", "microseconds_per_token", lambda row: f"{row['microseconds_per_token']:.3g}"),

@@ -148,8 +148,8 @@ def generate_file(
 ) -> tuple[int, float]:
     """Samples every prompt of a JSONL file; a sample is a line of `out` as soon as it is finished.
 
-    A row has `prompt` (plain text), `problem` (a user's message) or `messages`, and may have an `id`, else its number is
-    one. Prompts whose n samples are all in `out` are left alone; others are sampled whole.
+    A row has `prompt` (plain text), `problem` (a user's message) or `messages`, and may have an `id`, else its number
+    is one. Prompts whose n samples are all in `out` are left alone; others are sampled whole.
 
     Returns:
         New tokens and seconds.
