@@ -4,8 +4,8 @@
 
 On stdout is one JSON object a line, everything else goes to stderr. The first is {"ready": true, "versions": ...}.
 Then each line on stdin is work, {"batch": 64, "prompt": 128, "new_tokens": 512, "seed": 0}, and is answered by
-{"seconds": of the whole call, "decode_seconds": from the first sampled token to the last, "tokens": sampled}, or by
-{"error": why}. The end of stdin ends it. An engine that can't start is an {"error": why} and exit status 1.
+{"seconds": of the whole call, prompts included, "tokens": sampled}, or by {"error": why}. The end of stdin ends it.
+An engine that can't start is an {"error": why} and exit status 1.
 """
 
 import argparse
@@ -51,9 +51,10 @@ class Engine:
     """vLLM with its best settings for one model on a CPU."""
 
     def __init__(self, options: argparse.Namespace):
-        from vllm import LLM
-
         self.vocabulary = json.loads((options.model / "config.json").read_text())["vocab_size"]
+        self.max_len = options.max_len
+        from vllm import LLM  # seconds, which a folder without a checkpoint needn't take
+
         self.llm = LLM(
             str(options.model),
             skip_tokenizer_init=True,
@@ -69,6 +70,8 @@ class Engine:
     def generate(self, batch: int, prompt: int, new_tokens: int, seed: int) -> dict[str, Any]:
         from vllm import SamplingParams
 
+        if prompt + new_tokens > self.max_len:  # vLLM would sample fewer and say nothing
+            raise ValueError(f"prompt {prompt} and new_tokens {new_tokens} are more than --max-len {self.max_len}")
         numbers = random.Random(seed)
         prompts: Any = [
             {"prompt_token_ids": [numbers.randrange(self.vocabulary) for _ in range(prompt)]} for _ in range(batch)
