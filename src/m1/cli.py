@@ -223,7 +223,7 @@ def solve(
 ) -> None:
     """Answer one problem by voting over many samples."""
     from m1.engine import Engine, SamplingParams
-    from m1.evaluation.evaluate import stop_tokens
+    from m1.engine.llm import stop_tokens
     from m1.model.checkpoint import load_model
     from m1.reasoning.answers import Grader
     from m1.reasoning.solve import chat_prompt

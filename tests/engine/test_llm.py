@@ -18,7 +18,7 @@ CHAT = [{"role": "user", "content": "2+2?"}]
 
 @pytest.fixture
 def llm(hybrid_dir):
-    return LLM(*load_model(hybrid_dir), {"max_len": 200})
+    return LLM.from_pretrained(hybrid_dir, max_len=200)
 
 
 def test_streamed_text_grows_into_the_whole(llm):

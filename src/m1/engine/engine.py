@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from m1.engine.graphs import GraphRunner
 from m1.engine.runner import Runner
 from m1.engine.sampling import SamplingBatch, SamplingParams, stream_of
 from m1.engine.scheduler import Scheduler, Stats
@@ -58,7 +59,7 @@ class Engine:
         self.vocab_size = model.config.vocab_size
         count = min(max_batch, slots_that_fit(model.config, self.max_len, model.dtype, model.device))
         self.slots = Slots(model.config, count, self.max_len, model.dtype, model.device)
-        self.runner = Runner(model, self.slots)
+        self.runner = (GraphRunner if model.device.type == "cuda" else Runner)(model, self.slots)
         self.scheduler = Scheduler(self.runner, self.slots, prefill_chunk, snapshots)
         self._batch: tuple[list[Running], SamplingBatch] | None = None
 

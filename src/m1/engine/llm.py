@@ -13,6 +13,7 @@ from m1.engine.sampling import SamplingParams, stream_of
 from m1.engine.sequence import Completion
 from m1.errors import UserError
 from m1.jsonl import append_jsonl, drop_torn_line, read_jsonl
+from m1.model.checkpoint import load_model
 from m1.model.tokenizer import conversation_tokens
 
 Prompt = str | list[dict[str, str]]  # plain text, or the messages of a chat
@@ -80,10 +81,13 @@ class LLM:
     engine_options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        eos = self.model.generation_config.eos_token_id
-        own = [eos] if isinstance(eos, int) else list(eos or [])
-        self.stop_token_ids = sorted({*own, self.tokenizer.eos_token_id} - {None})
+        self.stop_token_ids = stop_tokens(self.model, self.tokenizer)
         self.engine = Engine(self.model, self.stop_token_ids, **self.engine_options)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **engine_options: Any) -> "LLM":
+        """The model and tokenizer of a checkpoint folder."""
+        return cls(*load_model(folder), engine_options)
 
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams, n: int = 1, stop: Sequence[str] = ()
@@ -133,6 +137,13 @@ class LLM:
         if isinstance(prompt, str):
             return self.tokenizer(prompt).input_ids
         return conversation_tokens(self.tokenizer, prompt, add_generation_prompt=True)
+
+
+def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The model's own end-of-sequence tokens and the tokenizer's."""
+    eos = model.generation_config.eos_token_id if model.generation_config else None
+    own = [eos] if isinstance(eos, int) else list(eos or [])
+    return sorted({*own, tokenizer.eos_token_id} - {None})
 
 
 def generate_file(

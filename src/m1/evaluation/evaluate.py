@@ -21,6 +21,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from m1.engine import Completion, Engine, SamplingParams
+from m1.engine.llm import stop_tokens
 from m1.errors import UserError
 from m1.evaluation.metrics import majority_at_k, pass_at_1, pass_at_k
 from m1.evaluation.tasks import Problem
@@ -183,12 +184,6 @@ def _sample_round(
     started = time.monotonic()
     engine.generate(prompts, params, on_finish=finished)
     return rows
-
-
-def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    eos = model.generation_config.eos_token_id
-    own = [eos] if isinstance(eos, int) else list(eos or [])
-    return sorted({*own, tokenizer.eos_token_id} - {None})
 
 
 def _check_settings(path: Path, settings: Settings, problems: list[Problem], model: PreTrainedModel) -> None:

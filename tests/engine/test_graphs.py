@@ -1,0 +1,54 @@
+"""Decoding in batches filled up to a graph's size is decoding; on a GPU the graphs themselves are compared."""
+
+import pytest
+import torch
+from checkpoints import scramble
+from transformers import LlamaForCausalLM
+
+from m1.engine import Engine, SamplingParams
+from m1.engine.graphs import GraphRunner
+from m1.engine.runner import Runner
+from m1.model.convert import convert
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(params=["hybrid", "hybrid-mamba2", "transformer"])
+def model(request, hybrid, teacher_dir, tmp_path):
+    match request.param:
+        case "hybrid":
+            return hybrid.to(DEVICE)
+        case "hybrid-mamba2":
+            return scramble(convert(teacher_dir, tmp_path, [1, 3], mixer="mamba2")).to(DEVICE)
+        case _:
+            return LlamaForCausalLM.from_pretrained(teacher_dir).eval().to(DEVICE)
+
+
+def generate(model, runner, count):
+    engine = Engine(model, [], max_batch=11, max_len=64)
+    engine.runner = engine.scheduler.runner = runner(model, engine.slots)
+    prompts = [[1 + i] * (1 + 3 * i) for i in range(count)]
+    requests = [engine.submit(p, SamplingParams(max_tokens=5 + i, temperature=0)) for i, p in enumerate(prompts)]
+    while engine.busy:
+        engine.step()
+    return [r.completions[0] for r in requests], engine.runner
+
+
+def test_graphs_equal_eager_steps(model):
+    """Samples end one after another, so that sizes 16, 8, 4, 2 and 1 all come about."""
+    with torch.inference_mode():
+        expected, _ = generate(model, Runner, 11)
+        actual, runner = generate(model, GraphRunner, 11)
+    assert set(runner.graphs) == {1, 2, 4, 8, 16}
+    for a, b in zip(actual, expected, strict=True):
+        assert a.token_ids == b.token_ids
+        torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="compares a GPU with transformers' generate")
+def test_greedy_equals_transformers_generate(model):
+    prompts = [[5, 6, 7], [8] * 11, [1, 2]]
+    for completion in Engine(model, [], max_len=64).generate(prompts, SamplingParams(max_tokens=16, temperature=0)):
+        prompt = prompts[completion.prompt]
+        out = model.generate(torch.tensor([prompt], device=DEVICE), max_new_tokens=16, do_sample=False)
+        assert completion.token_ids[: out.shape[1] - len(prompt)] == out[0, len(prompt) :].tolist()
