@@ -47,13 +47,13 @@ class Engine:
         prefill_chunk: int = 512,
         snapshots: int = 8,
     ):
-        context = getattr(model.config, "max_position_embeddings", None) or DEFAULT_MAX_LEN
-        self.max_len = min(context, DEFAULT_MAX_LEN) if max_len is None else max_len
+        self.context: int = getattr(model.config, "max_position_embeddings", None) or DEFAULT_MAX_LEN
+        self.max_len = min(self.context, DEFAULT_MAX_LEN) if max_len is None else max_len
         for name, value in {"max_batch": max_batch, "max_len": self.max_len, "prefill_chunk": prefill_chunk}.items():
             if value < 1:
                 raise UserError(f"{name}={value}: must be at least 1")
-        if self.max_len > context:
-            raise UserError(f"max_len={max_len}: the model's context is {context} tokens")
+        if self.max_len > self.context:
+            raise UserError(f"max_len={max_len}: the model's context is {self.context} tokens")
         eos = model.generation_config.eos_token_id if stop_token_ids is None else list(stop_token_ids)
         self.stop = frozenset([eos] if isinstance(eos, int) else eos or [])
         self.vocab_size = model.config.vocab_size
@@ -87,10 +87,12 @@ class Engine:
                 f"prompt {prompt} has token {max(tokens, key=abs)}; the model knows 0 to {self.vocab_size - 1}"
             )
         if len(tokens) + params.max_tokens > self.max_len:
+            limit, fix = f"the model's context of {self.context}", "shorten one of them"
+            if self.max_len < self.context:
+                limit, fix = f"the engine's max_len of {self.max_len}", f"{fix}, or raise max_len up to {self.context}"
             raise UserError(
                 f"prompt {prompt} has {len(tokens)} tokens and max_tokens is {params.max_tokens}, "
-                f"together more than the engine's max_len of {self.max_len}: shorten one of them, or raise max_len "
-                "up to the model's context"
+                f"together more than {limit}: {fix}"
             )
         request = Request(tokens, params, [Completion(prompt) for _ in range(n)])
         self.scheduler.waiting.append(request)
