@@ -95,7 +95,7 @@ def test_bad_requests_are_refused(model):
         engine.generate([[1], []], GREEDY)
     with pytest.raises(UserError, match="model's context of 512"):
         engine.generate([[1] * 500], GREEDY)
-    with pytest.raises(UserError, match="max_len of 20: .* or raise max_len up to 512"):
+    with pytest.raises(UserError, match=r"max_len of 20: .* or raise max_len up to 512"):
         Engine(model, max_len=20).generate([[1] * 10], GREEDY)
     with pytest.raises(UserError, match="top_p=0"):
         SamplingParams(top_p=0)
