@@ -222,8 +222,7 @@ def solve(
     seed: int = 0,
 ) -> None:
     """Answer one problem by voting over many samples."""
-    from m1.engine import Engine, SamplingParams
-    from m1.engine.llm import stop_tokens
+    from m1.engine import Engine, SamplingParams, max_len_for, stop_tokens
     from m1.model.checkpoint import load_model
     from m1.reasoning.answers import Grader
     from m1.reasoning.solve import chat_prompt
@@ -235,8 +234,7 @@ def solve(
         raise UserError(f"--seconds {seconds}: need a positive budget")
     network, tokenizer = load_model(model)
     params = SamplingParams(max_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    longest = len(chat_prompt(tokenizer, problem)) + max_new_tokens
-    max_len = min(longest, network.config.max_position_embeddings)
+    max_len = max_len_for(network, [chat_prompt(tokenizer, problem)], max_new_tokens)
     engine = Engine(network, stop_tokens(network, tokenizer), n, max_len)
     with Grader() as grader:
         solution = run(problem, engine, tokenizer, grader, params, n, seconds, stop_when_decided=not all_samples)
@@ -349,7 +347,7 @@ def bench_decode(
         raise UserError(f"--cells {cells}: give BATCHxNEW_TOKENS, such as 16x512,64x2048") from None
     options = DecodeOptions(
         shape=shape, cells=pairs, prompt=prompt, engines=engines.split(","), dtype=dtype,
-        device=device or default_device(), repeats=repeats,
+        device=device or default_device(), backends=None, repeats=repeats,
     )  # fmt: skip
     _bench(lambda options: run(options, errors.print), options, out)
 

@@ -2,26 +2,12 @@
 
 import pytest
 import torch
-from checkpoints import scramble
-from transformers import LlamaForCausalLM
 
 from m1.engine import Engine, SamplingParams
 from m1.errors import UserError
-from m1.model.convert import convert
 
 GREEDY = SamplingParams(max_tokens=16, temperature=0)
 PROMPTS = [[5, 6, 7], [8] * 11, [1, 2]]
-
-
-@pytest.fixture(params=["hybrid", "hybrid-mamba2", "transformer"])
-def model(request, hybrid, teacher_dir, tmp_path):
-    match request.param:
-        case "hybrid":
-            return hybrid
-        case "hybrid-mamba2":
-            return scramble(convert(teacher_dir, tmp_path, [1, 3], mixer="mamba2"))
-        case _:
-            return LlamaForCausalLM.from_pretrained(teacher_dir).eval()
 
 
 def test_greedy_equals_transformers_generate(model):

@@ -2,26 +2,17 @@
 
 import pytest
 import torch
-from checkpoints import scramble
-from transformers import LlamaForCausalLM
 
 from m1.engine import Engine, SamplingParams
 from m1.engine.graphs import GraphRunner
 from m1.engine.runner import Runner
-from m1.model.convert import convert
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.fixture(params=["hybrid", "hybrid-mamba2", "transformer"])
-def model(request, hybrid, teacher_dir, tmp_path):
-    match request.param:
-        case "hybrid":
-            return hybrid.to(DEVICE)
-        case "hybrid-mamba2":
-            return scramble(convert(teacher_dir, tmp_path, [1, 3], mixer="mamba2")).to(DEVICE)
-        case _:
-            return LlamaForCausalLM.from_pretrained(teacher_dir).eval().to(DEVICE)
+@pytest.fixture
+def model(model):
+    return model.to(DEVICE)
 
 
 def generate(model, runner, count):

@@ -3,27 +3,13 @@ back, and what was in a slot leaves no trace."""
 
 import pytest
 import torch
-from checkpoints import scramble
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import LlamaForCausalLM
 
 from m1.engine import Engine, SamplingParams
 from m1.engine.state import Slots
-from m1.model.convert import convert
 
 PATIENT = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-@pytest.fixture(params=["hybrid", "hybrid-mamba2", "transformer"])
-def model(request, hybrid, teacher_dir, tmp_path):
-    match request.param:
-        case "hybrid":
-            return hybrid
-        case "hybrid-mamba2":
-            return scramble(convert(teacher_dir, tmp_path, [1, 3], mixer="mamba2"))
-        case _:
-            return LlamaForCausalLM.from_pretrained(teacher_dir).eval()
 
 
 @pytest.fixture(autouse=True)

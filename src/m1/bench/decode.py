@@ -12,19 +12,21 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from m1.bench.options import DTYPES
-from m1.bench.roofline import Limits, describe_machine, measure_limits
+from m1.bench.contest import begin
+from m1.bench.options import DTYPES, Options
+from m1.bench.roofline import Limits
 from m1.engine import Engine, SamplingParams
 from m1.errors import UserError
 from m1.model import M1Config, M1ForCausalLM
-from m1.model.configuration import ATTENTION, MAMBA
+from m1.model.configuration import ATTENTION, MAMBA, layer_cache_bytes, layer_kinds
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": dict(
@@ -51,50 +53,36 @@ Generate = Callable[[int, int], float]  # seconds for a batch and so many new to
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecodeOptions:
+class DecodeOptions(Options):
     """`cells`: pairs of batch and new tokens. `engines`: some of ENGINES."""
 
-    name: ClassVar[str] = "decode"
+    name = "decode"
 
     shape: str
     cells: list[tuple[int, int]]
     prompt: int
     engines: list[str]
-    dtype: str
-    device: str
-    repeats: int
 
     def __post_init__(self) -> None:
-        for what, value, known in [("shape", self.shape, list(SHAPES)), ("dtype", self.dtype, list(DTYPES))]:
-            if value not in known:
-                raise UserError(f"--{what} {value}: choose {', '.join(known)}")
+        super().__post_init__()
+        self.require(self.shape in SHAPES, "shape", f"choose {', '.join(SHAPES)}")
         for engine in self.engines:
             if engine not in ENGINES:
                 raise UserError(f"--engines: no engine {engine!r}; choose from {', '.join(ENGINES)}")
-        numbers = [("prompt", self.prompt), ("repeats", self.repeats)]
-        numbers += [("cells", number) for cell in self.cells for number in cell]
-        for what, number in numbers:
+        for number in (number for cell in self.cells for number in cell):
             if number < 1:
-                raise UserError(f"--{what} {number}: must be at least 1")
+                raise UserError(f"--cells {number}: must be at least 1")
 
 
 def run(options: DecodeOptions, on_row: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
     """Measures; returns what is printed and written."""
-    device, dtype = torch.device(options.device), DTYPES[options.dtype]
-    limits = measure_limits(device, dtype)
-    result: dict[str, Any] = {
-        "benchmark": options.name,
-        "options": asdict(options),
-        "machine": describe_machine(device),
-        "limits": {"copy_bytes_per_second": limits.copy, "gemm_flops_per_second": limits.gemm},
-        "skipped": [],
-        "rows": [],
-    }
+    limits, result = begin(options)
+    result |= {"skipped": [], "rows": []}
     longest, largest = max(new for _, new in options.cells), max(batch for batch, _ in options.cells)
     with ExitStack() as stack:
         engines: dict[str, Generate] = {}
         for name in options.engines:
-            if name == "vllm" and (device.type != "cpu" or not PEERS_PYTHON.exists()):
+            if name == "vllm" and (options.device != "cpu" or not PEERS_PYTHON.exists()):
                 result["skipped"].append("vllm: `make peers` installs it for CPUs; it isn't there")
                 continue
             engines[name] = stack.enter_context(start(name, options, options.prompt + longest, largest))
@@ -130,23 +118,17 @@ def rows_of(
 def floor_seconds(options: DecodeOptions, name: str, batch: int, new: int, limits: Limits) -> float:
     """The least a batch can take (design §10): per step, weights or products, states, keys and values, logits; and the
     prompts' products."""
-    shape = SHAPES[options.shape]
-    bytes_ = DTYPES[options.dtype].itemsize
-    hidden, kv = shape["hidden_size"], shape["num_key_value_heads"] * shape["head_dim"]
-    inner, vocabulary = shape["num_attention_heads"] * shape["head_dim"], shape["vocab_size"]
-    attention = len(shape["attention"]) if name == "ours-hybrid" else shape["num_hidden_layers"]
-    mamba = shape["num_hidden_layers"] - attention
-    mlp = 3 * hidden * shape["intermediate_size"]
-    rank = -(-hidden // 16)
-    of_attention = hidden * (inner + 2 * kv) + inner * hidden
-    of_mamba = hidden * (2 * inner + 2 * kv + rank) + rank * inner + inner * hidden
-    layers = attention * (of_attention + mlp) + mamba * (of_mamba + mlp)
-    products = layers + hidden * vocabulary
-    state, window = 16 * mamba * inner * 4, 3 * mamba * kv * bytes_
-    keys = 2 * attention * kv * bytes_
-    context = options.prompt + new / 2
+    with torch.device("meta"):
+        model = make_model(options, hybrid=name == "ours-hybrid", max_len=options.prompt + new)
+    config, bytes_ = model.config, DTYPES[options.dtype].itemsize
+    products = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    layers = products - config.hidden_size * config.vocab_size
+    context = options.prompt + new // 2
     step = max(products * bytes_ / limits.copy, 2 * products * batch / limits.gemm)
-    step += batch * (2 * state + 2 * window + context * keys + 4 * vocabulary) / limits.copy
+    moved = 4 * config.vocab_size
+    for kind in layer_kinds(config):  # keys and values are read, states read and written
+        moved += (1 if kind == ATTENTION else 2) * layer_cache_bytes(config, kind, context, bytes_)
+    step += batch * moved / limits.copy
     return new * step + 2 * layers * batch * options.prompt / limits.gemm
 
 
@@ -156,20 +138,20 @@ def start(name: str, options: DecodeOptions, max_len: int, max_batch: int) -> It
         with start_vllm(options, max_len, max_batch) as generate:
             yield generate
         return
-    model = make_model(options, hybrid=name == "ours-hybrid", max_len=max_len)
+    with torch.device(options.device):
+        model = make_model(options, hybrid=name == "ours-hybrid", max_len=max_len)
     yield transformers_generate(model, options) if name == "transformers" else ours(model, options)
 
 
 def make_model(options: DecodeOptions, hybrid: bool, max_len: int) -> PreTrainedModel:
-    """Random weights. A transformer is a Llama."""
+    """Random weights, on the device of the context. A transformer is a Llama."""
     shape = dict(SHAPES[options.shape], max_position_embeddings=max_len)
     attention = shape.pop("attention")
     torch.manual_seed(0)
-    with torch.device(options.device):
-        if not hybrid:
-            return LlamaForCausalLM(LlamaConfig(**shape)).to(DTYPES[options.dtype]).eval()
-        kinds = [ATTENTION if i in attention else MAMBA for i in range(shape["num_hidden_layers"])]
-        return M1ForCausalLM(M1Config(**shape, layer_types=kinds)).to(DTYPES[options.dtype]).eval()
+    if not hybrid:
+        return LlamaForCausalLM(LlamaConfig(**shape)).to(DTYPES[options.dtype]).eval()
+    kinds = [ATTENTION if i in attention else MAMBA for i in range(shape["num_hidden_layers"])]
+    return M1ForCausalLM(M1Config(**shape, layer_types=kinds)).to(DTYPES[options.dtype]).eval()
 
 
 def random_prompts(options: DecodeOptions, batch: int) -> torch.Tensor:
@@ -196,7 +178,6 @@ def ours(model: PreTrainedModel, options: DecodeOptions) -> Generate:
     return generate
 
 
-@torch.inference_mode()
 def transformers_generate(model: PreTrainedModel, options: DecodeOptions) -> Generate:
     def generate(batch: int, new: int) -> float:
         prompts = random_prompts(options, batch).to(options.device)

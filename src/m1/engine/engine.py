@@ -4,13 +4,13 @@ It knows no text and no HTTP; `LLM` (llm.py) does.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from m1.engine.graphs import GraphRunner
 from m1.engine.runner import Runner
@@ -21,6 +21,20 @@ from m1.engine.state import Slots, slots_that_fit
 from m1.errors import UserError
 
 DEFAULT_MAX_LEN = 8192
+
+
+def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> list[int]:
+    """The end-of-sequence tokens of the model and, if given, of its tokenizer."""
+    eos = model.generation_config.eos_token_id if model.generation_config else None
+    own = [eos] if isinstance(eos, int) else list(eos or [])
+    if tokenizer is not None and tokenizer.eos_token_id is not None:
+        own.append(tokenizer.eos_token_id)
+    return sorted(set(own))
+
+
+def max_len_for(model: PreTrainedModel, prompts: Iterable[Sequence[int]], max_tokens: int) -> int:
+    """An engine's max_len for these prompts: no more than the model's context, beyond which `submit` refuses."""
+    return min(max(map(len, prompts), default=0) + max_tokens, model.config.max_position_embeddings)
 
 
 class Engine:
@@ -54,8 +68,7 @@ class Engine:
                 raise UserError(f"{name}={value}: must be at least 1")
         if self.max_len > self.context:
             raise UserError(f"max_len={max_len}: the model's context is {self.context} tokens")
-        eos = model.generation_config.eos_token_id if stop_token_ids is None else list(stop_token_ids)
-        self.stop = frozenset([eos] if isinstance(eos, int) else eos or [])
+        self.stop = frozenset(stop_tokens(model) if stop_token_ids is None else stop_token_ids)
         self.vocab_size = model.config.vocab_size
         count = min(max_batch, slots_that_fit(model.config, self.max_len, model.dtype, model.device))
         self.slots = Slots(model.config, count, self.max_len, model.dtype, model.device)

@@ -7,6 +7,7 @@ spare slot, which is nobody's; their logits are dropped.
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,11 +22,10 @@ WARMUPS = 2  # runs before a capture: they compile kernels and allocate
 
 @dataclass
 class Graph:
-    """A captured step and the tensors it reads and writes."""
+    """A captured step and what it reads."""
 
-    replay: Callable[[], object]
     inputs: Tensor  # [3, size]: tokens, slots, lengths
-    logits: Tensor
+    replay: Callable[[], Tensor]  # the logits
 
 
 class GraphRunner(Runner):
@@ -44,8 +44,7 @@ class GraphRunner(Runner):
         graph.inputs[:, :count] = torch.stack([tokens, slots, lengths])
         if count < size:
             graph.inputs[:, count:] = self._idle(size - count)
-        graph.replay()
-        return graph.logits[:count]
+        return graph.replay()[:count]
 
     def _idle(self, count: int) -> Tensor:
         """Inputs of rows that decode a first token in the spare slot."""
@@ -55,21 +54,21 @@ class GraphRunner(Runner):
 
     def _capture(self, size: int) -> Graph:
         inputs = self._idle(size)
+        run = partial(super().decode, *inputs)
         if self.device.type != "cuda":
-            graph = Graph(lambda: None, inputs, torch.empty(0))
-
-            def replay() -> None:
-                graph.logits = super(GraphRunner, self).decode(*inputs)
-
-            graph.replay = replay
-            return graph
+            return Graph(inputs, run)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARMUPS):
-                super().decode(*inputs)
+                run()
         torch.cuda.current_stream().wait_stream(stream)
         cuda_graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(cuda_graph):
-            logits = super().decode(*inputs)
-        return Graph(cuda_graph.replay, inputs, logits)
+            logits = run()
+
+        def replay() -> Tensor:
+            cuda_graph.replay()
+            return logits
+
+        return Graph(inputs, replay)

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from m1.engine.engine import Engine
+from m1.engine.engine import Engine, max_len_for, stop_tokens
 from m1.engine.sampling import SamplingParams, stream_of
 from m1.engine.sequence import Completion
 from m1.errors import UserError
@@ -16,7 +16,7 @@ from m1.jsonl import append_jsonl, drop_torn_line, read_jsonl
 from m1.model.checkpoint import load_model
 from m1.model.tokenizer import conversation_tokens
 
-Prompt = str | list[dict[str, str]]  # plain text, or the messages of a chat
+Prompt = str | list[dict[str, str]]  # plain text as it is, or a chat's messages, which go through its template
 UNFINISHED = "�"  # what a tokenizer makes of a character whose bytes are not all there
 
 
@@ -45,19 +45,23 @@ class _Reader:
     tokenizer: PreTrainedTokenizerBase
     stop: Sequence[str]
     skip: frozenset[int]  # stop tokens, which are no text
+    seen: int = 0  # of the completion's tokens
+    tokens: list[int] = field(default_factory=list)  # those of them that are text
     shown: int = 0  # tokens whose text is in output
     context: int = 0  # where decoding starts: tokenizers glue a token to those before it
 
     def read(self) -> bool:
         """Takes in the new tokens. True if a stop string ended the text."""
-        tokens = [token for token in self.output.completion.token_ids if token not in self.skip]
-        before = self.tokenizer.decode(tokens[self.context : self.shown])
-        text = self.tokenizer.decode(tokens[self.context :])
+        new = self.output.completion.token_ids[self.seen :]
+        self.seen += len(new)
+        self.tokens += [token for token in new if token not in self.skip]
+        before = self.tokenizer.decode(self.tokens[self.context : self.shown])
+        text = self.tokenizer.decode(self.tokens[self.context :])
         if len(text) <= len(before) or (text.endswith(UNFINISHED) and not self.output.done):
             return False
         known = len(self.output.text)
         self.output.text += text[len(before) :]
-        self.context, self.shown = self.shown, len(tokens)
+        self.context, self.shown = self.shown, len(self.tokens)
         return self._cut(known)
 
     def _cut(self, known: int) -> bool:
@@ -107,12 +111,17 @@ class LLM:
         Raises:
             UserError: a prompt the engine refuses, no chat template for messages, or an empty stop string.
         """
+        yield from self._stream([encode(self.tokenizer, prompt) for prompt in prompts], params, n, stop)
+
+    def _stream(
+        self, prompts: Sequence[list[int]], params: SamplingParams, n: int, stop: Sequence[str]
+    ) -> Iterator[TextCompletion]:
+        """`stream` of encoded prompts."""
         if not all(stop):
             raise UserError("stop: an empty string would end every sample at once")
-        tokens = [self.tokens(prompt) for prompt in prompts]
         requests, readers = [], []
         try:
-            for i, prompt in enumerate(tokens):
+            for i, prompt in enumerate(prompts):
                 seeded = replace(params, seed=stream_of(params.seed, i))
                 requests.append(self.engine.submit(prompt, seeded, n, prompt=i))
                 outputs = [TextCompletion(c, j) for j, c in enumerate(requests[-1].completions)]
@@ -132,18 +141,12 @@ class LLM:
                 if not request.done:
                     self.engine.abort(request)
 
-    def tokens(self, prompt: Prompt) -> list[int]:
-        """Plain text as it is, messages through the chat template."""
-        if isinstance(prompt, str):
-            return self.tokenizer(prompt).input_ids
-        return conversation_tokens(self.tokenizer, prompt, add_generation_prompt=True)
 
-
-def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The model's own end-of-sequence tokens and the tokenizer's."""
-    eos = model.generation_config.eos_token_id if model.generation_config else None
-    own = [eos] if isinstance(eos, int) else list(eos or [])
-    return sorted({*own, tokenizer.eos_token_id} - {None})
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+    """A prompt's tokens. Raises UserError for messages without a chat template, or that break it."""
+    if isinstance(prompt, str):
+        return tokenizer(prompt).input_ids
+    return conversation_tokens(tokenizer, prompt, add_generation_prompt=True)
 
 
 def generate_file(
@@ -179,15 +182,11 @@ def generate_file(
     on_progress((len(ids) - len(missing)) * n, len(ids) * n)
     if not missing:
         return 0, 0.0
-    context = model.config.max_position_embeddings
-    encoded = [
-        conversation_tokens(tokenizer, t, True) if isinstance(t, list) else tokenizer(t).input_ids for t in texts
-    ]
-    longest = max(len(encoded[i]) for i in missing) + params.max_tokens
-    options = {"max_batch": min(max_batch, len(missing) * n), "max_len": min(longest, context)}
-    llm = LLM(model, tokenizer, options)
+    encoded = [encode(tokenizer, texts[i]) for i in missing]
+    max_len = max_len_for(model, encoded, params.max_tokens)
+    llm = LLM(model, tokenizer, {"max_batch": min(max_batch, len(missing) * n), "max_len": max_len})
     began, finished, tokens = time.monotonic(), (len(ids) - len(missing)) * n, 0
-    for sample in llm.stream([texts[i] for i in missing], params, n, stop):
+    for sample in llm._stream(encoded, params, n, stop):
         if not sample.done:
             continue
         completion = sample.completion

@@ -20,8 +20,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from m1.engine import Completion, Engine, SamplingParams
-from m1.engine.llm import stop_tokens
+from m1.engine import Completion, Engine, SamplingParams, max_len_for, stop_tokens
 from m1.errors import UserError
 from m1.evaluation.metrics import majority_at_k, pass_at_1, pass_at_k
 from m1.evaluation.tasks import Problem
@@ -66,8 +65,8 @@ def evaluate(
     _check_settings(out / "settings.json", settings, problems, model)
     drop_torn_line(samples_path)
     rows = list(read_jsonl(samples_path)) if samples_path.exists() else []
-    longest = max((len(chat_prompt(tokenizer, p.prompt)) for p in problems), default=0) + settings.max_new_tokens
-    max_len = min(longest, model.config.max_position_embeddings)
+    prompts = {p.id: chat_prompt(tokenizer, p.prompt) for p in problems}
+    max_len = max_len_for(model, prompts.values(), settings.max_new_tokens)
     engine = Engine(model, stop_tokens(model, tokenizer), max_batch, max_len)
     total = settings.n * len(problems)
     on_progress(len(rows), total)
@@ -78,7 +77,7 @@ def evaluate(
             before = max((row["seconds"] for row in done.values()), default=0.0)
             if missing:
                 rows += _sample_round(
-                    engine, tokenizer, missing, settings, round_, before, grader, samples_path,
+                    engine, tokenizer, missing, prompts, settings, round_, before, grader, samples_path,
                     partial(_advance, on_progress, len(rows), total),
                 )  # fmt: skip
         result = summarize(rows, problems, settings, grader) | model_facts(model)
@@ -141,6 +140,7 @@ def _sample_round(
     engine: Engine,
     tokenizer: PreTrainedTokenizerBase,
     problems: list[Problem],
+    prompts: dict[str, list[int]],
     settings: Settings,
     round_: int,
     seconds_before: float,
@@ -175,14 +175,13 @@ def _sample_round(
         on_sample(len(rows))
         paused += time.monotonic() - now
 
-    prompts = [chat_prompt(tokenizer, p.prompt) for p in problems]
     params = SamplingParams(
         max_tokens=settings.max_new_tokens,
         temperature=settings.temperature,
         seed=settings.seed * 1_000_003 + round_,
     )
     started = time.monotonic()
-    engine.generate(prompts, params, on_finish=finished)
+    engine.generate([prompts[p.id] for p in problems], params, on_finish=finished)
     return rows
 
 

@@ -37,11 +37,6 @@ class MambaMixer(Mixer):
         init.copy_(self.dt_proj.bias, initial_time_step_bias(self.dt_proj.out_features, device))
         init.uniform_(self.dt_proj.weight, -(self.dt_proj.in_features**-0.5), self.dt_proj.in_features**-0.5)
 
-    def constants(self) -> Constants:
-        """A, D and the convolution's taps and bias."""
-        conv_weight, conv_bias = self.conv1d()
-        return -torch.exp(self.A_log.float()), self.D, conv_weight, conv_bias
-
     def activations(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> Activations:
         """[..., H] -> z, x, B, C, dt. Padding becomes a step of size 0 on a zero input."""
         z, x, B, C, dt = self.project(hidden_states)
@@ -50,9 +45,6 @@ class MambaMixer(Mixer):
             real = padding_mask.to(torch.bool).unsqueeze(-1)
             x, dt = x * real, dt.masked_fill(~real, -torch.inf)
         return z, x, B, C, dt
-
-    def conv_inputs(self, activations: Activations) -> Tensor:
-        return activations[1]
 
     def scan(
         self,

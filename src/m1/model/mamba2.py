@@ -43,11 +43,6 @@ class Mamba2Mixer(Mixer):
         init.ones_(self.D)
         init.copy_(self.dt_bias, initial_time_step_bias(self.dt_bias.numel(), self.dt_bias.device))
 
-    def constants(self) -> Constants:
-        """A, D and the convolution's taps and bias."""
-        conv_weight, conv_bias = self.conv1d()
-        return -torch.exp(self.A_log.float()), self.D, conv_weight, conv_bias
-
     def activations(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> Activations:
         """[..., H] -> z, x | B | C, dt. Padding becomes a step of size 0 on a zero input."""
         z, x, B, C, dt = self.project(hidden_states)
@@ -57,9 +52,6 @@ class Mamba2Mixer(Mixer):
             real = padding_mask.to(torch.bool).unsqueeze(-1)
             xBC, dt = xBC * real, dt.masked_fill(~real, -torch.inf)
         return z, xBC, dt
-
-    def conv_inputs(self, activations: Activations) -> Tensor:
-        return activations[1]
 
     def scan(
         self,

@@ -30,6 +30,9 @@ class Mixer(nn.Module):
     A teacher's QK-norm becomes B_norm and C_norm: B and C are its keys and queries, less the rotation.
     """
 
+    A_log: Tensor  # -A's logarithm and the skip weights, whose shapes are the subclass's
+    D: Tensor
+
     def __init__(self, config: M1Config, layer_idx: int, conv_size: int):
         super().__init__()
         self.layer_idx = layer_idx
@@ -63,14 +66,17 @@ class Mixer(nn.Module):
         init.uniform_(self.conv1d.bias, -bound, bound)
 
     def constants(self) -> Constants:
-        raise NotImplementedError
+        """A, D and the convolution's taps and bias."""
+        conv_weight, conv_bias = self.conv1d()
+        return -torch.exp(self.A_log.float()), self.D, conv_weight, conv_bias
 
     def activations(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> Activations:
+        """[..., H] -> z, the convolution's inputs, and the rest. Padding becomes a step of size 0 on a zero input."""
         raise NotImplementedError
 
     def conv_inputs(self, activations: Activations) -> Tensor:
         """[..., channels]: what the convolution's window keeps the last K-1 of."""
-        raise NotImplementedError
+        return activations[1]
 
     def scan(
         self,

@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel
 from trl import GRPOTrainer
 
-from m1.engine import Completion, Engine, SamplingParams
+from m1.engine import Completion, Engine, SamplingParams, max_len_for
 from m1.errors import UserError
 from m1.reasoning.solve import chat_prompt
 
@@ -39,8 +39,7 @@ class EngineRollouts:
         n = trainer.num_generations if model.training else trainer.num_generations_eval
         if any(rendered[i] != rendered[i - i % n] for i in range(len(rendered))) or len(rendered) % n:
             n = 1  # groups are split over processes: no shared prefill
-        longest = max(map(len, rendered)) + args.max_completion_length
-        max_len = min(longest, model.config.max_position_embeddings)
+        max_len = max_len_for(model, rendered, args.max_completion_length)
         engine = Engine(model, trainer.eos_token_ids, self.max_batch, max_len)
         completions = engine.generate(rendered[::n], params, n)
         if not self.checked:

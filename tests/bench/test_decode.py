@@ -1,0 +1,65 @@
+"""`m1 bench decode` at a size that takes a second."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from m1.bench.decode import DecodeOptions, floor_seconds
+from m1.bench.roofline import Limits
+from m1.cli import app
+from m1.errors import UserError
+
+OPTIONS = dict(
+    shape="tiny", cells=[(3, 5)], prompt=4, engines=["ours-hybrid"], dtype="float32", device="cpu", backends=None,
+    repeats=1,
+)  # fmt: skip
+
+
+def test_rows_of_every_engine_here(tmp_path):
+    engines = ["ours-hybrid", "ours-transformer", "transformers"]
+    command = ["bench", "decode", "--shape", "tiny", "--cells", "3x5,2x9", "--prompt", "4", "--repeats", "2"]
+    command += ["--device", "cpu", "--engines", ",".join(engines), "--out", str(tmp_path / "d.json")]
+    run = CliRunner().invoke(app, command)
+    assert run.exit_code == 0, run.output
+    rows = json.loads((tmp_path / "d.json").read_text())["rows"]
+    assert [(r["name"], r["batch"], r["new_tokens"]) for r in rows] == [
+        (e, b, n) for b, n in [(3, 5), (2, 9)] for e in engines
+    ]
+    for row in rows:
+        assert row["runs"] == 2 and row["tokens_per_second"] == row["batch"] * row["new_tokens"] / row["seconds"]
+        assert ("share_of_floor" in row) == row["name"].startswith("ours")
+
+
+def test_floor_by_hand():
+    """hidden 64, 4 heads and 2 KV heads of 16, ffn 128, 4 layers (2 attention), vocabulary 1000, float32."""
+    mlp, attention, mamba = 3 * 64 * 128, 64 * (64 + 2 * 32) + 64 * 64, 64 * (2 * 64 + 2 * 32 + 4) + 4 * 64 + 64 * 64
+    layers = 4 * mlp + 2 * attention + 2 * mamba
+    weights, context = layers + 64 * 1000, 4 + 10 / 2
+    keys, states = 2 * 2 * 32 * 4 * context, 2 * (64 * 16 * 4 + 32 * 3 * 4)
+    moved = 3 * (keys + 2 * states + 4 * 1000)
+    slow_memory, slow_products = Limits(copy=1.0, gemm=1e30), Limits(copy=1e30, gemm=1.0)
+    options = DecodeOptions(**OPTIONS)
+    assert floor_seconds(options, "ours-hybrid", 3, 10, slow_memory) == pytest.approx(10 * (4 * weights + moved))
+    flops = 10 * 2 * weights * 3 + 2 * layers * 3 * 4
+    assert floor_seconds(options, "ours-hybrid", 3, 10, slow_products) == pytest.approx(flops)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"shape": "7b"}, "--shape 7b: choose tiny"),
+        ({"engines": ["sglang"]}, "no engine 'sglang'"),
+        ({"cells": [(0, 5)]}, "--cells 0"),
+        ({"prompt": 0}, "--prompt 0"),
+        ({"device": "tpu"}, "--device tpu"),
+    ],
+)
+def test_impossible_options_are_refused(bad, message):
+    with pytest.raises(UserError, match=message):
+        DecodeOptions(**(OPTIONS | bad))
+
+
+def test_cells_that_are_no_cells_are_refused():
+    run = CliRunner().invoke(app, ["bench", "decode", "--cells", "64-512"])
+    assert isinstance(run.exception, UserError) and "BATCHxNEW_TOKENS" in str(run.exception)
