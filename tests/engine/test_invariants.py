@@ -166,9 +166,9 @@ def test_nan_logits_end_a_sample_and_the_others_go_on(hybrid, monkeypatch):
     expected = engine.generate([[1, 2], [5]], params)
     plain = engine.runner.decode
 
-    def decode(tokens, slots, lengths):
-        logits = plain(tokens, slots, lengths)
-        logits[lengths == 2 + 3] = torch.nan
+    def decode(rows):
+        logits = plain(rows)
+        logits[rows[2] == 2 + 3] = torch.nan
         return logits
 
     monkeypatch.setattr(engine.runner, "decode", decode)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from m1.engine import SamplingParams
-from m1.engine.sampling import SamplingBatch, inverse_cdf, stream_of, uniforms
+from m1.engine.sampling import SamplingBatch, stream_of, uniforms
 from m1.errors import UserError
 
 
@@ -83,18 +83,6 @@ def test_top_p_keeps_what_a_full_sort_keeps(size, top_p, seed, flat):
     expected = torch.zeros_like(kept).scatter(1, index, ordered.cumsum(-1) - ordered < top_p)
     assert (kept[0] != expected[0]).sum() <= 1  # a sum that lands on top_p may round either way
     assert kept[1].all()
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    size=st.sampled_from([1, 3, 128, 300]), uniform=st.sampled_from([0.0, 0.5, 1 - 2.0**-53]), seed=st.integers(0, 99)
-)
-def test_tokens_of_probability_0_are_never_drawn(size, uniform, seed):
-    g = torch.Generator().manual_seed(seed)
-    probabilities = torch.rand(4, size, generator=g) * (torch.rand(4, size, generator=g) < 0.1)
-    probabilities[:, seed % size] = 0.3
-    tokens = inverse_cdf(probabilities, torch.full((4,), uniform, dtype=torch.float64))
-    assert (probabilities.gather(1, tokens[:, None]) > 0).all()
 
 
 def test_uniforms_are_uniform_and_streams_differ():

@@ -74,7 +74,7 @@ class Engine:
         self.slots = Slots(model.config, count, self.max_len, model.dtype, model.device)
         self.runner = (GraphRunner if model.device.type == "cuda" else Runner)(model, self.slots)
         self.scheduler = Scheduler(self.runner, self.slots, prefill_chunk, snapshots)
-        self._batch: tuple[list[Running], SamplingBatch] | None = None
+        self._batch = Batch([], model.device)
 
     @property
     def stats(self) -> Stats:
@@ -107,7 +107,8 @@ class Engine:
                 f"prompt {prompt} has {len(tokens)} tokens and max_tokens is {params.max_tokens}, "
                 f"together more than {limit}: {fix}"
             )
-        request = Request(tokens, params, [Completion(prompt) for _ in range(n)])
+        stop = (frozenset() if params.ignore_eos else self.stop).union(params.stop_token_ids)
+        request = Request(tokens, params, stop, [Completion(prompt) for _ in range(n)])
         self.scheduler.waiting.append(request)
         return request
 
@@ -121,7 +122,7 @@ class Engine:
             for sample in fresh:
                 if sample.request.started == len(sample.request.completions):
                     sample.request.logits = None
-            ended += self._sample(fresh, SamplingBatch(*self._settings(fresh), logits.device), logits)
+            ended += self._sample(Batch(fresh, logits.device), logits)
         if self.scheduler.running:
             ended += self._decode()
         return ended
@@ -172,40 +173,49 @@ class Engine:
         return [completion for request in requests for completion in request.completions]
 
     def _decode(self) -> list[Completion]:
-        running = list(self.scheduler.running)
-        if self._batch is None or self._batch[0] != running:
-            self._batch = running, SamplingBatch(*self._settings(running), self.runner.device)
-        columns = torch.tensor([[r.token, r.slot, r.length] for r in running]).T.contiguous().to(self.runner.device)
-        logits = self.runner.decode(*columns)
-        for sample in running:
-            sample.length += 1
+        if self._batch.samples != self.scheduler.running:
+            self._batch = Batch(self.scheduler.running, self.runner.device)
         self.stats.steps += 1
-        return self._sample(running, self._batch[1], logits)
+        return self._sample(self._batch, self.runner.decode(self._batch.rows))
 
-    def _sample(self, rows: list[Running], batch: SamplingBatch, logits: Tensor) -> list[Completion]:
-        """Draws each row's next token; returns the completions that ended with it, whose slots are free."""
-        drawn = np.array([len(row.completion.token_ids) for row in rows])
-        tokens, logprobs = batch.sample(logits, drawn)
+    def _sample(self, batch: "Batch", logits: Tensor) -> list[Completion]:
+        """Draws each sample's next token; returns the completions that ended with it, whose slots are free."""
         left = []
-        for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
-            completion, params = row.completion, row.request.params
+        for sample, token, logprob in zip(batch.samples, *batch.draw(logits), strict=True):
+            completion, request = sample.completion, sample.request
             if math.isnan(logprob):
                 completion.finish_reason = "nan"
             else:
-                row.token = token
                 completion.token_ids.append(token)
                 completion.logprobs.append(logprob)
-                if token in params.stop_token_ids or (token in self.stop and not params.ignore_eos):
+                if token in request.stop:
                     completion.finish_reason = "stop"
-                elif len(completion.token_ids) == params.max_tokens:
+                elif len(completion.token_ids) == request.params.max_tokens:
                     completion.finish_reason = "length"
                 else:
                     continue
             completion.done = True
-            left.append(row)
-        self.stats.decoded += len(rows)
+            left.append(sample)
+        self.stats.decoded += len(batch.samples)
         self.scheduler.leave(left)
-        return [row.completion for row in left]
+        return [sample.completion for sample in left]
 
-    def _settings(self, rows: list[Running]) -> tuple[list[SamplingParams], list[int]]:
-        return [row.request.params for row in rows], [row.stream for row in rows]
+
+class Batch:
+    """Samples that are decoded together, and what a step of them reads, which stays on the device between steps."""
+
+    def __init__(self, samples: Sequence[Running], device: torch.device):
+        self.samples = list(samples)
+        tokens = [sample.completion.token_ids for sample in samples]
+        self.settings = SamplingBatch([s.request.params for s in samples], [s.stream for s in samples], device)
+        self.drawn = np.array([len(ids) for ids in tokens])
+        rows = [[ids[-1] if ids else 0, s.slot, s.length] for ids, s in zip(tokens, samples, strict=True)]
+        self.rows = torch.tensor(rows, dtype=torch.long).view(-1, 3).T.contiguous().to(device)  # Runner.decode's
+
+    def draw(self, logits: Tensor) -> tuple[list[int], list[float]]:
+        """Each sample's next token and its log-probability."""
+        tokens, logprobs = self.settings.sample(logits, self.drawn)
+        self.drawn += 1
+        self.rows[0] = tokens
+        self.rows[2] += 1
+        return tokens.tolist(), logprobs.tolist()

@@ -24,7 +24,7 @@ WARMUPS = 2  # runs before a capture: they compile kernels and allocate
 class Graph:
     """A captured step and what it reads."""
 
-    inputs: Tensor  # [3, size]: tokens, slots, lengths
+    inputs: Tensor  # [3, size], as `Runner.decode`'s rows
     replay: Callable[[], Tensor]  # the logits
 
 
@@ -35,13 +35,13 @@ class GraphRunner(Runner):
         super().__init__(model, slots)
         self.graphs: dict[int, Graph] = {}
 
-    def decode(self, tokens: Tensor, slots: Tensor, lengths: Tensor) -> Tensor:
-        count = len(tokens)
+    def decode(self, rows: Tensor) -> Tensor:
+        count = rows.shape[1]
         size = SIZES[bisect_left(SIZES, count)] if count <= SIZES[-1] else count
         if size not in self.graphs:
             self.graphs[size] = self._capture(size)
         graph = self.graphs[size]
-        graph.inputs[:, :count] = torch.stack([tokens, slots, lengths])
+        graph.inputs[:, :count] = rows
         if count < size:
             graph.inputs[:, count:] = self._idle(size - count)
         return graph.replay()[:count]
@@ -54,7 +54,7 @@ class GraphRunner(Runner):
 
     def _capture(self, size: int) -> Graph:
         inputs = self._idle(size)
-        run = partial(super().decode, *inputs)
+        run = partial(super().decode, inputs)
         if self.device.type != "cuda":
             return Graph(inputs, run)
         stream = torch.cuda.Stream()

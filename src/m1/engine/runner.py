@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from m1.engine.state import LayerState, Slots
 from m1.errors import UserError
-from m1.ops import PackedLinear, decode_attention
+from m1.ops import PackedLinear, add_rms_norm, decode_attention, swiglu
 
 MODELS = ("m1", "llama", "qwen2", "qwen3")
 
@@ -23,7 +23,7 @@ class Runner:
     """Runs M1, Llama, Qwen2 and Qwen3 models.
 
     Raises:
-        UserError: another architecture, or sliding-window attention.
+        UserError: another architecture, another activation than silu, or sliding-window attention.
     """
 
     def __init__(self, model: PreTrainedModel, slots: Slots):
@@ -31,6 +31,8 @@ class Runner:
         network: Any = model.model
         if config.model_type not in MODELS:
             raise UserError(f"the engine runs {', '.join(MODELS)} models, not {config.model_type!r}")
+        if config.hidden_act != "silu":
+            raise UserError(f"the engine's MLPs are SwiGLU, with hidden_act 'silu', not {config.hidden_act!r}")
         if getattr(config, "use_sliding_window", False):
             raise UserError(
                 "the engine has no sliding-window attention: set use_sliding_window to false, or use generate"
@@ -48,26 +50,22 @@ class Runner:
         """Logits [V] behind tokens [T], which follow the `start` tokens that the slot has seen."""
         positions = torch.arange(start, start + len(tokens), device=self.device)
         hidden = self._stack(tokens, positions, lambda layer, *inputs: layer.prefill(*inputs, slot, start))
-        return self._logits(hidden[-1:])[0]
+        return self.head(hidden[-1:])[0]
 
-    def decode(self, tokens: Tensor, slots: Tensor, lengths: Tensor) -> Tensor:
-        """Logits [b, V] behind one token of each row [b], whose slots [b] have seen `lengths` [b] tokens."""
-        hidden = self._stack(tokens, lengths, lambda layer, *inputs: layer.decode(*inputs, slots, lengths))
-        return self._logits(hidden)
+    def decode(self, rows: Tensor) -> Tensor:
+        """Logits [b, V] behind a token of each row. rows: [3, b] tokens, their slots, tokens those have seen."""
+        tokens, slots, lengths = rows
+        return self.head(self._stack(tokens, lengths, lambda layer, *inputs: layer.decode(*inputs, slots, lengths)))
 
     def _stack(self, tokens: Tensor, positions: Tensor, mix: Any) -> Tensor:
+        """All layers and the last norm, [rows, H]."""
         hidden = F.embedding(tokens, self.embedding)
         cos, sin = (t[0, :, None] for t in self.rotary(hidden[None], positions[None]))  # [rows, 1, head_dim]
+        update = None
         for layer in self.layers:
-            hidden = hidden + mix(layer, self._normed(hidden, layer.mixer_norm), cos, sin)
-            hidden = hidden + layer.mlp(self._normed(hidden, layer.mlp_norm))
-        return hidden
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        return self.head(self._normed(hidden, self.norm))
-
-    def _normed(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(hidden, weight.shape, weight, self.eps)
+            update = mix(layer, add_rms_norm(hidden, update, layer.mixer_norm, self.eps), cos, sin)
+            update = layer.mlp(add_rms_norm(hidden, update, layer.mlp_norm, self.eps))
+        return add_rms_norm(hidden, update, self.norm, self.eps)
 
 
 class Layer:
@@ -78,7 +76,6 @@ class Layer:
         self.mixer_norm: Tensor = layer.input_layernorm.weight
         self.mlp_norm: Tensor = layer.post_attention_layernorm.weight
         self.gate_up, self.down = pack(layer.mlp.gate_proj, layer.mlp.up_proj), pack(layer.mlp.down_proj)
-        self.activation = layer.mlp.act_fn
         if hasattr(layer, "mamba"):
             self.mixer: Any = with_packed_linears(layer.mamba)
             self.constants = tuple(t.float().contiguous() for t in layer.mamba.constants())
@@ -92,8 +89,7 @@ class Layer:
             self.prefill, self.decode = self._prefill_attention, self._decode_attention
 
     def mlp(self, hidden: Tensor) -> Tensor:
-        gate, up = self.gate_up(hidden).chunk(2, dim=-1)
-        return self.down(self.activation(gate) * up)
+        return self.down(swiglu(self.gate_up(hidden)))
 
     def queries_keys_values(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[rows, heads or kv_heads, head_dim], queries and keys rotated."""

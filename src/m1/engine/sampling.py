@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from m1.errors import UserError
-
-BLOCK = 128  # tokens whose probabilities are summed first, so that no running sum goes over the whole vocabulary
+from m1.ops import sample_token
 
 
 @dataclass(frozen=True)
@@ -59,13 +58,12 @@ class SamplingBatch:
             return torch.tensor([getattr(p, name) for p in params], dtype=dtype, device=device)[:, None]
 
         self.streams = np.array(streams, dtype=np.uint64)
-        self.greedy = column("temperature") == 0
-        self.temperature = column("temperature").masked_fill(self.greedy, 1.0)
-        self.tempered = any(p.temperature not in (0, 1) for p in params)
-        self.all_greedy = all(p.temperature == 0 for p in params)
+        self.temperature = column("temperature")
         self.top_k, self.max_k = column("top_k", torch.long), max((p.top_k for p in params), default=0)
         self.top_p, self.any_top_p = column("top_p"), any(p.top_p < 1 for p in params)
         self.min_p, self.any_min_p = column("min_p"), any(p.min_p > 0 for p in params)
+        truncated = [p.top_k > 0 or p.top_p < 1 or p.min_p > 0 for p in params]
+        self.truncated, self.any_truncated = torch.tensor(truncated, device=device), any(truncated)
 
     def sample(self, logits: Tensor, drawn: np.ndarray) -> tuple[Tensor, Tensor]:
         """Draws a token a row.
@@ -78,15 +76,15 @@ class SamplingBatch:
             tokens [b], and their log-probabilities [b] under softmax(logits / temperature) before truncation, float32
             (at temperature 0: under softmax(logits)); NaN where a row's logits have one.
         """
-        logits = logits.float()
-        logprobs = (logits / self.temperature if self.tempered else logits).log_softmax(dim=-1)
-        if self.all_greedy:
-            tokens = logprobs.argmax(dim=-1)
-        else:
-            uniform = torch.from_numpy(uniforms(self.streams, drawn)).to(logits.device)
-            tokens = inverse_cdf(self.truncate(logprobs).exp(), uniform)
-            tokens = torch.where(self.greedy[:, 0], logprobs.argmax(dim=-1), tokens) if self.greedy.any() else tokens
-        return tokens, logprobs.gather(1, tokens[:, None]).squeeze(1)
+        uniform = torch.from_numpy(uniforms(self.streams, drawn)).to(logits.device, non_blocking=True)
+        tokens, logprobs = sample_token(logits, uniform, self.temperature[:, 0])
+        if self.any_truncated:
+            greedy = self.temperature == 0
+            scaled = (logits.float() / self.temperature.masked_fill(greedy, 1.0)).log_softmax(dim=-1)
+            likely, _ = sample_token(self.truncate(scaled), uniform, (~greedy[:, 0]).float())
+            tokens = torch.where(self.truncated, likely, tokens)
+            logprobs = torch.where(self.truncated, scaled.gather(1, likely[:, None])[:, 0], logprobs)
+        return tokens, logprobs
 
     def truncate(self, logprobs: Tensor) -> Tensor:
         """-inf where top-k, top-p or min-p leave a token out; the likeliest always stays. Each is of the whole
@@ -118,25 +116,6 @@ class SamplingBatch:
                 threshold = likeliest.gather(1, last)
                 return threshold.masked_fill(self.top_p >= 1, -torch.inf)
             count *= 4
-
-
-def inverse_cdf(probabilities: Tensor, uniform: Tensor) -> Tensor:
-    """The token of each row [b, V] at which the running sum of probabilities passes uniform [b] of their total.
-
-    Goes down two levels, blocks of tokens and tokens of a block; a token of probability 0 is never the answer.
-    """
-    b, size = probabilities.shape
-    blocks = torch.nn.functional.pad(probabilities, (0, -size % BLOCK)).view(b, -1, BLOCK)
-    sums = blocks.sum(dim=-1).double().cumsum(dim=-1)
-    target = uniform.double()[:, None] * sums[:, -1:]
-    block = (sums <= target).sum(dim=-1, keepdim=True).clamp(max=sums.shape[1] - 1)
-    before = sums.gather(1, (block - 1).clamp(min=0)).masked_fill(block == 0, 0.0)
-    inside = blocks.gather(1, block[:, :, None].expand(-1, -1, BLOCK)).squeeze(1).double()
-    passed = (before + inside.cumsum(dim=-1) <= target) | (inside == 0)
-    # rounding can leave no token behind the target: then it is the block's last one with any probability
-    last = (inside > 0) * torch.arange(BLOCK, device=inside.device)
-    offset = torch.where(passed.all(dim=-1), last.argmax(dim=-1), (~passed).to(torch.uint8).argmax(dim=-1))
-    return (block[:, 0] * BLOCK + offset).clamp(max=size - 1)
 
 
 def stream_of(seed: int, sample: int) -> int:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor
 
@@ -28,6 +27,7 @@ class Request:
 
     tokens: Sequence[int]
     params: SamplingParams
+    stop: frozenset[int]  # tokens that end a sample
     completions: list[Completion]
     started: int = 0  # samples that have a slot of their own, or had
     slot: int | None = None  # holds the prompt until the last sample takes it over
@@ -41,17 +41,19 @@ class Request:
 
 @dataclass(eq=False)
 class Running:
-    """A sample that is being decoded in a slot, which has seen `length` tokens; `token` is the next to be seen."""
+    """A sample that is being decoded, in a slot and from a random stream of its own."""
 
     request: Request
     completion: Completion
     slot: int
-    length: int
     stream: int
-    token: Any = None
+
+    @property
+    def length(self) -> int:
+        """Tokens that the slot has seen: all but the last one sampled."""
+        return len(self.request.tokens) + len(self.completion.token_ids) - 1
 
     @classmethod
     def start(cls, request: Request, slot: int) -> "Running":
         sample, request.started = request.started, request.started + 1
-        stream = stream_of(request.params.seed, sample)
-        return cls(request, request.completions[sample], slot, len(request.tokens), stream)
+        return cls(request, request.completions[sample], slot, stream_of(request.params.seed, sample))

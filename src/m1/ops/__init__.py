@@ -2,9 +2,22 @@
 
 from m1.ops.causal_conv import causal_conv
 from m1.ops.decode_attention import decode_attention
+from m1.ops.elementwise import add_rms_norm, swiglu
 from m1.ops.linear import PackedLinear
+from m1.ops.sample_token import sample_token
 from m1.ops.selective_scan import selective_scan
 from m1.ops.ssd import ssd
 from m1.ops.state_update import ssd_update, state_update
 
-__all__ = ["PackedLinear", "causal_conv", "decode_attention", "selective_scan", "ssd", "ssd_update", "state_update"]
+__all__ = [
+    "PackedLinear",
+    "add_rms_norm",
+    "causal_conv",
+    "decode_attention",
+    "sample_token",
+    "selective_scan",
+    "ssd",
+    "ssd_update",
+    "state_update",
+    "swiglu",
+]

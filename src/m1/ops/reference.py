@@ -203,3 +203,34 @@ def decode_attention(
             weights = torch.softmax(scale * torch.einsum("hd,hld->hl", q[row].float(), k), dim=-1)
             out[row] = torch.einsum("hl,hld->hd", weights, v).to(q.dtype)
     return out
+
+
+def add_rms_norm(hidden: Tensor, update: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    """hidden += update, in place; hidden / sqrt(mean(hidden^2) + eps) * weight. As `m1.ops.add_rms_norm`."""
+    if update is not None:
+        hidden += update
+    x = hidden.float()
+    return (x / (x.square().mean(dim=-1, keepdim=True) + eps).sqrt() * weight.float()).to(hidden.dtype)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up. As `m1.ops.swiglu`."""
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    return (F.silu(gate) * up).to(gate_up.dtype)
+
+
+def sample_token(logits: Tensor, uniform: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+    """The token at which the running sum of probabilities passes uniform, and its log-probability.
+
+    Shapes and semantics as `m1.ops.sample_token`.
+    """
+    greedy = temperature == 0
+    logprobs = (logits.float() / temperature.float().masked_fill(greedy, 1.0)[:, None]).log_softmax(dim=-1)
+    sums = logprobs.double().exp().cumsum(dim=-1)
+    possible = logprobs > -torch.inf
+    passed = (sums > uniform[:, None] * sums[:, -1:]) & possible
+    # rounding can leave no token behind the target: then it is the last one with any probability
+    last = (possible * torch.arange(logits.shape[1], device=logits.device)).argmax(dim=-1)
+    drawn = torch.where(passed.any(dim=-1), passed.to(torch.uint8).argmax(dim=-1), last)
+    tokens = torch.where(greedy, logprobs.argmax(dim=-1), drawn)
+    return tokens, logprobs.gather(1, tokens[:, None])[:, 0]

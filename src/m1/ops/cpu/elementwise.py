@@ -1,0 +1,17 @@
+"""Calls elementwise.cpp. Tensors, their shapes and dtypes are those of the operators in ops/elementwise.py."""
+
+import struct
+
+import torch
+from torch import Tensor
+
+from m1.ops.build import call
+
+
+def add_rms_norm(hidden: Tensor, update: Tensor | None, weight: Tensor, eps: float, out: Tensor) -> None:
+    bits = struct.unpack("q", struct.pack("d", eps))[0]  # a double among the struct's 8-byte fields
+    call("m1_add_rms_norm", *hidden.shape, hidden.dtype == torch.bfloat16, bits, hidden, update, weight, out)
+
+
+def swiglu(gate_up: Tensor, out: Tensor) -> None:
+    call("m1_swiglu", *out.shape, out.dtype == torch.bfloat16, gate_up, out)

@@ -1,0 +1,88 @@
+"""What stands between a decoder layer's matrix products, in one pass over memory each. For inference only."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from m1.ops import reference
+from m1.ops.backend import Backend, choose, decode_operator, kernels, require_shapes
+
+LANES = 16  # numbers that the CPU kernel takes at a time
+
+
+def add_rms_norm(
+    hidden: Tensor, update: Tensor | None, weight: Tensor, eps: float, backend: Backend = "auto"
+) -> Tensor:
+    """hidden += update, in place, and then hidden / rms(hidden) * weight: a residual connection and the norm behind it.
+
+    A row's numbers don't depend on the other rows. Not differentiable.
+
+    Args:
+        hidden: [rows, H], the residual stream.
+        update: [rows, H], what a mixer or MLP adds to it; nothing when None.
+        weight: [H].
+        eps: added to the mean square (Zhang and Sennrich 2019, with transformers' epsilon).
+
+    Returns:
+        [rows, H] in hidden's dtype. Sums are in float32.
+
+    Raises:
+        ValueError: shapes or dtypes that don't fit, or a backend that can't run this.
+    """
+    fits = [hidden.dim() == 2, weight.shape == hidden.shape[1:], weight.dtype == hidden.dtype]
+    fits += [update is None or (update.shape == hidden.shape and update.dtype == hidden.dtype)]
+    require_shapes("add_rms_norm", fits, dict(hidden=hidden, update=update, weight=weight))
+    backend = choose("add_rms_norm", backend, hidden, _limits(hidden, hidden.shape[1], hidden.is_contiguous()))
+    if backend == "reference":
+        return reference.add_rms_norm(hidden, update, weight, eps)
+    return _add_rms_norm(hidden, None if update is None else update.contiguous(), weight.contiguous(), eps, backend)
+
+
+def swiglu(gate_up: Tensor, backend: Backend = "auto") -> Tensor:
+    """silu(gate) * up (Shazeer 2020), computed in float32. Not differentiable.
+
+    Args:
+        gate_up: [rows, 2 I], gate and up side by side, as one product gives them.
+
+    Returns:
+        [rows, I] in the same dtype.
+
+    Raises:
+        ValueError: an odd width, or a backend that can't run this.
+    """
+    require_shapes("swiglu", [gate_up.dim() == 2, gate_up.shape[-1] % 2 == 0], dict(gate_up=gate_up))
+    backend = choose("swiglu", backend, gate_up, _limits(gate_up, gate_up.shape[1] // 2, gate_up.is_contiguous()))
+    return reference.swiglu(gate_up) if backend == "reference" else _swiglu(gate_up, backend)
+
+
+def _limits(rows: Tensor, width: int, contiguous: bool) -> dict[str, bool]:
+    return {
+        "float32 or bfloat16": rows.dtype in (torch.float32, torch.bfloat16),
+        f"a width that is a multiple of {LANES}": width % LANES == 0,
+        "contiguous rows": contiguous,
+    }
+
+
+@decode_operator("add_rms_norm", mutates=("hidden",))
+def _add_rms_norm(hidden: Tensor, update: Tensor | None, weight: Tensor, eps: float, backend: str) -> Tensor:
+    out = torch.empty_like(hidden)
+    kernels(backend, "elementwise").add_rms_norm(hidden, update, weight, eps, out)
+    return out
+
+
+@decode_operator("swiglu")
+def _swiglu(gate_up: Tensor, backend: str) -> Tensor:
+    out = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
+    kernels(backend, "elementwise").swiglu(gate_up, out)
+    return out
+
+
+@torch.library.register_fake("m1::add_rms_norm")
+def _(hidden: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(hidden)
+
+
+@torch.library.register_fake("m1::swiglu")
+def _(gate_up: Tensor, *rest: Any) -> Tensor:
+    return gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)

@@ -1,0 +1,78 @@
+"""Draws a token a row on a GPU.
+
+`_sum_blocks` gives every BLOCK logits of a row a program, which finds the highest and the sum of e^(logit - highest);
+`_draw` finds the block at which the running sum passes the target, and in it the token.
+"""
+
+# ruff: noqa: ANN001, ANN202 (inside kernels everything is a tensor, a pointer or a constexpr)
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from m1.ops.triton import LOG2_E
+
+BLOCK = 1024
+
+
+def sample_token(logits: Tensor, uniform: Tensor, temperature: Tensor, tokens: Tensor, logprobs: Tensor) -> None:
+    """Fills tokens and logprobs."""
+    b, V = logits.shape
+    if not b:
+        return
+    blocks = triton.cdiv(V, BLOCK)
+    highest, sums = torch.empty(2, b, blocks, dtype=torch.float32, device=logits.device)
+    _sum_blocks[blocks, b](logits, temperature, highest, sums, V, BLOCK)
+    width = triton.next_power_of_2(blocks)
+    _draw[(b,)](logits, uniform, temperature, highest, sums, tokens, logprobs, V, blocks, BLOCK, width)
+
+
+@triton.jit
+def _exponents(logits, temperature, row, block, V, BLOCK: tl.constexpr):
+    """The block's logits / temperature as exponents of 2; -inf behind the last."""
+    heat = tl.load(temperature + row)
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(logits + row * V + at, mask=at < V, other=float("-inf")).to(tl.float32)
+    return x * (LOG2_E / tl.where(heat > 0, heat, 1.0))
+
+
+@triton.jit
+def _sum_blocks(logits, temperature, highest, sums, V, BLOCK: tl.constexpr):
+    block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    x = _exponents(logits, temperature, row, block, V, BLOCK)
+    top = tl.max(x, axis=0)
+    weights = tl.where(x == float("-inf"), 0.0, tl.exp2(x - top))  # a block may be all -inf
+    tl.store(highest + row * tl.num_programs(0) + block, top)
+    tl.store(sums + row * tl.num_programs(0) + block, tl.sum(weights, axis=0))
+
+
+@triton.jit
+def _draw(
+    logits, uniform, temperature, highest, sums, tokens, logprobs, V, blocks,
+    BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    block, offset = tl.arange(0, WIDTH), tl.arange(0, BLOCK)
+    tops = tl.load(highest + row * blocks + block, mask=block < blocks, other=float("-inf"))
+    top = tl.max(tops, axis=0)
+    weights = tl.where(tops == float("-inf"), 0.0, tl.exp2(tops - top))
+    weights *= tl.load(sums + row * blocks + block, mask=block < blocks, other=0.0)
+    running = tl.cumsum(weights, axis=0)
+    total = tl.sum(weights, axis=0)
+    target = tl.load(uniform + row).to(tl.float32) * total
+    greedy = tl.load(temperature + row) == 0.0
+    # the first that passes the target; where rounding leaves none, the last with any probability
+    passes = (weights > 0) & (tl.where(greedy, tops == top, running > target))
+    first, last = tl.min(tl.where(passes, block, WIDTH), axis=0), tl.max(tl.where(weights > 0, block, 0), axis=0)
+    chosen = tl.minimum(first, last)
+    before = tl.sum(tl.where(block < chosen, weights, 0.0), axis=0)
+
+    x = _exponents(logits, temperature, row, chosen, V, BLOCK)
+    inside = tl.where(x == float("-inf"), 0.0, tl.exp2(x - top))
+    passes = (inside > 0) & (tl.where(greedy, x == top, before + tl.cumsum(inside, axis=0) > target))
+    first, last = tl.min(tl.where(passes, offset, BLOCK), axis=0), tl.max(tl.where(inside > 0, offset, 0), axis=0)
+    at = tl.minimum(first, last)
+    own = tl.sum(tl.where(offset == at, x, 0.0), axis=0)
+    tl.store(tokens + row, chosen * BLOCK + at)
+    tl.store(logprobs + row, (own - top - tl.log2(total)) / LOG2_E)
