@@ -335,10 +335,16 @@ def bench_decode(
     dtype: Annotated[str, typer.Option(help="Of weights and activations: float32 or bfloat16.")] = "float32",
     device: Device = None,
     repeats: Annotated[int, typer.Option(help="Timed runs a cell and engine, in turns.")] = 3,
+    contexts: Annotated[
+        int | None, typer.Option(help="Don't decode every token: time a few steps at so many contexts of each batch.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw tokens/s against batch and length into this file.")] = None,
     out: Result = None,
 ) -> None:
     """Tokens a second of whole batches: this engine, hybrid and transformer, beside its peers."""
-    from m1.bench.decode import DecodeOptions, run
+    from m1.bench.decode import plot as plot_result
+    from m1.bench.decode import run
+    from m1.bench.decoders import DecodeOptions
     from m1.bench.options import default_device
 
     try:
@@ -347,12 +353,14 @@ def bench_decode(
         raise UserError(f"--cells {cells}: give BATCHxNEW_TOKENS, such as 16x512,64x2048") from None
     options = DecodeOptions(
         shape=shape, cells=pairs, prompt=prompt, engines=engines.split(","), dtype=dtype,
-        device=device or default_device(), backends=None, repeats=repeats,
+        device=device or default_device(), backends=None, repeats=repeats, contexts=contexts,
     )  # fmt: skip
-    _bench(lambda options: run(options, errors.print), options, out)
+    result = _bench(lambda options: run(options, errors.print), options, out)
+    if plot:
+        plot_result(result, plot)
 
 
-def _bench(run: Callable[[Any], dict[str, Any]], options: Any, out: Path | None) -> None:
+def _bench(run: Callable[[Any], dict[str, Any]], options: Any, out: Path | None) -> dict[str, Any]:
     """Runs, prints and writes one benchmark; exit code 1 where a row failed."""
     from m1.bench.report import destination, publish
 
@@ -362,6 +370,7 @@ def _bench(run: Callable[[Any], dict[str, Any]], options: Any, out: Path | None)
     publish(result, path)
     if any("failure" in row for row in result["rows"]):
         raise typer.Exit(1)
+    return result
 
 
 def main() -> None:

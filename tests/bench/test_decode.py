@@ -5,7 +5,10 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from m1.bench.decode import DecodeOptions, floor_seconds
+import m1.engine.engine as engine_module
+from m1.bench import decoders
+from m1.bench.decode import floor_seconds
+from m1.bench.decoders import DecodeOptions
 from m1.bench.roofline import Limits
 from m1.cli import app
 from m1.errors import UserError
@@ -31,6 +34,29 @@ def test_rows_of_every_engine_here(tmp_path):
         assert ("share_of_floor" in row) == row["name"].startswith("ours")
 
 
+def test_steps_at_some_contexts(tmp_path):
+    """Of a batch that has no room, as many samples as fit go together."""
+    command = ["bench", "decode", "--shape", "tiny", "--cells", "3x200,3x400,2x400", "--prompt", "4", "--contexts", "2"]
+    command += ["--engines", "ours-hybrid,ours-transformer", "--device", "cpu", "--repeats", "1"]
+    run = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "d.json"), "--plot", str(tmp_path / "d.png")])
+    assert run.exit_code == 0, run.output
+    result = json.loads((tmp_path / "d.json").read_text())
+    assert [(r["together"], r["batch"]) for r in result["rows"]] == [(3, 3)] * 4 + [(2, 2)] * 2
+    for hybrid, transformer in zip(result["rows"][::2], result["rows"][1::2], strict=True):
+        assert hybrid["largest_batch"] > transformer["largest_batch"]
+        assert hybrid["times_ours-transformer"] == transformer["seconds"] / hybrid["seconds"]
+    assert (tmp_path / "d.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_batch_without_room_goes_in_parts(monkeypatch):
+    monkeypatch.setattr(engine_module, "slots_that_fit", lambda *_: 2)
+    monkeypatch.setattr(decoders, "seconds_of_step", lambda options, engine, context: float(context))
+    monkeypatch.setattr(decoders, "seconds_of_prompt", lambda options, engine: 7.0)
+    options = DecodeOptions(**OPTIONS | {"cells": [(6, 100)], "contexts": 2})
+    run = decoders.at_contexts(options, hybrid=True)(6, 100)
+    assert run.together == 2 and run.seconds == 3 * (2 * 7.0 + 100 * (4 + 25 + 4 + 75) / 2)
+
+
 def test_floor_by_hand():
     """hidden 64, 4 heads and 2 KV heads of 16, ffn 128, 4 layers (2 attention), vocabulary 1000, float32."""
     mlp, attention, mamba = 3 * 64 * 128, 64 * (64 + 2 * 32) + 64 * 64, 64 * (2 * 64 + 2 * 32 + 4) + 4 * 64 + 64 * 64
@@ -53,6 +79,7 @@ def test_floor_by_hand():
         ({"cells": [(0, 5)]}, "--cells 0"),
         ({"prompt": 0}, "--prompt 0"),
         ({"device": "tpu"}, "--device tpu"),
+        ({"contexts": 3, "engines": ["transformers"]}, "--contexts times steps of this engine"),
     ],
 )
 def test_impossible_options_are_refused(bad, message):

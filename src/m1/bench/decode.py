@@ -4,113 +4,62 @@ Random weights, random prompts, no end-of-sequence, sampled at temperature 1; wh
 over the time from the first prompt's submission to the last token. Engines take turns: a disturbance hits all.
 """
 
-import json
 import statistics
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from m1.bench.contest import begin
-from m1.bench.options import DTYPES, Options
+from m1.bench.decoders import PEERS_PYTHON, DecodeOptions, Decoder, Run, make_model, start
+from m1.bench.options import DTYPES
 from m1.bench.roofline import Limits
-from m1.engine import Engine, SamplingParams
 from m1.errors import UserError
-from m1.model import M1Config, M1ForCausalLM
-from m1.model.configuration import ATTENTION, MAMBA, layer_cache_bytes, layer_kinds
-
-SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": dict(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=16, vocab_size=1000, attention=(1, 3),
-    ),
-    "30m": dict(
-        hidden_size=512, intermediate_size=1344, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=2,
-        head_dim=64, vocab_size=16000, attention=(3, 7),
-    ),
-    "100m": dict(
-        hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12, num_key_value_heads=4,
-        head_dim=64, vocab_size=16000, attention=(3, 7, 11),
-    ),
-    "m1-3b": dict(
-        hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24, num_key_value_heads=8,
-        head_dim=128, vocab_size=128256, attention=(3, 8, 13, 18, 23, 27), tie_word_embeddings=True,
-    ),
-}  # fmt: skip
-ENGINES = ("ours-hybrid", "ours-transformer", "transformers", "vllm")
-PEERS_PYTHON = Path(".venv-peers/bin/python")
-
-Generate = Callable[[int, int], float]  # seconds for a batch and so many new tokens each
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecodeOptions(Options):
-    """`cells`: pairs of batch and new tokens. `engines`: some of ENGINES."""
-
-    name = "decode"
-
-    shape: str
-    cells: list[tuple[int, int]]
-    prompt: int
-    engines: list[str]
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require(self.shape in SHAPES, "shape", f"choose {', '.join(SHAPES)}")
-        for engine in self.engines:
-            if engine not in ENGINES:
-                raise UserError(f"--engines: no engine {engine!r}; choose from {', '.join(ENGINES)}")
-        for number in (number for cell in self.cells for number in cell):
-            if number < 1:
-                raise UserError(f"--cells {number}: must be at least 1")
+from m1.model.configuration import ATTENTION, layer_cache_bytes, layer_kinds
 
 
 def run(options: DecodeOptions, on_row: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
     """Measures; returns what is printed and written."""
     limits, result = begin(options)
     result |= {"skipped": [], "rows": []}
-    longest, largest = max(new for _, new in options.cells), max(batch for batch, _ in options.cells)
     with ExitStack() as stack:
-        engines: dict[str, Generate] = {}
+        decoders: dict[str, Decoder] = {}
         for name in options.engines:
             if name == "vllm" and (options.device != "cpu" or not PEERS_PYTHON.exists()):
                 result["skipped"].append("vllm: `make peers` installs it for CPUs; it isn't there")
                 continue
-            engines[name] = stack.enter_context(start(name, options, options.prompt + longest, largest))
+            decoders[name] = stack.enter_context(start(name, options))
         for batch, new in options.cells:
-            seconds: dict[str, list[float]] = {name: [] for name in engines}
-            for generate in engines.values():
-                generate(batch, 2)  # compiles, allocates
+            runs: dict[str, list[Run]] = {name: [] for name in decoders}
             for _ in range(options.repeats):
-                for name, generate in engines.items():
-                    seconds[name].append(generate(batch, new))
-                    on_row(f"{name}: {batch} x {new} in {seconds[name][-1]:.1f} s")
-            result["rows"] += rows_of(options, batch, new, seconds, limits)
+                for name, decoder in decoders.items():
+                    runs[name].append(decoder(batch, new))
+                    on_row(f"{name}: {batch} x {new} in {runs[name][-1].seconds:.1f} s")
+            result["rows"] += rows_of(options, batch, new, runs, limits)
     return result
 
 
 def rows_of(
-    options: DecodeOptions, batch: int, new: int, seconds: dict[str, list[float]], limits: Limits
+    options: DecodeOptions, batch: int, new: int, runs: dict[str, list[Run]], limits: Limits
 ) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    peer = statistics.median(seconds["vllm"]) if "vllm" in seconds else None
-    for name, taken in seconds.items():
-        median = statistics.median(taken)
+    medians = {name: statistics.median(run.seconds for run in taken) for name, taken in runs.items()}
+    for name, taken in runs.items():
+        median, together = medians[name], taken[0].together
+        seconds = [run.seconds for run in taken]
         row = {"name": name, "batch": batch, "new_tokens": new, "runs": len(taken), "seconds": median}
-        row |= {"seconds_min": min(taken), "seconds_max": max(taken), "tokens_per_second": batch * new / median}
+        row |= {"seconds_min": min(seconds), "seconds_max": max(seconds), "tokens_per_second": batch * new / median}
+        facts = {"together": together, "largest_batch": taken[0].largest, "peak_memory_bytes": taken[0].peak_bytes}
+        row |= {key: value for key, value in facts.items() if value is not None}
         if name.startswith("ours"):
-            row["share_of_floor"] = floor_seconds(options, name, batch, new, limits) / median
-        if peer:
-            row["times_vllm"] = peer / median
+            floor = floor_seconds(options, name, together, new, limits) * batch / together
+            row["share_of_floor"] = floor / median
+        for peer in ("vllm", "ours-transformer"):
+            if peer in medians and name != peer:
+                row[f"times_{peer}"] = medians[peer] / median
         rows.append(row)
     return rows
 
@@ -120,8 +69,9 @@ def floor_seconds(options: DecodeOptions, name: str, batch: int, new: int, limit
     prompts' products."""
     with torch.device("meta"):
         model = make_model(options, hybrid=name == "ours-hybrid", max_len=options.prompt + new)
-    config, bytes_ = model.config, DTYPES[options.dtype].itemsize
+    config = model.config
     products = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    bytes_ = DTYPES[options.dtype].itemsize
     layers = products - config.hidden_size * config.vocab_size
     context = options.prompt + new // 2
     step = max(products * bytes_ / limits.copy, 2 * products * batch / limits.gemm)
@@ -132,99 +82,31 @@ def floor_seconds(options: DecodeOptions, name: str, batch: int, new: int, limit
     return new * step + 2 * layers * batch * options.prompt / limits.gemm
 
 
-@contextmanager
-def start(name: str, options: DecodeOptions, max_len: int, max_batch: int) -> Iterator[Generate]:
-    if name == "vllm":
-        with start_vllm(options, max_len, max_batch) as generate:
-            yield generate
-        return
-    with torch.device(options.device):
-        model = make_model(options, hybrid=name == "ours-hybrid", max_len=max_len)
-    yield transformers_generate(model, options) if name == "transformers" else ours(model, options)
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Tokens a second against the batch, and against the new tokens, of the cells that have the other in common.
 
+    Raises:
+        UserError: a file that can't be written, or a format that isn't known.
+    """
+    from matplotlib.figure import Figure
 
-def make_model(options: DecodeOptions, hybrid: bool, max_len: int) -> PreTrainedModel:
-    """Random weights, on the device of the context. A transformer is a Llama."""
-    shape = dict(SHAPES[options.shape], max_position_embeddings=max_len)
-    attention = shape.pop("attention")
-    torch.manual_seed(0)
-    if not hybrid:
-        return LlamaForCausalLM(LlamaConfig(**shape)).to(DTYPES[options.dtype]).eval()
-    kinds = [ATTENTION if i in attention else MAMBA for i in range(shape["num_hidden_layers"])]
-    return M1ForCausalLM(M1Config(**shape, layer_types=kinds)).to(DTYPES[options.dtype]).eval()
-
-
-def random_prompts(options: DecodeOptions, batch: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(SHAPES[options.shape]["vocab_size"], (batch, options.prompt), generator=generator)
-
-
-def ours(model: PreTrainedModel, options: DecodeOptions) -> Generate:
-    def generate(batch: int, new: int) -> float:
-        engine = Engine(model, [], batch, max_len=options.prompt + new, snapshots=0)
-        if engine.slots.count < batch:
-            raise UserError(
-                f"memory has room for {engine.slots.count} sequences of {engine.max_len} tokens, not {batch}"
-            )
-        prompts = random_prompts(options, batch).tolist()
-        synchronize(options)
-        began = time.perf_counter()
-        for i, prompt in enumerate(prompts):
-            engine.submit(prompt, SamplingParams(max_tokens=new, seed=i))
-        while engine.busy:
-            engine.step()
-        return time.perf_counter() - began
-
-    return generate
-
-
-def transformers_generate(model: PreTrainedModel, options: DecodeOptions) -> Generate:
-    def generate(batch: int, new: int) -> float:
-        prompts = random_prompts(options, batch).to(options.device)
-        synchronize(options)
-        began = time.perf_counter()
-        sampling: dict[str, Any] = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
-        model.generate(  # type: ignore[operator]
-            prompts, attention_mask=torch.ones_like(prompts), min_new_tokens=new, max_new_tokens=new, **sampling
-        )
-        synchronize(options)
-        return time.perf_counter() - began
-
-    return generate
-
-
-@contextmanager
-def start_vllm(options: DecodeOptions, max_len: int, max_batch: int) -> Iterator[Generate]:
-    """In its own environment, on a checkpoint of the transformer."""
-    worker = Path(__file__).with_name("vllm_worker.py")
-    with tempfile.TemporaryDirectory() as folder:
-        make_model(options, hybrid=False, max_len=max_len).save_pretrained(folder)
-        command = [str(PEERS_PYTHON), str(worker), folder, "--dtype", options.dtype]
-        command += ["--max-len", str(max_len), "--max-seqs", str(max_batch)]
-        with open(Path(folder) / "log", "w+") as log:
-            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
-            assert process.stdin and process.stdout
-
-            def ask(work: dict[str, int] | None) -> dict[str, Any]:
-                if work:
-                    print(json.dumps(work), file=process.stdin, flush=True)
-                line = process.stdout.readline() if process.stdout else ""
-                answer = json.loads(line) if line else {"error": "it ended without an answer"}
-                if "error" in answer:
-                    raise UserError(f"vllm: {answer['error']}")
-                return answer
-
-            def generate(batch: int, new: int) -> float:
-                return ask({"batch": batch, "prompt": options.prompt, "new_tokens": new, "seed": 0})["seconds"]
-
-            try:
-                print(f"vllm: {ask(None)['versions']}", file=sys.stderr)
-                yield generate
-            finally:
-                process.stdin.close()
-                process.wait(timeout=60)
-
-
-def synchronize(options: DecodeOptions) -> None:
-    if options.device == "cuda":
-        torch.cuda.synchronize()
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for axes, key, common in zip(panels, ("batch", "new_tokens"), ("new_tokens", "batch"), strict=True):
+        shared = statistics.mode(row[common] for row in result["rows"])
+        for name in result["options"]["engines"]:
+            points = [
+                (r[key], r["tokens_per_second"]) for r in result["rows"] if (r["name"], r[common]) == (name, shared)
+            ]
+            if points:
+                axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
+        of = f"{shared:,} new tokens" if key == "batch" else f"batch {shared}"
+        axes.set(title=of, xlabel=key.replace("_", " "), ylabel="tokens a second")
+        axes.set_xscale("log", base=2)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    try:
+        figure.savefig(path)
+    except (ValueError, OSError) as error:
+        raise UserError(f"can't write the plot to {path}: {error}") from None

@@ -26,6 +26,13 @@ def show_time(row: Row) -> str:
     return f"{median:.3g} {unit} ({fastest:.3g}..{slowest:.3g})"
 
 
+def show_memory(row: Row) -> str:
+    """Of a token where the row counts those, else in all."""
+    if "tokens" in row:
+        return f"{row['peak_memory_bytes'] / row['tokens'] / 1024:,.1f} KiB/token"
+    return f"{row['peak_memory_bytes'] / 2**30:,.1f} GiB"
+
+
 # Heading, a key that a row needs for it, and what it shows. A column that no row has a value for is left out.
 COLUMNS: list[tuple[str, str, Callable[[Row], str]]] = [
     ("pass", "pass", lambda row: row["pass"]),
@@ -35,6 +42,9 @@ COLUMNS: list[tuple[str, str, Callable[[Row], str]]] = [
     ("tokens/s", "tokens_per_second", lambda row: f"{row['tokens_per_second']:,.0f}"),
     ("of floor", "share_of_floor", lambda row: f"{row['share_of_floor']:.0%}"),
     ("times vLLM", "times_vllm", lambda row: f"{row['times_vllm']:.2f}"),
+    ("times transformer", "times_ours-transformer", lambda row: f"{row['times_ours-transformer']:.2f}"),
+    ("together", "together", lambda row: str(row["together"])),
+    ("largest batch", "largest_batch", lambda row: str(row["largest_batch"])),
     ("time", "seconds", show_time),
     ("runs", "runs", lambda row: str(row["runs"])),
     ("tokens", "tokens", lambda row: f"{row['tokens']:,}"),
@@ -42,7 +52,7 @@ COLUMNS: list[tuple[str, str, Callable[[Row], str]]] = [
     ("GB/s", "gigabytes_per_second", lambda row: f"{row['gigabytes_per_second']:.3g} ({row['share_of_copy']:.0%})"),
     ("GFLOP/s", "gigaflops_per_second", lambda row: f"{row['gigaflops_per_second']:.3g} ({row['share_of_gemm']:.1%})"),
     ("time/ours", "ratio_to_ours", lambda row: f"{row['ratio_to_ours']:.3g}"),
-    ("KiB/token", "peak_memory_bytes", lambda row: f"{row['peak_memory_bytes'] / row['tokens'] / 1024:,.1f}"),
+    ("memory", "peak_memory_bytes", show_memory),
     ("error", "error", lambda row: f"{row['error']:.0e}"),
 ]
 

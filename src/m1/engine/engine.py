@@ -43,7 +43,7 @@ class Engine:
     A sample's tokens depend on its prompt, its settings and its seed, not on what else is being decoded.
 
     Args:
-        model: the weights are packed anew, so later changes of the model don't reach the engine.
+        model: mustn't change as long as the engine lives; some weights are packed, others shared.
         stop_token_ids: a sample ends behind one of these; the model's eos tokens when None.
         max_batch: samples decoded together; fewer if memory has no room for so many.
         max_len: tokens of a prompt and its sample together; the model's context, at most 8192, when None.

@@ -137,10 +137,10 @@ class Layer:
 
 def pack(*linears: nn.Linear) -> PackedLinear:
     """Linear layers of one input as one."""
-    weight = torch.cat([linear.weight.detach() for linear in linears])
-    if linears[0].bias is None:
-        return PackedLinear(weight)
-    return PackedLinear(weight, torch.cat([linear.bias.detach() for linear in linears]))
+    weights, biases = [linear.weight.detach() for linear in linears], [linear.bias for linear in linears]
+    if len(linears) == 1:  # where the product takes weights as they are, they aren't copied
+        return PackedLinear(weights[0], biases[0])
+    return PackedLinear(torch.cat(weights), None if biases[0] is None else torch.cat([b.detach() for b in biases]))
 
 
 class Packed(nn.Module):

@@ -1,0 +1,280 @@
+"""What `m1 bench decode` times: the engine and its peers, each a function of a batch and its new tokens.
+
+A decoder warms up when it first meets a batch: what compiles, captures or allocates does so before the clock starts.
+"""
+
+import gc
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from m1.bench.options import DTYPES, Options
+from m1.engine import Engine, SamplingParams
+from m1.engine.state import slots_that_fit
+from m1.errors import UserError
+from m1.model import M1Config, M1ForCausalLM
+from m1.model.configuration import ATTENTION, MAMBA
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": dict(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=16, vocab_size=1000, attention=(1, 3),
+    ),
+    "30m": dict(
+        hidden_size=512, intermediate_size=1344, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=2,
+        head_dim=64, vocab_size=16000, attention=(3, 7),
+    ),
+    "100m": dict(
+        hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12, num_key_value_heads=4,
+        head_dim=64, vocab_size=16000, attention=(3, 7, 11),
+    ),
+    "m1-3b": dict(
+        hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24, num_key_value_heads=8,
+        head_dim=128, vocab_size=128256, attention=(3, 8, 13, 18, 23, 27), tie_word_embeddings=True,
+    ),
+}  # fmt: skip
+ENGINES = ("ours-hybrid", "ours-transformer", "transformers", "vllm")
+PEERS_PYTHON = Path(".venv-peers/bin/python")
+STEPS, WARMUPS = 24, 4  # timed at each context, and before them
+
+
+class Run(NamedTuple):
+    """A batch: seconds from the first prompt's submission to the last token, and how many samples went together.
+
+    `largest` is the batch that memory has room for, `peak_bytes` the memory that was taken, where these are known.
+    """
+
+    seconds: float
+    together: int
+    largest: int | None = None
+    peak_bytes: int | None = None
+
+
+Decoder = Callable[[int, int], Run]  # of a batch and so many new tokens each
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeOptions(Options):
+    """`cells`: pairs of batch and new tokens. `engines`: some of ENGINES. `contexts`: see `at_contexts`."""
+
+    name = "decode"
+
+    shape: str
+    cells: list[tuple[int, int]]
+    prompt: int
+    engines: list[str]
+    contexts: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.shape in SHAPES, "shape", f"choose {', '.join(SHAPES)}")
+        for engine in self.engines:
+            if engine not in ENGINES:
+                raise UserError(f"--engines: no engine {engine!r}; choose from {', '.join(ENGINES)}")
+        for number in (number for cell in self.cells for number in cell):
+            if number < 1:
+                raise UserError(f"--cells {number}: must be at least 1")
+        if self.contexts and not all(engine.startswith("ours") for engine in self.engines):
+            raise UserError("--contexts times steps of this engine: choose --engines ours-hybrid,ours-transformer")
+
+    @property
+    def max_len(self) -> int:
+        return self.prompt + max(new for _, new in self.cells)
+
+
+def make_model(options: DecodeOptions, hybrid: bool, max_len: int) -> PreTrainedModel:
+    """Random weights, on the device of the context. A transformer is a Llama."""
+    shape = dict(SHAPES[options.shape], max_position_embeddings=max_len)
+    attention = shape.pop("attention")
+    torch.manual_seed(0)
+    if not hybrid:
+        return LlamaForCausalLM(LlamaConfig(**shape)).to(DTYPES[options.dtype]).eval()
+    kinds = [ATTENTION if i in attention else MAMBA for i in range(shape["num_hidden_layers"])]
+    return M1ForCausalLM(M1Config(**shape, layer_types=kinds)).to(DTYPES[options.dtype]).eval()
+
+
+def model_on_device(options: DecodeOptions, hybrid: bool) -> PreTrainedModel:
+    with torch.device(options.device):
+        return make_model(options, hybrid, options.max_len)
+
+
+def random_prompts(options: DecodeOptions, count: int, length: int | None = None) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    size = (count, length or options.prompt)
+    return torch.randint(SHAPES[options.shape]["vocab_size"], size, generator=generator).tolist()
+
+
+def clock(options: DecodeOptions) -> float:
+    """Seconds, all work done."""
+    if options.device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+@contextmanager
+def start(name: str, options: DecodeOptions) -> Iterator[Decoder]:
+    match name:
+        case "vllm":
+            with start_vllm(options) as decoder:
+                yield decoder
+        case "transformers":
+            yield transformers_generate(options)
+        case _:
+            yield (at_contexts if options.contexts else whole_batches)(options, hybrid=name == "ours-hybrid")
+
+
+def whole_batches(options: DecodeOptions, hybrid: bool) -> Decoder:
+    """This engine, every token of every sample."""
+    model = model_on_device(options, hybrid)
+    engine: Engine | None = None
+
+    def decode(engine: Engine, batch: int, new: int) -> None:
+        for i, prompt in enumerate(random_prompts(options, batch)):
+            engine.submit(prompt, SamplingParams(max_tokens=new, seed=i))
+        while engine.busy:
+            engine.step()
+
+    def run(batch: int, new: int) -> Run:
+        nonlocal engine
+        if engine is None or (engine.slots.count, engine.max_len) != (batch, options.prompt + new):
+            engine = Engine(model, [], batch, max_len=options.prompt + new, snapshots=0)
+            if engine.slots.count < batch:
+                raise UserError(
+                    f"memory has room for {engine.slots.count} sequences of {engine.max_len} tokens, not {batch}"
+                )
+            decode(engine, batch, min(new, 2))
+        began = clock(options)
+        decode(engine, batch, new)
+        return Run(clock(options) - began, batch)
+
+    return run
+
+
+def at_contexts(options: DecodeOptions, hybrid: bool) -> Decoder:
+    """This engine, timing a few steps at each of some contexts, evenly spread over those that a batch passes through.
+
+    A batch takes the mean of those steps for each new token, and its prompts the time that one prompt takes alone. Of a
+    batch that memory has no room for, as many as fit are decoded together, one such part after the other. The model is
+    made for each batch anew: what another one holds would take its memory.
+    """
+
+    def run(batch: int, new: int) -> Run:
+        gc.collect()
+        if options.device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        model = model_on_device(options, hybrid)
+        max_len, parts = options.prompt + new, options.contexts or 1
+        largest = slots_that_fit(model.config, max_len, model.dtype, model.device)
+        engine = Engine(model, [], batch, max_len=max_len, snapshots=0)
+        together = engine.slots.count
+        contexts = [options.prompt + (2 * i + 1) * new // (2 * parts) for i in range(parts)]
+        step = sum(seconds_of_step(options, engine, context) for context in contexts) / parts
+        seconds = together * seconds_of_prompt(options, engine) + new * step
+        peak = torch.cuda.max_memory_allocated() if options.device == "cuda" else None
+        return Run(seconds * batch / together, together, largest, peak)
+
+    return run
+
+
+def seconds_of_step(options: DecodeOptions, engine: Engine, context: int) -> float:
+    """A step that decodes in all slots, which have seen about `context` tokens."""
+    steps = min(STEPS, 2 * (engine.max_len - context - WARMUPS) - 2)
+    if steps < 1:
+        raise UserError(f"--contexts: no room for timed steps at {context} tokens of {engine.max_len}; give fewer")
+    (prompt,) = random_prompts(options, 1, max(1, context - WARMUPS - steps // 2))
+    request = engine.submit(prompt, SamplingParams(max_tokens=WARMUPS + steps + 1), engine.slots.count)
+    while engine.scheduler.waiting:
+        engine.step()
+    for _ in range(WARMUPS):
+        engine.step()
+    began = clock(options)
+    for _ in range(steps):
+        engine.step()
+    seconds = (clock(options) - began) / steps
+    engine.abort(request)
+    return seconds
+
+
+def seconds_of_prompt(options: DecodeOptions, engine: Engine, count: int = 4) -> float:
+    """A prompt's prefill, by the first token."""
+    began = clock(options)
+    for prompt in random_prompts(options, count):
+        engine.submit(prompt, SamplingParams(max_tokens=1))
+    while engine.busy:
+        engine.step()
+    return (clock(options) - began) / count
+
+
+def transformers_generate(options: DecodeOptions) -> Decoder:
+    """On a GPU with a static cache, with which transformers compiles the decoding step."""
+    model: Any = model_on_device(options, hybrid=False)
+    sampling: dict[str, Any] = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
+    if options.device == "cuda":
+        sampling["cache_implementation"] = "static"
+    warm: set[tuple[int, int]] = set()
+
+    def run(batch: int, new: int) -> Run:
+        prompts = torch.tensor(random_prompts(options, batch), device=options.device)
+
+        def generate() -> float:
+            began = clock(options)
+            mask = torch.ones_like(prompts)
+            model.generate(prompts, attention_mask=mask, min_new_tokens=new, max_new_tokens=new, **sampling)
+            return clock(options) - began
+
+        if (batch, new) not in warm:  # the static cache's size is the length's: each is compiled for itself
+            generate()
+            warm.add((batch, new))
+        return Run(generate(), batch)
+
+    return run
+
+
+@contextmanager
+def start_vllm(options: DecodeOptions) -> Iterator[Decoder]:
+    """In its own environment, on a checkpoint of the transformer."""
+    worker = Path(__file__).with_name("vllm_worker.py")
+    with tempfile.TemporaryDirectory() as folder:
+        model_on_device(options, hybrid=False).save_pretrained(folder)
+        command = [str(PEERS_PYTHON), str(worker), folder, "--dtype", options.dtype]
+        most = max(batch for batch, _ in options.cells)
+        command += ["--max-len", str(options.max_len), "--max-seqs", str(most)]
+        with open(Path(folder) / "log", "w+") as log:
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
+            assert process.stdin and process.stdout
+
+            def ask(work: dict[str, int] | None) -> dict[str, Any]:
+                if work:
+                    print(json.dumps(work), file=process.stdin, flush=True)
+                line = process.stdout.readline() if process.stdout else ""
+                answer = json.loads(line) if line else {"error": "it ended without an answer"}
+                if "error" in answer:
+                    raise UserError(f"vllm: {answer['error']}")
+                return answer
+
+            warm: set[int] = set()
+
+            def run(batch: int, new: int) -> Run:
+                work = {"batch": batch, "prompt": options.prompt, "new_tokens": new, "seed": 0}
+                if batch not in warm:
+                    ask(work | {"new_tokens": 2})
+                    warm.add(batch)
+                return Run(ask(work)["seconds"], batch)
+
+            try:
+                print(f"vllm: {ask(None)['versions']}", file=sys.stderr)
+                yield run
+            finally:
+                process.stdin.close()
+                process.wait(timeout=60)
