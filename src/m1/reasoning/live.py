@@ -38,8 +38,8 @@ def watch(console: Console, budget: Budget) -> Iterator[Callable[[Solution], Non
 
 def picture(solution: Solution, budget: Budget) -> Group:
     rate = solution.tokens / max(solution.seconds, 1e-9)
-    status = f"{len(solution.samples)} of {budget.n or 'as many samples as fit'}, {solution.tokens:,} tokens"
-    status += f", {rate:,.0f} tokens/s"
+    of = "" if budget.n is None else f" of {budget.n}"
+    status = f"{len(solution.samples)}{of} samples, {solution.tokens:,} tokens, {rate:,.0f} tokens/s"
     if budget.seconds is not None:
         status += f", {max(0.0, budget.seconds - solution.seconds):.1f} s left"
     bars = Table.grid(padding=(0, 1))
