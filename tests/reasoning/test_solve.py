@@ -234,12 +234,17 @@ def test_decided_refuses_weights_without_a_bound():
 def test_it_can_be_watched_and_saved():
     seen = []
     engine = ScriptedEngine(["1", None, "2"], lengths=[2], slots=1)
-    watched = run(engine, 3, on_step=lambda solution: seen.append((solution.seconds, len(solution.samples))))
-    assert seen == [(1, 0), (2, 1), (3, 1), (4, 2), (5, 2), (6, 3)]
+
+    def on_step(solution):
+        seen.append((solution.seconds, len(solution.samples)))
+        engine.now += 0.5  # drawing takes time, too
+
+    watched = run(engine, 3, on_step=on_step)
+    assert seen == [(1, 0), (2.5, 1), (4, 1), (5.5, 2), (7, 2), (8.5, 3)]
     saved = json.loads(json.dumps(watched.as_json()))
     assert saved["tally"] == [{"answer": a, "votes": 1, "weight": 1.0} for a in "12"]
     assert (saved["answer"], saved["abstained"], saved["finished"], saved["aborted"]) == ("1", 1, 3, 0)
-    assert (saved["reason"], saved["seconds"], saved["samples"][1]["text"]) == ("all", 6.0, "none")
+    assert (saved["reason"], saved["seconds"], saved["samples"][1]["text"]) == ("all", 9.0, "none")
 
 
 class TimedEngine(Engine):

@@ -106,6 +106,15 @@ def test_live_view_on_a_terminal():
         on_step(Solution(VOTE, SAMPLES, [], 1.0))
 
 
+def test_a_terminal_sees_the_vote_and_then_the_final_lines(run, answers, monkeypatch):
+    console = Console(file=io.StringIO(), force_terminal=True, width=100, color_system=None)
+    monkeypatch.setattr(cli, "console", console)
+    assert run("--n", 3, "--rule", "none")[0] == 0
+    shown = console.file.getvalue()
+    assert "3 samples, " in shown and "tokens/s" in shown  # of the live view
+    assert shown.index("tokens/s") < shown.index("3 of 3 samples finished") < shown.index("answer: ")
+
+
 def test_bars_are_as_long_as_the_weights():
     console = Console(file=io.StringIO(), width=100, color_system=None)
     console.print(picture(Solution(VOTE, SAMPLES, [], 1.0), Budget(seconds=3.0)))

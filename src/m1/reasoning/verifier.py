@@ -65,7 +65,7 @@ class RewardModel:
     """A verifier made of a sequence classifier: the chance it gives to (problem, answer), as a chat, being good.
 
     That is the sigmoid of its one logit (a Bradley-Terry reward model's chance against a reward of 0), or the softmax's
-    second class of two. Votes weighed by a verifier's chance: Li et al. 2023 (arXiv 2206.02336), equation 2.
+    second class of two. Votes weighed by a verifier's chance: Li et al. 2023 (arXiv 2206.02336), their voting verifier.
 
     Raises:
         UserError: the model has another number of outputs, or its tokenizer no chat template.

@@ -33,7 +33,7 @@ class Vote:
 
     def confidence(self) -> float:
         r"""Chance that the leader is truly given more often than the runner-up (Adaptive-Consistency, Aggarwal et al.
-        2023, arXiv 2305.11860, section 3: the Beta criterion).
+        2023, arXiv 2305.11860: its Beta criterion).
 
         Of a votes for the leader and b for its strongest rival, seen under a uniform prior, the leader's share is
         distributed as Beta(a+1, b+1). For whole a and b its mass above 1/2 is a finite sum, here without rounding:
