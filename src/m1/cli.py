@@ -214,39 +214,62 @@ def generate(
 def solve(
     problem: Annotated[str, typer.Argument(help="The question, as a user would type it.")],
     model: Model,
-    n: Annotated[int, typer.Option(help="Samples at most.")] = 16,
+    n: Annotated[
+        int | None, typer.Option(help="Samples; when not given, as many as fit into --seconds, or 16 without it.")
+    ] = None,
     seconds: Annotated[float | None, typer.Option(help="Time budget; what is unfinished then is dropped.")] = None,
-    all_samples: Annotated[bool, typer.Option("--all", help="Don't stop early when the vote is decided.")] = False,
+    rule: Annotated[
+        str,
+        typer.Option(
+            help='Stop early: "decided", when the answer is sure to be that of all samples; "confident", when the '
+            'leader is ahead with a probability of 0.95; "none", never.'
+        ),
+    ] = "decided",
+    weights: Annotated[
+        str, typer.Option(help='Of the votes: "uniform", "logprob", or a reward model\'s folder or hub id.')
+    ] = "uniform",
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the tally, the samples and what they cost into this file.")
+    ] = None,
     max_new_tokens: int = 1024,
     temperature: float = 0.7,
+    max_batch: Annotated[
+        int, typer.Option(help="Samples decoded together: with more of them each takes longer, and more end a second.")
+    ] = 64,
     seed: int = 0,
 ) -> None:
     """Answer one problem by voting over many samples."""
+    from dataclasses import asdict
+
     from m1.engine import Engine, SamplingParams, max_len_for, stop_tokens
+    from m1.jsonl import write_json
     from m1.model.checkpoint import load_model
     from m1.reasoning.answers import Grader
+    from m1.reasoning.budget import Budget
+    from m1.reasoning.live import summary, watch
     from m1.reasoning.solve import chat_prompt
     from m1.reasoning.solve import solve as run
+    from m1.reasoning.verifier import read_weights
 
-    if n < 1:
-        raise UserError(f"--n {n}: need at least one sample")
-    if seconds is not None and seconds <= 0:
-        raise UserError(f"--seconds {seconds}: need a positive budget")
-    network, tokenizer = load_model(model)
+    budget = Budget(16 if n is None and seconds is None else n, seconds, rule)  # type: ignore[arg-type]
     params = SamplingParams(max_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    scores = read_weights(weights)
+    network, tokenizer = load_model(model)
     max_len = max_len_for(network, [chat_prompt(tokenizer, problem)], max_new_tokens)
-    engine = Engine(network, stop_tokens(network, tokenizer), n, max_len)
+    engine = Engine(network, stop_tokens(network, tokenizer), min(budget.n or max_batch, max_batch), max_len)
     with Grader() as grader:
-        solution = run(problem, engine, tokenizer, grader, params, n, seconds, stop_when_decided=not all_samples)
-    for answer, votes in solution.vote.counts.items():
-        console.print(f"{votes:4d}  {answer}", markup=False, highlight=False)
-    if solution.vote.abstained:
-        console.print(f"{solution.vote.abstained:4d}  (no answer)", markup=False, highlight=False)
-    console.print(
-        f"{len(solution.answers)} of {n} samples, {solution.tokens} tokens, {solution.seconds:.2f} s, "
-        f"stopped: {solution.reason}"
-    )
-    console.print(f"answer: {solution.vote.answer}", markup=False, highlight=False)
+        grader.start()  # like loading the model, it is not on the clock
+        with watch(console, budget) as on_step:
+            solution = run(problem, engine, tokenizer, grader, params, budget, scores, on_step)
+    for line in summary(solution):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if json_file:
+        settings = {"problem": problem, "model": str(model), "budget": asdict(budget), "weights": weights}
+        settings |= {"sampling": asdict(params), "grading": dict(grader.counts)}
+        try:
+            write_json(json_file, settings | solution.as_json())
+        except OSError as error:
+            raise UserError(f"can't write {json_file}: {error.strerror}") from None
 
 
 @app.command()

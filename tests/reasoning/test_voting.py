@@ -1,75 +1,90 @@
 """Invariant 8's first half: votes don't depend on the samples' order; early stopping never changes the winner."""
 
-from hypothesis import given, settings
+import math
+
+import pytest
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from m1.engine import Completion, SamplingParams
-from m1.model.tokenizer import byte_tokenizer
 from m1.reasoning.answers import Grader
-from m1.reasoning.solve import solve
 from m1.reasoning.voting import Vote, vote
 
-SAMPLES = st.lists(st.sampled_from(["1", "01", "2", "3", None]), max_size=12)
-GRADER = Grader()
-GRADER.start = lambda: None  # these answers are all decided without a worker
+ANSWERS = st.sampled_from(["1", "01", "2", "3", None])
+WEIGHTS = st.sampled_from([0.0, 0.1, 0.2, 0.3, 0.7, 1.0]) | st.floats(0, 1)
+SAMPLES = st.lists(st.tuples(ANSWERS, WEIGHTS), max_size=12)
+GRADER = Grader()  # these answers are all decided without a worker
+
+
+def weighed(samples):
+    return vote([answer for answer, _ in samples], GRADER, [weight for _, weight in samples])
 
 
 @given(SAMPLES, st.randoms())
+@example([("1", 0.1), ("1", 0.2), ("1", 0.3), ("2", 0.6)], None)  # (0.3 + 0.2) + 0.1 != (0.1 + 0.2) + 0.3 in floats
 def test_order_does_not_matter(samples, rng):
     shuffled = samples.copy()
-    rng.shuffle(shuffled)
-    assert vote(samples, GRADER) == vote(shuffled, GRADER)
+    rng.shuffle(shuffled) if rng else shuffled.reverse()
+    assert list(weighed(samples).weights.items()) == list(weighed(shuffled).weights.items())
+    answers = [answer for answer, _ in samples]
+    assert vote(answers, GRADER) == vote([answer for answer, _ in shuffled], GRADER)
 
 
 @given(SAMPLES, SAMPLES)
+@example([("2", 0.7), ("1", 0.6)], [("1", 0.1)])
+@example([("2", 1.0), ("2", 1.0), ("1", 1.0)], [("1", 1.0)])
+@example([("2", 0.3), ("1", 0.1), ("1", 0.2)], [])  # 0.1 + 0.2 rounds to more than 0.3
 def test_decided_is_final(seen, rest):
-    early = vote(seen, GRADER)
+    early = weighed(seen)
     if early.decided(remaining=len(rest)):
-        assert vote(seen + rest, GRADER).answer == early.answer
+        assert weighed(seen + rest).answer == early.answer
+
+
+@given(SAMPLES, st.floats(0.5, 100), st.integers(0, 4))
+def test_decided_is_as_eager_as_it_can_be(seen, bound, remaining):
+    """Where it isn't decided, weight on the runner-up, or on a new answer, comes within rounding of the leader."""
+    early = weighed(seen)
+    if not early.decided(remaining, bound):
+        first, second = [*early.weights.values(), 0.0, 0.0][:2]
+        assert second + remaining * bound >= first * (1 - 1e-8) - 1e-8 * remaining * bound
 
 
 def test_by_hand():
-    assert vote(["2", "7", None, "07", "2", "7"], GRADER) == Vote({"7": 3, "2": 2}, abstained=1)
+    seven = Vote({"7": 3, "2": 2}, {"7": 3.0, "2": 2.0}, abstained=1)
+    assert vote(["2", "7", None, "07", "2", "7"], GRADER) == seven
     assert vote(["9", "12", "9", "12"], GRADER).answer == "9"  # a tie goes to the shorter answer
     assert vote([None], GRADER).answer is None
-    assert Vote({"7": 3, "2": 1}, 0).decided(1) and not Vote({"7": 3, "2": 1}, 0).decided(2)
+    assert Vote({"7": 3, "2": 1}, {"7": 3.0, "2": 1.0}).decided(1)
+    assert not Vote({"7": 3, "2": 1}, {"7": 3.0, "2": 1.0}).decided(2)
+    assert not Vote({}, {}).decided(0)
 
 
-class ScriptedEngine:
-    """Finishes the given answers one a step; every step takes a second of the injected clock."""
-
-    def __init__(self, answers, tokenizer):
-        self.answers, self.tokenizer, self.now = answers, tokenizer, 0.0
-
-    def generate(self, prompts, params, n, should_stop, on_finish):
-        completions = [Completion(prompt=0) for _ in range(n)]
-        for completion, answer in zip(completions, self.answers, strict=True):
-            if should_stop():
-                break
-            self.now += 1
-            completion.token_ids = self.tokenizer.encode(rf"\boxed{{{answer}}}")
-            completion.finish_reason = "stop"
-            on_finish(completion)
-        return completions
+def test_weight_beats_number():
+    heavy = vote(["1", "1", "2", None], GRADER, [0.2, 0.3, 0.75, 0.9])
+    assert list(heavy.weights.items()) == [("2", 0.75), ("1", 0.5)]
+    assert (heavy.counts, heavy.abstained) == ({"2": 1, "1": 2}, 1)
 
 
-def run(answers, **options):
-    tokenizer = byte_tokenizer()
-    engine = ScriptedEngine(answers, tokenizer)
-    return solve("?", engine, tokenizer, GRADER, SamplingParams(), len(answers), clock=lambda: engine.now, **options)
+def test_decided_needs_a_lead_larger_than_the_bound_allows():
+    lead = Vote({"1": 2, "2": 1}, {"1": 5.0, "2": 1.0})
+    assert lead.decided(1, bound=3.9) and not lead.decided(1, bound=4.0) and not lead.decided(2, bound=3.9)
 
 
-@settings(max_examples=30)
-@given(st.lists(st.sampled_from("123"), min_size=1, max_size=9))
-def test_stopping_when_decided_is_lossless(answers):
-    assert run(answers).vote.answer == run(answers, stop_when_decided=False).vote.answer
+def tail(a, b, steps=20_000):
+    """P(share > 1/2) under Beta(a+1, b+1), by the midpoint rule."""
+    points = [(k + 0.5) / steps for k in range(steps)]
+    mass = [x**a * (1 - x) ** b for x in points]
+    return math.fsum(mass[steps // 2 :]) / math.fsum(mass)
 
 
-def test_stops_when_decided():
-    solution = run(list("777737"))
-    assert (solution.vote.answer, solution.reason, len(solution.answers)) == ("7", "decided", 4)
+@pytest.mark.parametrize("a, b", [(0, 0), (1, 0), (3, 0), (4, 0), (5, 2), (3, 3), (2, 6), (40, 31)])
+def test_confidence_is_the_beta_posteriors_tail(a, b):
+    counts = {"1": a, "2": b}
+    assert Vote(counts, counts).confidence() == pytest.approx(tail(a, b), abs=1e-6)
 
 
-def test_budget_is_overrun_by_one_step_at_most():
-    solution = run(list("123456789"), seconds=3.5)
-    assert (solution.reason, solution.seconds, len(solution.answers)) == ("seconds", 4.0, 4)
+def test_confidence_by_hand():
+    assert Vote({"1": 3}, {"1": 3.0}).confidence() == 15 / 16
+    assert Vote({"1": 4}, {"1": 4.0}).confidence() == 31 / 32
+    assert Vote({"1": 2000, "2": 1000}, {"1": 2000.0, "2": 1000.0}).confidence() > 0.999  # no overflow
+    # the leader by weight has fewer votes than its strongest rival, which is not the next by weight
+    assert Vote({"1": 2, "2": 1, "3": 4}, {"1": 1.9, "2": 0.9, "3": 0.4}).confidence() == pytest.approx(tail(2, 4))

@@ -1,0 +1,87 @@
+"""Budgets, timers, and grading on a timer."""
+
+import math
+from collections import Counter
+
+import pytest
+
+from m1.errors import UserError
+from m1.reasoning.answers import Grader
+from m1.reasoning.budget import Budget, TimedGrader, Timer
+from m1.reasoning.voting import Vote, vote
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({}, "give a number of samples, seconds, or both"),
+        ({"n": 0}, "n=0"),
+        ({"n": 4, "seconds": 0}, "seconds=0"),
+        ({"seconds": -1.5}, "seconds=-1.5"),
+        ({"seconds": math.nan}, "seconds=nan"),
+        ({"seconds": math.inf}, "seconds=inf"),
+        ({"n": 4, "rule": "sure"}, "'sure' is unknown: choose none, decided, confident"),
+    ],
+)
+def test_impossible_budgets(options, words):
+    with pytest.raises(UserError, match=words):
+        Budget(**options)
+
+
+def votes(*counts):
+    named = {str(i): count for i, count in enumerate(counts)}
+    return Vote(named, {name: float(count) for name, count in named.items()})
+
+
+@pytest.mark.parametrize(
+    "options, counts, finished, bound, reason",
+    [
+        ({"n": 8, "rule": "none"}, (7, 0), 7, 1.0, None),
+        ({"n": 8, "rule": "none"}, (8, 0), 8, 1.0, "all"),
+        ({"n": 8}, (8, 0), 8, 1.0, "all"),
+        ({"n": 8}, (5, 1), 6, 1.0, "decided"),
+        ({"n": 8}, (4, 0), 4, 1.0, None),
+        ({"n": 8}, (5, 1), 6, 2.0, None),  # two samples of weight 2 could draw level
+        ({"seconds": 9.0}, (99, 0), 99, 1.0, None),  # any number of samples is still missing
+        ({"n": 8, "rule": "confident"}, (3, 0), 3, 1.0, None),
+        ({"n": 8, "rule": "confident"}, (4, 0), 4, 1.0, "confident"),
+        ({"n": 8, "rule": "confident"}, (4, 0), 4, None, "confident"),
+        ({"n": 5, "rule": "confident"}, (3, 0), 3, 1.0, "decided"),
+        ({"n": 5, "rule": "confident"}, (3, 0), 3, None, None),
+        ({"seconds": 9.0, "rule": "confident"}, (4, 0), 9, 1.0, "confident"),
+    ],
+)
+def test_why_stop(options, counts, finished, bound, reason):
+    assert Budget(**options).why_stop(votes(*counts), finished, bound) == reason
+
+
+def test_timer_counts_from_when_it_is_made():
+    now = [5.0]
+    timer, endless = Timer(2.0, lambda: now[0]), Timer(None, lambda: now[0])
+    now[0] = 8.0
+    assert (timer.spent(), timer.left(), endless.spent(), endless.left()) == (3.0, -1.0, 3.0, math.inf)
+
+
+class SlowGrader(Grader):
+    """Its worker takes `cost` seconds of the clock a pair, or what the timeout allows, and finds all pairs equal."""
+
+    def __init__(self, now, cost):
+        super().__init__(timeout=10.0)
+        self.now, self.cost, self.asked = now, cost, Counter()
+
+    def _ask_worker(self, gold, answer):
+        self.asked[gold, answer] += 1
+        self.now[0] += min(self.cost, self.timeout)
+        return self.cost <= self.timeout
+
+
+def test_grading_never_overruns():
+    now = [0.0]
+    slow = SlowGrader(now, cost=2.0)
+    timed = TimedGrader(slow, Timer(5.0, lambda: now[0]))
+    answers = ["a", "b", "c", "d", "e"]  # a=b and a=c take 2 seconds each, a=d is cut off after one
+    assert vote(answers, timed).counts == {"a": 3, "d": 1, "e": 1}
+    assert now == [5.0] and sum(slow.asked.values()) == 3
+    assert vote([*answers, "d", "f", "12", "012"], timed).counts == {"a": 3, "d": 2, "12": 2, "e": 1, "f": 1}
+    assert now == [5.0] and sum(slow.asked.values()) == 3  # what was found equal stays so; nothing more is asked
+    assert slow.timeout == 10.0
