@@ -55,7 +55,52 @@ def kernels() -> str:
     return markdown(columns, rows) + "\n" + "; ".join(machines) + ".\n"
 
 
-TABLES: dict[str, list[Callable[[], str]]] = {"README.md": [pocket], "docs/kernels.md": [kernels]}
+# Speed against the transformer of the same size, by (batch, new tokens): arXiv 2504.10449, on an H100 under vLLM 0.6.3.
+PAPER = {
+    (8, 4096): 1.11, (16, 4096): 1.27, (32, 4096): 1.43, (64, 4096): 1.73, (128, 4096): 2.15, (256, 4096): 2.64,
+    (512, 4096): 3.01, (128, 8192): 2.47, (128, 16384): 2.56, (128, 20480): 2.64,
+}  # fmt: skip
+
+
+def h200() -> str:
+    """`benchmarks/h200.sh`."""
+    bench = result("h200-decode")
+    cells = [(row["batch"], row["new_tokens"]) for row in bench["rows"] if row["name"] == "ours-hybrid"]
+    found = {(row["name"], row["batch"], row["new_tokens"]): row for row in bench["rows"]}
+    rows = []
+    for cell in cells:
+        hybrid, transformer = found["ours-hybrid", *cell], found["ours-transformer", *cell]
+        floors = [row["seconds"] * row["share_of_floor"] for row in (transformer, hybrid)]
+        ratios = [hybrid["times_ours-transformer"], PAPER[cell], floors[0] / floors[1]]
+        rates = [f"{row['tokens_per_second']:,.0f}" for row in (hybrid, transformer)]
+        shares = [f"{100 * row['share_of_floor']:.0f} %" for row in (hybrid, transformer)]
+        fits = [f"{row['largest_batch']:,}" for row in (hybrid, transformer)]
+        memory = [f"{row['peak_memory_bytes'] / 2**30:.0f} GiB" for row in (hybrid, transformer)]
+        rows.append([f"{cell[0]} x {cell[1]:,}", *rates, *(f"{r:.2f}" for r in ratios), *shares, *fits, *memory])
+    columns = ["batch x new tokens", "hybrid, tokens/s", "transformer", "ratio", "paper's", "floors'"]
+    columns += [f"{name}, {model}" for name in ("of floor", "fit", "memory") for model in ("hybrid", "transformer")]
+    machine, limits = bench["machine"], bench["limits"]
+    conditions = [
+        f"{machine['gpu']}, torch {machine['torch']}, copies {limits['copy_bytes_per_second'] / 1e12:.2f} TB/s",
+        f"matrix products {limits['gemm_flops_per_second'] / 1e12:.0f} TFLOP/s",
+        "M1-3B's and Llama-3.2-3B's shapes with random bfloat16 weights",
+        f"prompts of {bench['options']['prompt']} tokens",
+        f"steps timed at {bench['options']['contexts']} contexts",
+    ]
+    return markdown(columns, rows) + "\n" + ", ".join(conditions) + ".\n"
+
+
+def short_h200() -> str:
+    """The first columns of it."""
+    lines = [line.split("|") for line in h200().splitlines() if line.startswith("|")]
+    return "".join("|".join([*line[:6], ""]) + "\n" for line in lines)
+
+
+TABLES: dict[str, list[Callable[[], str]]] = {
+    "README.md": [pocket, short_h200],
+    "docs/kernels.md": [kernels],
+    "docs/results.md": [h200],
+}
 
 
 def main() -> None:
