@@ -35,6 +35,7 @@ Dtype = Annotated[str, typer.Option(help="Of the activations: float32 or bfloat1
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; when not given, cuda if there is a GPU.")]
 Backends = Annotated[str | None, typer.Option(help="Those to measure, e.g. cpu,reference; all that run here.")]
 Repeats = Annotated[int, typer.Option(help="Timed calls a row; slow ones have fewer.")]
+Quantize = Annotated[str | None, typer.Option(help="int8: round the weights of linear layers (on a CPU).")]
 Result = Annotated[
     Path | None, typer.Option("--out", help="JSON; results/bench-NAME-DEVICE.json if there is a folder results.")
 ]
@@ -194,6 +195,7 @@ def generate(
         list[str] | None, typer.Option(help="Ends a sample, which is cut in front of it. Repeatable.")
     ] = None,
     max_batch: Annotated[int, typer.Option(help="Sequences decoded together.")] = 256,
+    quantize: Quantize = None,
     seed: int = 0,
 ) -> None:
     """Sample answers to a file of prompts."""
@@ -206,7 +208,9 @@ def generate(
     )
     network, tokenizer = load_model(model)
     with progress_bar("generate", "samples") as on_progress:
-        tokens, seconds = generate_file(network, tokenizer, prompts, out, params, n, stop or [], max_batch, on_progress)
+        tokens, seconds = generate_file(
+            network, tokenizer, prompts, out, params, n, stop or [], max_batch, quantize, on_progress
+        )
     console.print(f"{tokens:,} tokens in {seconds:.1f} s, {tokens / max(seconds, 1e-9):,.0f} tokens/s, in {out}")
 
 
@@ -353,7 +357,10 @@ def bench_decode(
     ] = "16x512,64x512,64x2048,16x8192",
     prompt: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 128,
     engines: Annotated[
-        str, typer.Option(help="Some of ours-hybrid, ours-transformer, transformers, vllm (see `make peers`).")
+        str,
+        typer.Option(
+            help="Some of ours-hybrid, ours-transformer, each also with -int8, transformers, vllm (`make peers`)."
+        ),
     ] = "ours-hybrid,ours-transformer,vllm",
     dtype: Annotated[str, typer.Option(help="Of weights and activations: float32 or bfloat16.")] = "float32",
     device: Device = None,

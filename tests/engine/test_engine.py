@@ -85,3 +85,14 @@ def test_bad_requests_are_refused(model):
         Engine(model, max_len=20).generate([[1] * 10], GREEDY)
     with pytest.raises(UserError, match="top_p=0"):
         SamplingParams(top_p=0)
+
+
+def test_int8_weights_are_near_the_models(hybrid):
+    params = SamplingParams(max_tokens=12, temperature=0)
+    plain, rounded = (
+        Engine(hybrid, [], max_len=64, quantize=q).generate([[3, 1, 4, 1, 5]], params)[0] for q in (None, "int8")
+    )
+    assert rounded.token_ids[0] == plain.token_ids[0] and rounded.logprobs != plain.logprobs
+    assert abs(rounded.logprobs[0] - plain.logprobs[0]) < 0.1
+    with pytest.raises(UserError, match="int4"):
+        Engine(hybrid, quantize="int4")

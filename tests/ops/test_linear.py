@@ -62,6 +62,22 @@ def test_rows_do_not_depend_on_their_batch_mates(rows, inputs, outputs, x_dtype,
     assert torch.equal(layer(x[chosen[:1]]), together[chosen[:1]])
 
 
+@pytest.mark.usefixtures("poisoned_memory")
+@settings(max_examples=100, deadline=None)
+@given(ROWS, INPUTS, OUTPUTS, DTYPES, DTYPES, st.booleans())
+def test_int8_equals_rounded_weights(rows, inputs, outputs, x_dtype, dtype, biased):
+    x, weight, bias = make(rows, inputs, outputs, x_dtype, dtype)
+    weight[0] = 0  # has no scale of its own
+    bias = bias if biased else None
+    scale = weight.float().abs().amax(dim=1, keepdim=True) / 127
+    rounded = (weight.float() / scale).nan_to_num().round() * scale
+    layer = PackedLinear(weight, bias, backend="cpu", int8=True)
+    assert_equals_torch(layer, x, rounded, bias)
+    assert torch.equal(layer(x[:1]), layer(x)[:1])
+    if dtype == torch.float32:
+        assert_equals_torch(PackedLinear(weight, bias, backend="reference", int8=True), x, rounded, bias)
+
+
 def test_outputs_do_not_depend_on_threads():
     x, weight, bias = make(70, 700, 200)
     layer = PackedLinear(weight, bias, backend="cpu")

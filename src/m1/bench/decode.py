@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from m1.bench.contest import begin
-from m1.bench.decoders import PEERS_PYTHON, DecodeOptions, Decoder, Run, make_model, start
+from m1.bench.decoders import PEERS_PYTHON, DecodeOptions, Decoder, Run, is_hybrid, make_model, start
 from m1.bench.options import DTYPES
 from m1.bench.roofline import Limits
 from m1.errors import UserError
@@ -54,7 +54,7 @@ def rows_of(
         row |= {"seconds_min": min(seconds), "seconds_max": max(seconds), "tokens_per_second": batch * new / median}
         facts = {"together": together, "largest_batch": taken[0].largest, "peak_memory_bytes": taken[0].peak_bytes}
         row |= {key: value for key, value in facts.items() if value is not None}
-        if name.startswith("ours"):
+        if name.startswith("ours") and not name.endswith("-int8"):
             floor = floor_seconds(options, name, together, new, limits) * batch / together
             row["share_of_floor"] = floor / median
         for peer in ("vllm", "ours-transformer"):
@@ -68,7 +68,7 @@ def floor_seconds(options: DecodeOptions, name: str, batch: int, new: int, limit
     """The least a batch can take (design §10): per step, weights or products, states, keys and values, logits; and the
     prompts' products."""
     with torch.device("meta"):
-        model = make_model(options, hybrid=name == "ours-hybrid", max_len=options.prompt + new)
+        model = make_model(options, is_hybrid(name), max_len=options.prompt + new)
     config = model.config
     products = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
     bytes_ = DTYPES[options.dtype].itemsize

@@ -43,7 +43,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         head_dim=128, vocab_size=128256, attention=(3, 8, 13, 18, 23, 27), tie_word_embeddings=True,
     ),
 }  # fmt: skip
-ENGINES = ("ours-hybrid", "ours-transformer", "transformers", "vllm")
+OURS = ("ours-hybrid", "ours-transformer", "ours-hybrid-int8", "ours-transformer-int8")
+ENGINES = (*OURS, "transformers", "vllm")
 PEERS_PYTHON = Path(".venv-peers/bin/python")
 STEPS, WARMUPS = 24, 4  # timed at each context, and before them
 
@@ -130,10 +131,15 @@ def start(name: str, options: DecodeOptions) -> Iterator[Decoder]:
         case "transformers":
             yield transformers_generate(options)
         case _:
-            yield (at_contexts if options.contexts else whole_batches)(options, hybrid=name == "ours-hybrid")
+            measure = at_contexts if options.contexts else whole_batches
+            yield measure(options, is_hybrid(name), "int8" if name.endswith("-int8") else None)
 
 
-def whole_batches(options: DecodeOptions, hybrid: bool) -> Decoder:
+def is_hybrid(name: str) -> bool:
+    return name.startswith("ours-hybrid")
+
+
+def whole_batches(options: DecodeOptions, hybrid: bool, quantize: str | None = None) -> Decoder:
     """This engine, every token of every sample."""
     model = model_on_device(options, hybrid)
     engine: Engine | None = None
@@ -147,7 +153,7 @@ def whole_batches(options: DecodeOptions, hybrid: bool) -> Decoder:
     def run(batch: int, new: int) -> Run:
         nonlocal engine
         if engine is None or (engine.slots.count, engine.max_len) != (batch, options.prompt + new):
-            engine = Engine(model, [], batch, max_len=options.prompt + new, snapshots=0)
+            engine = Engine(model, [], batch, max_len=options.prompt + new, snapshots=0, quantize=quantize)
             if engine.slots.count < batch:
                 raise UserError(
                     f"memory has room for {engine.slots.count} sequences of {engine.max_len} tokens, not {batch}"
@@ -160,7 +166,7 @@ def whole_batches(options: DecodeOptions, hybrid: bool) -> Decoder:
     return run
 
 
-def at_contexts(options: DecodeOptions, hybrid: bool) -> Decoder:
+def at_contexts(options: DecodeOptions, hybrid: bool, quantize: str | None = None) -> Decoder:
     """This engine, timing a few steps at each of some contexts, evenly spread over those that a batch passes through.
 
     A batch takes the mean of those steps for each new token, and its prompts the time that one prompt takes alone. Of a
@@ -176,7 +182,7 @@ def at_contexts(options: DecodeOptions, hybrid: bool) -> Decoder:
         model = model_on_device(options, hybrid)
         max_len, parts = options.prompt + new, options.contexts or 1
         largest = slots_that_fit(model.config, max_len, model.dtype, model.device)
-        engine = Engine(model, [], batch, max_len=max_len, snapshots=0)
+        engine = Engine(model, [], batch, max_len=max_len, snapshots=0, quantize=quantize)
         together = engine.slots.count
         contexts = [options.prompt + (2 * i + 1) * new // (2 * parts) for i in range(parts)]
         step = sum(seconds_of_step(options, engine, context) for context in contexts) / parts

@@ -49,6 +49,10 @@ class Engine:
         max_len: tokens of a prompt and its sample together; the model's context, at most 8192, when None.
         prefill_chunk: prompt tokens that are prefilled between two decode steps.
         snapshots: prompts (and beginnings of prompts) whose states are kept for the next that begins so.
+        quantize: "int8" rounds the weights of linear layers, for fewer bytes a step on a CPU; None keeps them.
+
+    Raises:
+        UserError: a model the engine can't run, or an impossible setting.
     """
 
     @torch.inference_mode()
@@ -60,6 +64,7 @@ class Engine:
         max_len: int | None = None,
         prefill_chunk: int = 512,
         snapshots: int = 8,
+        quantize: str | None = None,
     ):
         self.context: int = getattr(model.config, "max_position_embeddings", None) or DEFAULT_MAX_LEN
         self.max_len = min(self.context, DEFAULT_MAX_LEN) if max_len is None else max_len
@@ -68,11 +73,13 @@ class Engine:
                 raise UserError(f"{name}={value}: must be at least 1")
         if self.max_len > self.context:
             raise UserError(f"max_len={max_len}: the model's context is {self.context} tokens")
+        if quantize not in (None, "int8") or (quantize and model.device.type != "cpu"):
+            raise UserError(f"quantize={quantize!r} on {model.device.type}: only int8, and only on a CPU")
         self.stop = frozenset(stop_tokens(model) if stop_token_ids is None else stop_token_ids)
         self.vocab_size = model.config.vocab_size
         count = min(max_batch, slots_that_fit(model.config, self.max_len, model.dtype, model.device))
         self.slots = Slots(model.config, count, self.max_len, model.dtype, model.device)
-        self.runner = (GraphRunner if model.device.type == "cuda" else Runner)(model, self.slots)
+        self.runner = (GraphRunner if model.device.type == "cuda" else Runner)(model, self.slots, quantize == "int8")
         self.scheduler = Scheduler(self.runner, self.slots, prefill_chunk, snapshots)
         self._batch = Batch([], model.device)
 

@@ -31,8 +31,8 @@ class Graph:
 class GraphRunner(Runner):
     """A Runner whose decode steps are graphs. On a CPU, where there are none, it pads and runs the same way."""
 
-    def __init__(self, model: PreTrainedModel, slots: Slots):
-        super().__init__(model, slots)
+    def __init__(self, model: PreTrainedModel, slots: Slots, int8: bool = False):
+        super().__init__(model, slots, int8)
         self.graphs: dict[int, Graph] = {}
 
     def decode(self, rows: Tensor) -> Tensor:

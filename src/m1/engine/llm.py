@@ -158,6 +158,7 @@ def generate_file(
     n: int = 1,
     stop: Sequence[str] = (),
     max_batch: int = 256,
+    quantize: str | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[int, float]:
     """Samples every prompt of a JSONL file; a sample is a line of `out` as soon as it is finished.
@@ -184,7 +185,8 @@ def generate_file(
         return 0, 0.0
     encoded = [encode(tokenizer, texts[i]) for i in missing]
     max_len = max_len_for(model, encoded, params.max_tokens)
-    llm = LLM(model, tokenizer, {"max_batch": min(max_batch, len(missing) * n), "max_len": max_len})
+    options = {"max_batch": min(max_batch, len(missing) * n), "max_len": max_len, "quantize": quantize}
+    llm = LLM(model, tokenizer, options)
     began, finished, tokens = time.monotonic(), (len(ids) - len(missing)) * n, 0
     for sample in llm._stream(encoded, params, n, stop):
         if not sample.done:

@@ -5,6 +5,8 @@ a row computes doesn't depend on the other rows: products and kernels sum in an 
 """
 
 import copy
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,11 +24,14 @@ MODELS = ("m1", "llama", "qwen2", "qwen3")
 class Runner:
     """Runs M1, Llama, Qwen2 and Qwen3 models.
 
+    Args:
+        int8: rounds the weights of all linear layers (`PackedLinear`).
+
     Raises:
         UserError: another architecture, another activation than silu, or sliding-window attention.
     """
 
-    def __init__(self, model: PreTrainedModel, slots: Slots):
+    def __init__(self, model: PreTrainedModel, slots: Slots, int8: bool = False):
         config: Any = model.config
         network: Any = model.model
         if config.model_type not in MODELS:
@@ -42,7 +47,9 @@ class Runner:
         self.eps = config.rms_norm_eps
         self.embedding: Tensor = network.embed_tokens.weight
         self.rotary = network.rotary_emb
-        self.layers = [Layer(layer, state, config) for layer, state in zip(network.layers, slots.layers, strict=True)]
+        pack = partial(packed, int8=int8)
+        layers = zip(network.layers, slots.layers, strict=True)
+        self.layers = [Layer(layer, state, config, pack) for layer, state in layers]
         self.norm: Tensor = network.norm.weight
         self.head = pack(model.get_output_embeddings())
 
@@ -71,13 +78,13 @@ class Runner:
 class Layer:
     """One decoder layer: its packed weights and its slots."""
 
-    def __init__(self, layer: Any, state: LayerState, config: Any):
+    def __init__(self, layer: Any, state: LayerState, config: Any, pack: Callable[..., PackedLinear]):
         self.state = state
         self.mixer_norm: Tensor = layer.input_layernorm.weight
         self.mlp_norm: Tensor = layer.post_attention_layernorm.weight
         self.gate_up, self.down = pack(layer.mlp.gate_proj, layer.mlp.up_proj), pack(layer.mlp.down_proj)
         if hasattr(layer, "mamba"):
-            self.mixer: Any = with_packed_linears(layer.mamba)
+            self.mixer: Any = with_packed_linears(layer.mamba, pack)
             self.constants = tuple(t.float().contiguous() for t in layer.mamba.constants())
             self.prefill, self.decode = self._prefill_mamba, self._decode_mamba
         else:
@@ -135,26 +142,27 @@ class Layer:
         return self.mixer.out_proj(y)
 
 
-def pack(*linears: nn.Linear) -> PackedLinear:
+def packed(*linears: nn.Linear, int8: bool) -> PackedLinear:
     """Linear layers of one input as one."""
-    weights, biases = [linear.weight.detach() for linear in linears], [linear.bias for linear in linears]
-    if len(linears) == 1:  # where the product takes weights as they are, they aren't copied
-        return PackedLinear(weights[0], biases[0])
-    return PackedLinear(torch.cat(weights), None if biases[0] is None else torch.cat([b.detach() for b in biases]))
+    weights = [linear.weight.detach() for linear in linears]
+    biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
+    # a single weight isn't copied: a GPU's product takes it as it is
+    weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+    return PackedLinear(weight, torch.cat(biases) if biases else None, int8=int8)
 
 
 class Packed(nn.Module):
     """A PackedLinear where a module is expected."""
 
-    def __init__(self, linear: nn.Linear):
+    def __init__(self, product: PackedLinear):
         super().__init__()
-        self.forward = pack(linear)
+        self.forward = product
 
 
-def with_packed_linears(module: nn.Module) -> nn.Module:
+def with_packed_linears(module: nn.Module, pack: Callable[..., PackedLinear]) -> nn.Module:
     """A copy that shares all parameters but those of its linear layers, which are packed."""
     if type(module) is nn.Linear:
-        return Packed(module)
+        return Packed(pack(module))
     clone = copy.copy(module)
-    clone._modules = {name: with_packed_linears(child) for name, child in module.named_children()}
+    clone._modules = {name: with_packed_linears(child, pack) for name, child in module.named_children()}
     return clone

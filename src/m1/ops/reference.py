@@ -234,3 +234,9 @@ def sample_token(logits: Tensor, uniform: Tensor, temperature: Tensor) -> tuple[
     drawn = torch.where(passed.any(dim=-1), passed.to(torch.uint8).argmax(dim=-1), last)
     tokens = torch.where(greedy, logprobs.argmax(dim=-1), drawn)
     return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
+
+
+def quantize_outputs(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight [out, in] as int8, times a scale [out] float32: the nearest of 255 steps, of which the largest is 127."""
+    scale = weight.float().abs().amax(dim=1).clamp(min=1e-30) / 127
+    return (weight.float() / scale[:, None]).round().to(torch.int8), scale

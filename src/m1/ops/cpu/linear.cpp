@@ -20,10 +20,14 @@ constexpr int DEPTH = 4096 / WIDTH;                  // inputs: 16 KB of float32
 constexpr int BLOCK = 96;                            // rows
 constexpr int64_t SMALL = 1 << 16;                   // products that aren't worth waking threads for
 
+enum Kind : int64_t { FLOAT32, BFLOAT16, INT8 };
+
 struct Layer {
-  int64_t inputs, outputs, bfloat16;
+  int64_t inputs, outputs;
+  Kind kind;
   const void* weight;  // [panels, inputs, WIDTH], bfloat16 in the order of `widen`
-  const float* bias;   // [panels, WIDTH]
+  const float* bias;   // [panels, WIDTH], of outputs before they are scaled
+  const float* scale;  // [panels, WIDTH], of int8 weights
 };
 
 struct Rows {
@@ -42,6 +46,15 @@ inline void widen(const bf16* p, vec (&v)[2]) {
   std::memcpy(&pairs, p, sizeof pairs);
   v[0] = (vec)(pairs << 16);
   v[1] = (vec)(pairs & 0xffff0000u);
+}
+
+inline void widen(const int8_t* p, vec (&v)[2]) {
+  typedef int8_t bytes __attribute__((vector_size(W)));
+  for (int i = 0; i < 2; ++i) {
+    bytes b;
+    std::memcpy(&b, p + i * W, sizeof b);
+    v[i] = __builtin_convertvector(b, vec);
+  }
 }
 
 // For one or a few rows, several panels at once: else too few sums grow side by side to keep the processor busy.
@@ -113,7 +126,9 @@ void block(const Layer& p, const Rows& rows, const float* x, int64_t stride, int
   }
   for (int64_t r = 0; r < count; ++r)
     for (int i = 0; i < PANELS; ++i) {
-      const float* sum = sums + (r * PANELS + i) * WIDTH;
+      float* sum = sums + (r * PANELS + i) * WIDTH;
+      if (p.kind == INT8)
+        for (int c = 0; c < WIDTH; c += W) store(sum + c, load(sum + c) * load(p.scale + (panel + i) * WIDTH + c));
       const int64_t column = (panel + i) * WIDTH, at = (row + r) * p.outputs + column;
       const int64_t some = std::min<int64_t>(WIDTH, p.outputs - column);
       rows.bfloat16 ? write(sum, (bf16*)rows.out + at, some) : write(sum, (float*)rows.out + at, some);
@@ -166,5 +181,9 @@ void linear(const Layer& p, const Rows& rows) {
 extern "C" int64_t m1_linear_width() { return WIDTH; }
 
 extern "C" void m1_linear(const Layer* p, const Rows* rows) {
-  p->bfloat16 ? linear<bf16>(*p, *rows) : linear<float>(*p, *rows);
+  switch (p->kind) {
+    case FLOAT32: return linear<float>(*p, *rows);
+    case BFLOAT16: return linear<bf16>(*p, *rows);
+    case INT8: return linear<int8_t>(*p, *rows);
+  }
 }

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from m1.ops.build import load_cpu_kernels
 
-Layer = Rows = ctypes.c_int64 * 5  # the C++ structs
+Layer, Rows = ctypes.c_int64 * 6, ctypes.c_int64 * 5  # the C++ structs
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 
 
 @functools.cache
@@ -23,7 +24,8 @@ def multiplies_bfloat16() -> bool:
 class Panels:
     """Weights packed for linear.cpp; called with rows, multiplies."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> None:
+        """scale: [out] float32, of int8 weights."""
         kernels: Any = load_cpu_kernels()
         outputs, inputs = weight.shape
         width = kernels.m1_linear_width()
@@ -31,11 +33,14 @@ class Panels:
         padded = F.pad(weight, (0, 0, 0, missing)) if missing else weight
         side_by_side = 2 if weight.dtype == torch.bfloat16 else 1  # outputs i and width / 2 + i
         panels = padded.reshape(-1, side_by_side, width // side_by_side, inputs).permute(0, 3, 2, 1).contiguous()
-        bias = F.pad((weight.new_zeros(outputs) if bias is None else bias).float(), (0, missing)).contiguous()
+        bias = weight.new_zeros(outputs, dtype=torch.float32) if bias is None else bias.float()
+        scale = torch.ones(outputs) if scale is None else scale
+        # the kernel scales its sums, which begin with the bias
+        bias, scale = (F.pad(t, (0, missing)).contiguous() for t in (bias / scale, scale))
         self._outputs = outputs
         self._kernel = kernels.m1_linear
-        self._tensors = panels, bias  # keeps what the struct points to
-        self._layer = Layer(inputs, outputs, side_by_side == 2, panels.data_ptr(), bias.data_ptr())
+        self._tensors = panels, bias, scale  # keeps what the struct points to
+        self._layer = Layer(inputs, outputs, KINDS[weight.dtype], *(t.data_ptr() for t in self._tensors))
 
     def __call__(self, x: Tensor) -> Tensor:
         count = x.shape[0]  # a third of len(x)'s time, and a call should cost little
@@ -66,7 +71,9 @@ class OneDNN:
         return torch.ops.mkldnn._linear_pointwise(x, self._packed, self._packed_bias, "none", [], "")
 
 
-def pack(weight: Tensor, bias: Tensor | None) -> Panels | OneDNN:
-    """The faster of the two here."""
+def pack(weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> Panels | OneDNN:
+    """The faster of the two here. scale: as `Panels`."""
+    if scale is not None:
+        return Panels(weight, bias, scale)
     native = weight.dtype == torch.bfloat16 and multiplies_bfloat16()
     return OneDNN(weight, bias) if native else Panels(weight, bias)
