@@ -172,8 +172,8 @@ def evaluate(
     data: Annotated[
         str | None,
         typer.Option(
-            help='JSONL of {"problem", "answer"}, or a data set: org/name[/config][:split] of the Hub or a folder. '
-            "When not given, the task's own on the Hub."
+            help='JSONL of {"problem", "answer"}, or a data set: a folder, or ORG/NAME or ORG/NAME/CONFIG:SPLIT of the '
+            "Hub. When not given, the task's own on the Hub."
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Result folder; MODEL/eval/TASK when not given.")] = None,

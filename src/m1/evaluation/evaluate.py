@@ -7,7 +7,8 @@
     OUT/result.json      the metrics, written last
 
 A run that was cut off makes only what is missing. What its grading met is in the samples, its seconds too: both go on
-from there.
+from there. The result's `grading` is the samples' and the votes' of the session that finished; sessions don't know each
+other's pairs, so some are counted twice.
 """
 
 import hashlib

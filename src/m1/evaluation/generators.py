@@ -172,7 +172,7 @@ class TransformersGenerator:
         started = time.monotonic()
         for first in range(0, len(jobs), self.max_batch):
             batch = jobs[first : first + self.max_batch]
-            outputs = self._sample([prompts[ask.problem] for ask, _ in batch], config, seed=batch[0][0].seed)
+            outputs = self._sample([prompts[ask.problem] for ask, _ in batch], config, batch[0][0].seed + first)
             now = time.monotonic()
             for (ask, round_), tokens in zip(batch, outputs, strict=True):
                 end = next((i for i, token in enumerate(tokens, start=1) if token in stop), None)

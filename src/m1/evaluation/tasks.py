@@ -125,11 +125,9 @@ def _dataset(name: str, config: str | None, split: str | None, advice: str) -> I
 def _problem(row: dict[str, Any], default_id: str, where: str) -> Problem:
     """A row, whatever its columns are called. Raises UserError naming `where`."""
     id_ = next((row[name] for name in ID_COLUMNS if row.get(name) is not None), default_id)
-    renamed = dict(row)
-    if text := next((row[name] for name in PROBLEM_COLUMNS if name in row), None):
-        renamed["problem"] = text
-    if column := next((name for name in GOLD_COLUMNS if row.get(name) not in (None, [])), None):
-        renamed["answers"] = _golds(column, row[column])
+    text = next((row[name] for name in PROBLEM_COLUMNS if name in row), None)
+    column = next((name for name in GOLD_COLUMNS if row.get(name) not in (None, [])), None)
+    renamed = {**row, "problem": text, "answers": _golds(column, row[column])} if text and column else row
     text, golds = problem_and_golds(renamed, where)
     try:
         "".join([text, *golds]).encode()
