@@ -15,7 +15,7 @@ from m1.evaluation.generators import EngineGenerator, Sample, TransformersGenera
 from m1.evaluation.tasks import Problem
 from m1.model.checkpoint import load_tokenizer
 
-PROBLEMS = [Problem(f"p{i}", f"{i}+1", (str(i + 1), f"{i + 1}.0")) for i in range(5)]
+PROBLEMS = [Problem(f"p{i}", f"{i}+1", (str(i + 1), f"0{i + 1}")) for i in range(5)]
 SETTINGS = Settings("chain", n=3, max_new_tokens=6, temperature=1.0, seed=0, prompt_template="<{problem}>")
 
 
@@ -81,7 +81,7 @@ def test_what_is_written(tmp_path):
     }  # fmt: skip
     assert set(grading) == set(found["grading"])
     problems = [json.loads(line) for line in (tmp_path / "problems.jsonl").read_text().splitlines()]
-    assert problems[0] == {"id": "p0", "text": "0+1", "answers": ["1", "1.0"]} and len(problems) == 5
+    assert problems[0] == {"id": "p0", "text": "0+1", "answers": ["1", "01"]} and len(problems) == 5
 
 
 def test_samples_as_parquet(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 r"""Problems from files and data sets, whatever their columns are called."""
 
 import json
+import os
 
 import pytest
 
@@ -158,3 +159,16 @@ def test_prompt_templates(tmp_path):
     with pytest.raises(UserError, match="unknown task 'math501'; known: chain, "):
         prompt_template("math501")
     assert set(tasks.PROMPTS) == {"chain", *HUB}
+
+
+@pytest.mark.skipif("M1_DATA" not in os.environ, reason="M1_DATA names no folder of benchmark files")
+@pytest.mark.parametrize(
+    ("task", "file", "count"),
+    [
+        ("math500", "math500", 500), ("aime24", "aime24", 30), ("aime25", "aime25", 30), ("amc23", "amc23", 40),
+        ("olympiadbench", "olympiadbench", 675), ("minerva", "minerva", 272), ("gsm8k", "gsm8k_test", 1319),
+    ],
+)  # fmt: skip
+def test_real_benchmarks(task, file, count):
+    problems = load_task(task, f"{os.environ['M1_DATA']}/{file}.jsonl")
+    assert len(problems) == count and len({p.text for p in problems}) == count
