@@ -179,11 +179,11 @@ def test_grading_counts_add_up_over_sessions(tmp_path, monkeypatch):
     ("generator", "problems", "settings", "words"),
     [
         (Scripted(model="other"), PROBLEMS, SETTINGS, "another model"),
-        (Scripted(), PROBLEMS[:4], SETTINGS, "another set of problems"),
-        (Scripted(), [Problem("p0", "0+1", ("2",)), *PROBLEMS[1:]], SETTINGS, "another set of problems"),
+        (Scripted(), PROBLEMS[:4], SETTINGS, "other problems"),
+        (Scripted(), [Problem("p0", "0+1", ("2",)), *PROBLEMS[1:]], SETTINGS, "other problems"),
         (Scripted(), PROBLEMS, Settings("chain", 4, 6, 1.0, 0, "<{problem}>"), "n=3"),
         (Scripted(), PROBLEMS, Settings("chain", 3, 6, 0.5, 0, "<{problem}>"), "temperature=1.0"),
-        (Scripted(), PROBLEMS, Settings("chain", 3, 6, 1.0, 0, "[{problem}]"), "another prompt_template"),
+        (Scripted(), PROBLEMS, Settings("chain", 3, 6, 1.0, 0, "[{problem}]"), "another prompt template"),
     ],
 )
 def test_what_is_not_mixed(tmp_path, generator, problems, settings, words):

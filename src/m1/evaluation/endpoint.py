@@ -137,7 +137,7 @@ class EndpointGenerator:
             asked = {name: value for name, value in body.items() if name not in self._unknown}
             try:
                 response = client.post(self.address, json=asked)
-            except httpx2.ConnectError as error:
+            except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
                 if not self._reached:
                     raise UserError(f"can't reach {self.address}: {error}") from None
                 problem = str(error)
@@ -195,7 +195,7 @@ def _choice(choice: dict[str, Any], count: int | None) -> Choice:
     logprob = None
     if content := (choice.get("logprobs") or {}).get("content"):
         logprob, count = sum(float(token["logprob"]) for token in content), len(content)
-    return text, count, logprob, str(choice.get("finish_reason"))
+    return text, count, logprob, str(choice.get("finish_reason") or "unknown")
 
 
 def _named(response: httpx2.Response, asked: dict[str, Any]) -> str | None:

@@ -29,6 +29,12 @@ from m1.evaluation.tasks import Problem
 from m1.jsonl import append_jsonl, drop_torn_line, read_json, read_jsonl, write_json
 from m1.reasoning.answers import Grader, extract_answer
 
+TOO_LONG_TO_SHOW = {
+    "problems_sha256": "other problems",
+    "prompt_template": "another prompt template",
+    "model": "another model",
+}
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -77,9 +83,11 @@ def evaluate(
     with Grader() as grader:
         for first in range(0, settings.n, step):
             asks = list(_missing(problems, settings, range(first, first + step), rows))
+            if not asks:
+                continue
             before = max((row["seconds"] for row in rows.values()), default=0.0)
             with closing(generator.generate(asks, settings.params())) as samples:
-                for sample in samples if asks else ():
+                for sample in samples:
                     row = _graded(replace(sample, seconds=round(before + sample.seconds, 4)), golds, grader)
                     append_jsonl(out / "samples.jsonl", [row])
                     rows[sample.problem, sample.round] = row
@@ -102,17 +110,13 @@ def evaluate(
 
 def _prepare(out: Path, current: dict[str, Any], problems: list[Problem]) -> None:
     """Makes OUT. Samples it holds must be of the same settings and problems: others would be mixed into the metrics."""
-    current = {**current, "set of problems": _problems_hash(problems)}
+    current = {**current, "problems_sha256": _problems_hash(problems)}
     path, samples = out / "settings.json", out / "samples.jsonl"
     if path.exists() and samples.exists() and samples.stat().st_size:
         stored = read_json(path)
         for key, value in current.items():
             if stored.get(key) != value:
-                what = (
-                    f"another {key}"
-                    if key in ("set of problems", "prompt_template", "model")
-                    else f"{key}={stored.get(key)}"
-                )
+                what = TOO_LONG_TO_SHOW.get(key, f"{key}={stored.get(key)}")
                 raise UserError(f"{out} holds samples made with {what}: choose another --out or delete it")
         return
     try:
