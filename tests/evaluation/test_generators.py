@@ -70,8 +70,8 @@ def test_a_sample_ends_behind_a_stop_token(hybrid, tokenizer, kind):
 
 
 def test_the_checkpoints_own_sampling_settings_are_not_used(hybrid, tokenizer):
-    """Its top_k of 1 would make every sample the greedy one."""
-    hybrid.generation_config.update(top_k=1, do_sample=True, repetition_penalty=5.0)
+    """Each of its settings alone would make every sample the greedy one."""
+    hybrid.generation_config.update(top_k=1, top_p=1e-6, min_p=1.0, do_sample=True)
     before = hybrid.generation_config
     generator = TransformersGenerator(hybrid, tokenizer, 4)
     samples = {s.text for ask in asks(1, tuple(range(8))) for s in generator.generate([ask], PARAMS)}

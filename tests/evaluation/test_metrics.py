@@ -59,6 +59,7 @@ def test_majority_of_a_part_of_the_samples():
         # 4000 draws: the standard deviation of their mean is below 0.008
         assert estimate(per_problem).value == pytest.approx(expected, abs=0.03)
         assert all((100 * value) == pytest.approx(round(100 * value)) for value in per_problem)
+        assert any(10 * value != round(10 * value) for value in per_problem)  # by a hundred draws, not by ten
         assert len(set(per_problem)) > 5  # drawn, and anew for every problem
 
 
