@@ -112,3 +112,10 @@ def test_summary_of_what_is_not_known():
     found = summarize(rows, {"a": ("1",)}, 2, Grader(), by_round=False)
     assert found["tokens"] is None and found["tokens_per_second"] is None
     assert [point["samples"] for point in found["accuracy_against_seconds"]] == [2]
+
+
+def test_the_curve_is_of_the_first_rounds_not_of_a_draw():
+    rows = [row("a", i, answer, answer == "1", i + 1.0) for i, answer in enumerate(["2", "1", "1"])]
+    curve = summarize(rows, {"a": ("1",)}, 3, Grader())["accuracy_against_seconds"]
+    # of "2" and "1", as often given, the alphabetically first wins
+    assert [(point["seconds"], point["accuracy"]) for point in curve] == [(1, 0), (2, 1), (3, 1)]
