@@ -16,7 +16,7 @@ FORBIDDEN = {
     "model": ("trl", "datasets", "m1.engine", "m1.train", "m1.evaluation", "m1.reasoning"),
     "engine": ("trl", "datasets", "m1.train", "m1.evaluation", "m1.reasoning"),
     "reasoning": ("trl", "datasets", "m1.train", "m1.evaluation"),
-    "evaluation": ("trl", "datasets"),
+    "evaluation": ("trl", "m1.train"),
 }
 
 

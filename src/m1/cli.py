@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 import m1
 from m1.errors import UserError
@@ -19,6 +20,23 @@ bench = typer.Typer(
     no_args_is_help=True, help="Measure the kernels against each other, peers and the machine's limits."
 )
 app.add_typer(bench, name="bench")
+
+
+class RunByDefault(TyperGroup):
+    """`m1 eval --model M ...` is `m1 eval run --model M ...`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0].startswith("-") and args[0] not in ctx.help_option_names:
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+evaluation = typer.Typer(
+    cls=RunByDefault,
+    no_args_is_help=True,
+    help="Measure a model on a task (`run`, the default), or compare two results.",
+)
+app.add_typer(evaluation, name="eval")
 console = Console()
 errors = Console(stderr=True)
 
@@ -148,36 +166,79 @@ def grpo(recipe: Recipe, resume: Resume = False) -> None:
     run_stage(load_stage(recipe, "grpo"), resume)
 
 
-@app.command("eval")
+@evaluation.command("run")
 def evaluate(
-    model: Model,
+    model: Annotated[str, typer.Option(help="Checkpoint folder; with --endpoint, the model's name there.")],
     task: Annotated[str, typer.Option(help="chain, math500, aime24, aime25, amc23, olympiadbench, minerva or gsm8k.")],
-    data: Annotated[Path | None, typer.Option(help='JSONL of {"problem", "answer"}; not needed for chain.')] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help='JSONL of {"problem", "answer"}, or a data set: a folder, or ORG/NAME or ORG/NAME/CONFIG:SPLIT of the '
+            "Hub. When not given, the task's own on the Hub."
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Result folder; MODEL/eval/TASK when not given.")] = None,
     limit: Annotated[int | None, typer.Option(help="Use the first problems only.")] = None,
     n: Annotated[int, typer.Option(help="Samples a problem.")] = 16,
     max_new_tokens: int = 1024,
     temperature: float = 0.7,
+    prompt_template: Annotated[
+        str | None, typer.Option(help="User's message, with {problem} in it, or @FILE; the task's when not given.")
+    ] = None,
+    generator: Annotated[str, typer.Option(help="What samples: engine (this project's) or transformers.")] = "engine",
     max_batch: Annotated[int, typer.Option(help="Sequences decoded together.")] = 256,
+    endpoint: Annotated[
+        str | None,
+        typer.Option(help="Let an OpenAI-compatible server sample: its base URL. The key is $OPENAI_API_KEY."),
+    ] = None,
+    concurrency: Annotated[int, typer.Option(help="Requests to the endpoint at a time.")] = 64,
+    timeout: Annotated[
+        float, typer.Option(help="Seconds the endpoint may be silent, as it is while it samples.")
+    ] = 3600,
     seed: int = 0,
 ) -> None:
-    """Measure pass@1 (avg@n), pass@k and maj@k; every sample and its grade is kept."""
+    """Measure pass@1 (avg@n), pass@k and maj@k; every sample and its grade is kept. Run again, it goes on."""
     from m1.evaluation.evaluate import Settings
     from m1.evaluation.evaluate import evaluate as run
+    from m1.evaluation.generators import LOCAL, Generator
     from m1.evaluation.tasks import load_task
+    from m1.evaluation.tasks import prompt_template as template_of
     from m1.model.checkpoint import load_model
 
+    if generator not in LOCAL or (endpoint and generator != "engine"):
+        raise UserError(f"--generator {generator}: give one of {', '.join(LOCAL)}, or --endpoint instead")
+    settings = Settings(task, n, max_new_tokens, temperature, seed, template_of(task, prompt_template))
     problems = load_task(task, data, limit, seed=seed)
-    network, tokenizer = load_model(model)
-    out = out or model / "eval" / task
-    settings = Settings(task, n, max_new_tokens, temperature, seed)
+    source: Generator
+    if endpoint:
+        from m1.evaluation.endpoint import EndpointGenerator
+
+        source = EndpointGenerator(endpoint, model, concurrency, timeout)
+    else:
+        source = LOCAL[generator](*load_model(model), max_batch)
+    out = out or Path(model, "eval", task)
     with progress_bar(task, "samples") as on_progress:
-        result = run(network, tokenizer, problems, settings, out, max_batch, on_progress)
+        result = run(source, problems, settings, out, on_progress)
     majority = result["maj@k"][str(n)]
     console.print(f"{task}: {result['n_problems']} problems, {n} samples each")
     console.print(f"pass@1 {100 * result['pass@1']:.1f} ± {100 * result['pass@1_ci95']:.1f} %")
     console.print(f"maj@{n} {100 * majority['value']:.1f} ± {100 * majority['ci95']:.1f} %")
-    console.print(f"{result['tokens_per_second']:,.0f} tokens/s, written to {out / 'result.json'}", soft_wrap=True)
+    speed = f"{result['tokens_per_second']:,.0f} tokens/s, " if result["tokens_per_second"] is not None else ""
+    console.print(f"{speed}written to {out / 'result.json'}", soft_wrap=True)
+    if undecided := sum(count for name, count in result["grading"].items() if name != "graded"):
+        console.print(f"{undecided} comparisons of answers couldn't be decided and count as wrong", style="yellow")
+
+
+@evaluation.command("compare")
+def compare_evaluations(
+    a: Annotated[Path, typer.Argument(help="Result folder of `m1 eval`.")],
+    b: Annotated[Path, typer.Argument(help="Another, of the same problems.")],
+    seed: Annotated[int, typer.Option(help="Of the resampling.")] = 0,
+) -> None:
+    """Whether B is better than A: paired bootstrap over problems. The last line is JSON."""
+    from m1.evaluation.compare import compare, print_comparison
+
+    print_comparison(compare(a, b, seed), console)
 
 
 @app.command()

@@ -103,7 +103,8 @@ def _convert(stage: ConvertStage) -> None:
 
 def _evaluate(stage: EvalStage) -> None:
     from m1.evaluation.evaluate import Settings, evaluate
-    from m1.evaluation.tasks import load_task
+    from m1.evaluation.generators import EngineGenerator
+    from m1.evaluation.tasks import load_task, prompt_template
     from m1.model.checkpoint import load_model
     from m1.train.stage import write_manifest
 
@@ -111,13 +112,13 @@ def _evaluate(stage: EvalStage) -> None:
     before = read_json(spent)["seconds"] if spent.exists() else 0.0
     started = time.monotonic()
     problems = load_task(stage.task, stage.data, stage.limit, stage.min_steps, stage.max_steps, stage.seed)
-    settings = Settings(stage.task, stage.n, stage.max_new_tokens, stage.temperature, stage.seed)
+    template = prompt_template(stage.task)
+    settings = Settings(stage.task, stage.n, stage.max_new_tokens, stage.temperature, stage.seed, template)
     try:
         for name, path in stage.models.items():
-            model, tokenizer = load_model(path)
-            out = Path(stage.out, name)
+            generator = EngineGenerator(*load_model(path), stage.max_batch)
             with progress_bar(name, "samples") as on_progress:
-                result = evaluate(model, tokenizer, problems, settings, out, stage.max_batch, on_progress)
+                result = evaluate(generator, problems, settings, Path(stage.out, name), on_progress)
             majority = result["maj@k"][str(stage.n)]["value"]
             console.print(
                 f"{name}: pass@1 {result['pass@1']:.3f} ± {result['pass@1_ci95']:.3f}, maj@{stage.n} {majority:.3f}"

@@ -1,210 +1,181 @@
-"""Samples a model on a task, grades every sample and measures what it cost.
+"""Samples a task, grades every sample and measures what it cost.
 
-    OUT/samples.jsonl  every sample: problem, round, text, answer, grade, tokens, seconds
-    OUT/result.json    the metrics, written last
+    OUT/settings.json    what the samples depend on: those of other settings are not mixed in
+    OUT/problems.jsonl   the problems and golds
+    OUT/samples.jsonl    every sample as it finishes: problem, round, text, answer, grade, tokens, seconds
+    OUT/samples.parquet  the same, written at the end, where there is pyarrow
+    OUT/result.json      the metrics, written last
 
-Sampling goes in rounds, one sample of every problem a round, so that the votes of 1, 2, ... n samples have a measured
-number of seconds each. Samples are written as they finish; a run that was cut off makes only what is missing.
+A run that was cut off makes only what is missing. What its grading met is in the samples, its seconds too: both go on
+from there. The result's `grading` is the samples' and the votes' of the session that finished; sessions don't know each
+other's pairs, so some are counted twice.
 """
 
-import dataclasses
 import hashlib
 import json
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from m1.engine import Completion, Engine, SamplingParams, max_len_for, stop_tokens
+from m1.engine import SamplingParams
+from m1.engine.sampling import stream_of
 from m1.errors import UserError
-from m1.evaluation.metrics import majority_at_k, pass_at_1, pass_at_k
+from m1.evaluation.generators import Ask, Generator, Sample
+from m1.evaluation.metrics import summarize
 from m1.evaluation.tasks import Problem
 from m1.jsonl import append_jsonl, drop_torn_line, read_json, read_jsonl, write_json
-from m1.model.configuration import cache_bytes
 from m1.reasoning.answers import Grader, extract_answer
-from m1.reasoning.solve import chat_prompt
 
-CONTEXT_FOR_CACHE = 4096
+TOO_LONG_TO_SHOW = {
+    "problems_sha256": "other problems",
+    "prompt_template": "another prompt template",
+    "model": "another model",
+}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a result depends on beside model and problems; kept in result.json and checked when a run goes on."""
+    """What a result depends on beside model and problems.
+
+    `prompt_template` becomes a user's message, with the problem's text in the place of {problem}.
+    """
 
     task: str
     n: int
     max_new_tokens: int
     temperature: float
     seed: int
+    prompt_template: str = "{problem}"
+
+    def __post_init__(self) -> None:
+        if self.n < 1:
+            raise UserError(f"n={self.n}: need at least one sample a problem")
+        self.params()
+
+    def params(self) -> SamplingParams:
+        return SamplingParams(max_tokens=self.max_new_tokens, temperature=self.temperature)
 
 
 def evaluate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    generator: Generator,
     problems: list[Problem],
     settings: Settings,
     out: str | Path,
-    max_batch: int = 256,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Returns what it writes to OUT/result.json.
 
     Raises:
-        UserError: a prompt too long for the model, or OUT holding samples made with other settings or problems.
+        UserError: a prompt too long for the model, a server that fails, or an OUT that can't be written or holds
+            samples made with other settings or problems.
     """
-    if settings.n < 1:
-        raise UserError(f"n={settings.n}: need at least one sample a problem")
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    samples_path = out / "samples.jsonl"
-    _check_settings(out / "settings.json", settings, problems, model)
-    drop_torn_line(samples_path)
-    rows = list(read_jsonl(samples_path)) if samples_path.exists() else []
-    prompts = {p.id: chat_prompt(tokenizer, p.prompt) for p in problems}
-    max_len = max_len_for(model, prompts.values(), settings.max_new_tokens)
-    engine = Engine(model, stop_tokens(model, tokenizer), max_batch, max_len)
+    identity = generator.identity()
+    _prepare(out, asdict(settings) | identity, problems)
+    rows = _finished_rows(out / "samples.jsonl")
     total = settings.n * len(problems)
     on_progress(len(rows), total)
+    golds = {p.id: p.answers for p in problems}
+    step = 1 if generator.by_round else settings.n
     with Grader() as grader:
-        for round_ in range(settings.n):
-            done = {row["problem"]: row for row in rows if row["round"] == round_}
-            missing = [p for p in problems if p.id not in done]
-            before = max((row["seconds"] for row in done.values()), default=0.0)
-            if missing:
-                rows += _sample_round(
-                    engine, tokenizer, missing, prompts, settings, round_, before, grader, samples_path,
-                    partial(_advance, on_progress, len(rows), total),
-                )  # fmt: skip
-        result = summarize(rows, problems, settings, grader) | model_facts(model)
-        result["grading"] = dict(grader.counts)
+        for first in range(0, settings.n, step):
+            asks = list(_missing(problems, settings, range(first, first + step), rows))
+            if not asks:
+                continue
+            before = max((row["seconds"] for row in rows.values()), default=0.0)
+            with closing(generator.generate(asks, settings.params())) as samples:
+                for sample in samples:
+                    row = _graded(replace(sample, seconds=round(before + sample.seconds, 4)), golds, grader)
+                    append_jsonl(out / "samples.jsonl", [row])
+                    rows[sample.problem, sample.round] = row
+                    on_progress(len(rows), total)
+        before_votes = Counter(grader.counts)
+        result = summarize(list(rows.values()), golds, settings.n, grader, generator.by_round)
+    result = {
+        "settings": asdict(settings),
+        "prompt_template_sha256": hashlib.sha256(settings.prompt_template.encode()).hexdigest(),
+        "problems_sha256": _problems_hash(problems),
+        **identity,
+        **generator.facts(),
+        **result,
+        "grading": _sum([*(row["grading"] for row in rows.values()), _difference(grader.counts, before_votes)]),
+    }
+    _write_parquet(out / "samples.parquet", list(rows.values()))
     write_json(out / "result.json", result)
     return result
 
 
-def summarize(
-    rows: list[dict[str, Any]], problems: list[Problem], settings: Settings, grader: Grader
-) -> dict[str, Any]:
-    """Metrics of complete samples: n rows a problem."""
-    rows = sorted(rows, key=lambda row: row["round"])
-    by_problem: dict[str, list[dict]] = {p.id: [] for p in problems}
-    for row in rows:
-        by_problem[row["problem"]].append(row)
-    groups = list(by_problem.values())
-    golds = [p.answers for p in problems]
-    answers = [[row["answer"] for row in group] for group in groups]
-    correct = [[row["correct"] for row in group] for group in groups]
-    ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k < settings.n] + [settings.n]
-    round_seconds = [max(row["seconds"] for row in rows if row["round"] == r) for r in range(settings.n)]
-    tokens = sum(row["tokens"] for row in rows)
-    first = pass_at_1(correct)
-    curve = []
-    for k in range(1, settings.n + 1):  # the votes as they stood after k rounds: no resampling, measured seconds
-        accuracy = majority_at_k([group[:k] for group in answers], golds, k, grader)
-        curve.append(
-            {"samples": k, "seconds": sum(round_seconds[:k]), "accuracy": accuracy.value, "ci95": accuracy.ci95}
-        )
-    return {
-        "settings": dataclasses.asdict(settings),
-        "n_problems": len(problems),
-        "pass@1": first.value,
-        "pass@1_ci95": first.ci95,
-        "pass@k": {str(k): pass_at_k(correct, k).value for k in ks},
-        "maj@k": {str(k): dataclasses.asdict(majority_at_k(answers, golds, k, grader)) for k in ks},
-        "accuracy_against_seconds": curve,
-        "truncated": sum(row["finish_reason"] == "length" for row in rows) / len(rows),
-        "no_answer": sum(row["answer"] is None for row in rows) / len(rows),
-        "tokens": tokens,
-        "seconds": sum(round_seconds),
-        "tokens_per_second": tokens / sum(round_seconds),
-    }
-
-
-def _advance(on_progress: Callable[[int, int], None], before: int, total: int, made: int) -> None:
-    on_progress(before + made, total)
-
-
-def model_facts(model: PreTrainedModel) -> dict[str, Any]:
-    element = next(model.parameters()).element_size()
-    return {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "cache_bytes_per_sequence_at_4k": cache_bytes(model.config, CONTEXT_FOR_CACHE, element),
-    }
-
-
-def _sample_round(
-    engine: Engine,
-    tokenizer: PreTrainedTokenizerBase,
-    problems: list[Problem],
-    prompts: dict[str, list[int]],
-    settings: Settings,
-    round_: int,
-    seconds_before: float,
-    grader: Grader,
-    path: Path,
-    on_sample: Callable[[int], None],
-) -> list[dict[str, Any]]:
-    """One sample of each problem. `seconds` is generation time since the round began; grading stops that clock."""
-    rows: list[dict[str, Any]] = []
-    paused = 0.0
-    started = time.monotonic()
-
-    def finished(completion: Completion) -> None:
-        nonlocal paused
-        now = time.monotonic()
-        problem = problems[completion.prompt]
-        text = tokenizer.decode(completion.token_ids, skip_special_tokens=True)
-        answer = extract_answer(text)
-        row = {
-            "problem": problem.id,
-            "round": round_,
-            "text": text,
-            "answer": answer,
-            "correct": answer is not None and grader.grade(answer, problem.answers),
-            "tokens": len(completion.token_ids),
-            "logprob": sum(completion.logprobs),
-            "finish_reason": completion.finish_reason,
-            "seconds": round(seconds_before + now - started - paused, 4),
-        }
-        rows.append(row)
-        append_jsonl(path, [row])
-        on_sample(len(rows))
-        paused += time.monotonic() - now
-
-    params = SamplingParams(
-        max_tokens=settings.max_new_tokens,
-        temperature=settings.temperature,
-        seed=settings.seed * 1_000_003 + round_,
-    )
-    started = time.monotonic()
-    engine.generate([prompts[p.id] for p in problems], params, on_finish=finished)
-    return rows
-
-
-def _check_settings(path: Path, settings: Settings, problems: list[Problem], model: PreTrainedModel) -> None:
-    """A folder holds the samples of one model, setting and set of problems: others would be mixed into its metrics."""
-    asked = json.dumps([dataclasses.astuple(p) for p in problems]).encode()
-    current = {
-        **dataclasses.asdict(settings),
-        "problems": hashlib.sha256(asked).hexdigest(),
-        "model": weights_hash(model),
-    }
-    if path.exists():
+def _prepare(out: Path, current: dict[str, Any], problems: list[Problem]) -> None:
+    """Makes OUT. Samples it holds must be of the same settings and problems: others would be mixed into the metrics."""
+    current = {**current, "problems_sha256": _problems_hash(problems)}
+    path, samples = out / "settings.json", out / "samples.jsonl"
+    if path.exists() and samples.exists() and samples.stat().st_size:
         stored = read_json(path)
         for key, value in current.items():
             if stored.get(key) != value:
-                what = f"other {key}" if key in ("problems", "model") else f"{key}={stored.get(key)}"
-                raise UserError(f"{path.parent} holds samples made with {what}: choose another --out or delete it")
-    write_json(path, current)
+                what = TOO_LONG_TO_SHOW.get(key, f"{key}={stored.get(key)}")
+                raise UserError(f"{out} holds samples made with {what}: choose another --out or delete it")
+        return
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "problems.jsonl").unlink(missing_ok=True)
+        append_jsonl(out / "problems.jsonl", [asdict(p) for p in problems])
+        write_json(path, current)
+    except OSError as error:
+        raise UserError(f"can't write to {out}: {error.strerror}") from None
 
 
-def weights_hash(model: PreTrainedModel) -> str:
-    """sha256 of all parameters' bytes."""
-    digest = hashlib.sha256()
-    for parameter in model.parameters():
-        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def _problems_hash(problems: list[Problem]) -> str:
+    return hashlib.sha256(json.dumps([astuple(p) for p in problems]).encode()).hexdigest()
+
+
+def _finished_rows(path: Path) -> dict[tuple[str, int], dict[str, Any]]:
+    """Samples by problem and round. Two runs at a time may have made one twice: the first stands."""
+    drop_torn_line(path)
+    rows: dict[tuple[str, int], dict[str, Any]] = {}
+    for row in read_jsonl(path) if path.exists() else ():
+        rows.setdefault((row["problem"], row["round"]), row)
+    return rows
+
+
+def _missing(
+    problems: list[Problem], settings: Settings, rounds: range, rows: dict[tuple[str, int], dict[str, Any]]
+) -> Iterator[Ask]:
+    """What is left to sample in these rounds. Seeds don't depend on how far an earlier run came."""
+    for i, problem in enumerate(problems):
+        if missing := tuple(r for r in rounds if (problem.id, r) not in rows):
+            prompt = settings.prompt_template.replace("{problem}", problem.text)
+            yield Ask(problem.id, prompt, missing, stream_of(settings.seed * 1_000_003 + missing[0], i))
+
+
+def _graded(sample: Sample, golds: dict[str, tuple[str, ...]], grader: Grader) -> dict[str, Any]:
+    """The sample's row. `grading` is what its grade added to the grader's counts."""
+    before = Counter(grader.counts)
+    answer = extract_answer(sample.text)
+    correct = answer is not None and grader.grade(answer, golds[sample.problem])
+    return {**asdict(sample), "answer": answer, "correct": correct, "grading": _difference(grader.counts, before)}
+
+
+def _difference(after: Counter[str], before: Counter[str]) -> dict[str, int]:
+    return {name: count - before[name] for name, count in after.items()}
+
+
+def _sum(counts: Iterable[dict[str, int]]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for count in counts:
+        total.update(count)
+    return dict(total)
+
+
+def _write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:  # the JSONL has it all
+        return
+    draft = path.with_name(path.name + ".part")
+    parquet.write_table(pyarrow.Table.from_pylist(rows), draft)
+    draft.replace(path)

@@ -1,14 +1,19 @@
-"""Accuracy from samples. Input everywhere: one list of samples per problem, all of the same length n."""
+"""Accuracy from samples.
+
+Every measure takes one list of samples per problem, all of the same length n, and gives a number per problem;
+`estimate` makes of these numbers a mean and its interval.
+"""
 
 import math
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from m1.reasoning.answers import Grader
 from m1.reasoning.voting import vote
 
-RESAMPLES = 100
+RESAMPLES = 100  # as the paper does for maj@k
 Z95 = 1.96
 
 
@@ -29,24 +34,68 @@ def estimate(per_problem: Sequence[float]) -> Estimate:
     return Estimate(mean, Z95 * math.sqrt(variance / count))
 
 
-def pass_at_1(correct: Sequence[Sequence[bool]]) -> Estimate:
+def pass_at_1(correct: Sequence[Sequence[bool]]) -> list[float]:
     """avg@n: the share of right samples."""
-    return estimate([sum(samples) / len(samples) for samples in correct])
+    return [sum(samples) / len(samples) for samples in correct]
 
 
-def pass_at_k(correct: Sequence[Sequence[bool]], k: int) -> Estimate:
+def pass_at_k(correct: Sequence[Sequence[bool]], k: int) -> list[float]:
     """Chance that k samples drawn without replacement hold a right one: 1 - C(n-c, k) / C(n, k) (Chen et al. 2021)."""
-    return estimate([1 - math.comb(len(s) - sum(s), k) / math.comb(len(s), k) for s in correct])
+    return [1 - math.comb(len(s) - sum(s), k) / math.comb(len(s), k) for s in correct]
 
 
 def majority_at_k(
     answers: Sequence[Sequence[str | None]], golds: Sequence[Sequence[str]], k: int, grader: Grader, seed: int = 0
-) -> Estimate:
-    """Share of problems whose vote over k samples is right: all n if k = n, else the mean of RESAMPLES draws of k."""
+) -> list[float]:
+    """Whether the vote over k samples is right: of all n if k = n, else the share of right ones in RESAMPLES draws."""
     rng = random.Random(seed)
     per_problem = []
     for samples, gold in zip(answers, golds, strict=True):
         draws = [samples] if k == len(samples) else [rng.sample(samples, k) for _ in range(RESAMPLES)]
         winners = [vote(draw, grader).answer for draw in draws]
         per_problem.append(sum(w is not None and grader.grade(w, gold) for w in winners) / len(draws))
-    return estimate(per_problem)
+    return per_problem
+
+
+def summarize(
+    rows: Sequence[dict[str, Any]], golds: Mapping[str, Sequence[str]], n: int, grader: Grader, by_round: bool = True
+) -> dict[str, Any]:
+    """Metrics of complete samples: n rows (see `evaluate`) of each problem in `golds`.
+
+    `accuracy_against_seconds` is the vote's as it stood after 1, 2, ... n rounds: no resampling, measured seconds.
+    Where samples weren't made in rounds, only its last point is known.
+    """
+    by_problem: dict[str, list[dict[str, Any]]] = {problem: [] for problem in golds}
+    for row in sorted(rows, key=lambda row: row["round"]):
+        by_problem[row["problem"]].append(row)
+    groups, gold = list(by_problem.values()), list(golds.values())
+    answers = [[row["answer"] for row in group] for group in groups]
+    correct = [[row["correct"] for row in group] for group in groups]
+    ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k < n] + [n]
+    first = pass_at_1(correct)
+    majority = {str(k): majority_at_k(answers, gold, k, grader) for k in ks}
+    curve = []
+    for k in range(1 if by_round else n, n + 1):
+        accuracy = estimate(majority_at_k([group[:k] for group in answers], gold, k, grader))
+        seconds = max(row["seconds"] for row in rows if row["round"] < k)
+        curve.append({"samples": k, "seconds": seconds, "accuracy": accuracy.value, "ci95": accuracy.ci95})
+    tokens = [row["tokens"] for row in rows]
+    total = None if None in tokens else sum(tokens)
+    seconds = max(row["seconds"] for row in rows)
+    return {
+        "n_problems": len(groups),
+        "pass@1": estimate(first).value,
+        "pass@1_ci95": estimate(first).ci95,
+        "pass@k": {str(k): estimate(pass_at_k(correct, k)).value for k in ks},
+        "maj@k": {k: asdict(estimate(values)) for k, values in majority.items()},
+        "accuracy_against_seconds": curve,
+        "truncated": sum(row["finish_reason"] == "length" for row in rows) / len(rows),
+        "no_answer": sum(row["answer"] is None for row in rows) / len(rows),
+        "tokens": total,
+        "seconds": seconds,
+        "tokens_per_second": None if total is None else total / max(seconds, 1e-9),
+        "per_problem": {
+            problem: {"pass@1": first[i], "maj@k": {k: values[i] for k, values in majority.items()}}
+            for i, problem in enumerate(by_problem)
+        },
+    }

@@ -1,0 +1,219 @@
+"""Where samples come from: this project's engine, or transformers' `generate`. A server is in endpoint.py.
+
+A generator is asked for samples of prompts and yields each as it finishes. While the caller holds one (to grade it, to
+write it down), a local generator stands still, and so does its clock.
+"""
+
+import collections.abc
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from m1.engine import Engine, SamplingParams, max_len_for, stop_tokens
+from m1.errors import UserError
+from m1.model.configuration import cache_bytes
+from m1.reasoning.solve import chat_prompt
+
+CONTEXT_FOR_CACHE = 4096
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One sample for each of `rounds`, of a user's message. `seed` belongs to the first of them."""
+
+    problem: str
+    prompt: str
+    rounds: tuple[int, ...]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """`seconds` of generation since the generator was asked; None what a server doesn't say.
+
+    `logprob` is the sum over the tokens.
+    """
+
+    problem: str
+    round: int
+    text: str
+    tokens: int | None
+    logprob: float | None
+    finish_reason: str
+    seconds: float
+
+
+Samples = collections.abc.Generator[Sample, None, None]
+
+
+class Generator(Protocol):
+    """
+    Attributes:
+        by_round: wants to be asked for one sample of every problem, then for the next, so that 1, 2, ... n samples have
+            a measured number of seconds each. Otherwise it is asked for everything at once.
+    """
+
+    by_round: bool
+
+    def identity(self) -> dict[str, str]:
+        """What samples must have in common to be counted together."""
+
+    def facts(self) -> dict[str, Any]:
+        """What else the result should say about it."""
+
+    def generate(self, asks: Sequence[Ask], params: SamplingParams) -> Samples:
+        """Samples in the order in which they finish. Closing the iterator ends what is unfinished."""
+
+
+class EngineGenerator:
+    """This project's engine. A sample depends on its prompt and seed alone.
+
+    Args:
+        max_batch: sequences decoded together.
+    """
+
+    by_round = True
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_batch: int = 256):
+        self.model, self.tokenizer, self.max_batch = model, tokenizer, max_batch
+        self._engine: Engine | None = None
+
+    def identity(self) -> dict[str, str]:
+        return {"generator": "engine", "model": weights_hash(self.model)}
+
+    def facts(self) -> dict[str, Any]:
+        return model_facts(self.model)
+
+    def generate(self, asks: Sequence[Ask], params: SamplingParams) -> Samples:
+        prompts = [chat_prompt(self.tokenizer, ask.prompt) for ask in asks]
+        engine = self._engine_for(prompts, params.max_tokens)
+        requests = []
+        try:
+            for i, (ask, prompt) in enumerate(zip(asks, prompts, strict=True)):
+                requests.append(engine.submit(prompt, replace(params, seed=ask.seed), len(ask.rounds), prompt=i))
+            rounds = {
+                id(completion): round_
+                for ask, request in zip(asks, requests, strict=True)
+                for round_, completion in zip(ask.rounds, request.completions, strict=True)
+            }
+            started = time.monotonic()
+            while engine.busy:
+                for completion in engine.step():
+                    now = time.monotonic()
+                    yield Sample(
+                        asks[completion.prompt].problem,
+                        rounds[id(completion)],
+                        self.tokenizer.decode(completion.token_ids, skip_special_tokens=True),
+                        len(completion.token_ids),
+                        sum(completion.logprobs),
+                        completion.finish_reason,
+                        now - started,
+                    )
+                    started += time.monotonic() - now
+        finally:
+            for request in requests:
+                if not request.done:
+                    engine.abort(request)
+
+    def _engine_for(self, prompts: list[list[int]], max_tokens: int) -> Engine:
+        """The engine of the last round, if it has room for these prompts: its prefilled prompts are kept."""
+        needed = max_len_for(self.model, prompts, max_tokens)
+        if self._engine is None or self._engine.max_len < needed:
+            self._engine = None  # its memory is needed for the next one
+            self._engine = Engine(self.model, stop_tokens(self.model, self.tokenizer), self.max_batch, needed)
+        return self._engine
+
+
+class TransformersGenerator:
+    """transformers' `generate`, in left-padded batches. A sample also depends on its batch.
+
+    Nothing of the checkpoint's generation_config.json is used, so that both local generators sample alike.
+
+    Args:
+        max_batch: sequences of a batch.
+    """
+
+    by_round = True
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_batch: int = 256):
+        if max_batch < 1:
+            raise UserError(f"max_batch={max_batch}: must be at least 1")
+        self.model, self.tokenizer, self.max_batch = model.eval(), tokenizer, max_batch
+
+    def identity(self) -> dict[str, str]:
+        return {"generator": "transformers", "model": weights_hash(self.model)}
+
+    def facts(self) -> dict[str, Any]:
+        return model_facts(self.model)
+
+    def generate(self, asks: Sequence[Ask], params: SamplingParams) -> Samples:
+        stop = stop_tokens(self.model, self.tokenizer)
+        config = GenerationConfig(
+            max_new_tokens=params.max_tokens,
+            do_sample=params.temperature > 0,
+            temperature=params.temperature or None,
+            top_k=0,
+            eos_token_id=stop or None,
+            pad_token_id=next((token for token in (self.tokenizer.pad_token_id, *stop) if token is not None), 0),
+        )
+        jobs = [(ask, round_) for ask in asks for round_ in ask.rounds]
+        prompts = {ask.problem: chat_prompt(self.tokenizer, ask.prompt) for ask in asks}
+        context = self.model.config.max_position_embeddings
+        if (longest := max(map(len, prompts.values()), default=0)) + params.max_tokens > context:
+            raise UserError(
+                f"a prompt has {longest} tokens and max_tokens is {params.max_tokens}, together more than the model's "
+                f"context of {context}: shorten one of them"
+            )
+        started = time.monotonic()
+        for first in range(0, len(jobs), self.max_batch):
+            batch = jobs[first : first + self.max_batch]
+            outputs = self._sample([prompts[ask.problem] for ask, _ in batch], config, batch[0][0].seed + first)
+            now = time.monotonic()
+            for (ask, round_), tokens in zip(batch, outputs, strict=True):
+                end = next((i for i, token in enumerate(tokens, start=1) if token in stop), None)
+                text = self.tokenizer.decode(tokens[:end], skip_special_tokens=True)
+                reason = "stop" if end else "length"
+                yield Sample(ask.problem, round_, text, end or len(tokens), None, reason, now - started)
+            started += time.monotonic() - now
+
+    @torch.inference_mode()
+    def _sample(self, prompts: list[list[int]], config: GenerationConfig, seed: int) -> list[list[int]]:
+        """New tokens of each prompt, padded at their ends."""
+        longest = max(map(len, prompts))
+        pad = config.pad_token_id
+        ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=self.model.device)
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.model.device)
+        torch.manual_seed(seed % 2**63)
+        own, self.model.generation_config = self.model.generation_config, config
+        try:
+            output = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+        finally:
+            self.model.generation_config = own
+        return output[:, longest:].tolist()
+
+
+LOCAL: dict[str, type[EngineGenerator] | type[TransformersGenerator]] = {
+    "engine": EngineGenerator,
+    "transformers": TransformersGenerator,
+}
+
+
+def model_facts(model: PreTrainedModel) -> dict[str, Any]:
+    element = next(model.parameters()).element_size()
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "cache_bytes_per_sequence_at_4k": cache_bytes(model.config, CONTEXT_FOR_CACHE, element),
+    }
+
+
+def weights_hash(model: PreTrainedModel) -> str:
+    """sha256 of all parameters' bytes."""
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,130 @@
+"""The paired bootstrap against hand-computed and simulated numbers; what may be compared; what is printed."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from m1.errors import UserError
+from m1.evaluation.compare import compare, paired_bootstrap, print_comparison
+
+
+def result(folder, accuracies, ks=("1", "2"), golds=None, text="what is {}?", **settings):
+    """A result folder; accuracies: problem -> (pass@1, maj)."""
+    folder.mkdir()
+    per_problem = {i: {"pass@1": p, "maj@k": dict.fromkeys(ks, m)} for i, (p, m) in accuracies.items()}
+    content = {"settings": {"seed": 0} | settings, "maj@k": dict.fromkeys(ks), "per_problem": per_problem}
+    (folder / "result.json").write_text(json.dumps(content))
+    rows = [{"id": i, "text": text.format(i), "answers": (golds or {}).get(i, ["1"])} for i in accuracies]
+    (folder / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_bootstrap_of_a_constant_difference_has_no_spread():
+    found = paired_bootstrap(np.array([0.0, 0.25, 0.5]), np.array([0.5, 0.75, 1.0]))
+    assert (found["a"], found["b"], found["difference"], found["ci95"]) == (0.25, 0.75, 0.5, [0.5, 0.5])
+    assert found["p"] == pytest.approx(2 / 10_001)
+
+
+def test_bootstrap_of_no_difference():
+    same = np.array([0.0, 1.0, 0.5])
+    found = paired_bootstrap(same, same)
+    assert found["difference"] == 0 and found["ci95"] == [0, 0] and found["p"] == 1
+
+
+def test_bootstrap_against_the_exact_distribution():
+    """Differences 1 and 0: the resampled mean is 0, 1/2 or 1 with 1/4, 1/2, 1/4. So p = 2 * 1/4."""
+    found = paired_bootstrap(np.array([0.0, 0.0]), np.array([1.0, 0.0]))
+    assert found["ci95"] == [0, 1] and found["p"] == pytest.approx(0.5, abs=0.03)
+
+
+def test_pairing_is_kept():
+    """Hard and easy problems, B a little better on each: nothing of the spread between problems remains."""
+    rng = np.random.default_rng(0)
+    hardness = rng.random(200)
+    found = paired_bootstrap(hardness, hardness + 0.01 + 0.02 * rng.standard_normal(200))
+    expected = 1.96 * 0.02 / np.sqrt(200)
+    low, high = found["ci95"]
+    assert (high - low) / 2 == pytest.approx(expected, rel=0.15) and found["p"] < 0.001
+
+
+def test_the_sign_and_both_tails():
+    rng = np.random.default_rng(1)
+    a, b = rng.random(50), rng.random(50)
+    forth, back = paired_bootstrap(a, b), paired_bootstrap(b, a)
+    assert forth["difference"] == pytest.approx((b - a).mean()) and back["difference"] == -forth["difference"]
+    assert back["ci95"] == pytest.approx([-forth["ci95"][1], -forth["ci95"][0]])
+    assert back["p"] == forth["p"]
+
+
+def test_p_is_calibrated():
+    """Of pairs that don't differ, about 5 % have p < 0.05, which is when the interval leaves out 0."""
+    rng = np.random.default_rng(2)
+    found = [paired_bootstrap(rng.random(60), rng.random(60), seed=i, resamples=1000) for i in range(400)]
+    outside = [not m["ci95"][0] <= 0 <= m["ci95"][1] for m in found]
+    assert 0.02 < np.mean(outside) < 0.10
+    assert np.mean([(m["p"] < 0.05) == out for m, out in zip(found, outside, strict=True)]) > 0.98
+
+
+def test_seeded(tmp_path):
+    a, b = np.random.default_rng(3).random((2, 30))
+    assert paired_bootstrap(a, b, seed=1) == paired_bootstrap(a, b, seed=1) != paired_bootstrap(a, b, seed=2)
+
+
+def test_compare(tmp_path):
+    a = result(tmp_path / "a", {"x": (0.5, 1.0), "y": (0.0, 0.0), "z": (1.0, 1.0)}, temperature=0.7)
+    b = result(tmp_path / "b", {"z": (0.0, 0.0), "y": (0.0, 0.0), "x": (0.75, 1.0)}, temperature=1.0)
+    found = compare(a, b)
+    assert found["problems"] == 3 and found["resamples"] == 10_000
+    assert found["measures"]["pass@1"]["difference"] == pytest.approx(-0.25)
+    assert found["measures"]["maj@2"]["difference"] == pytest.approx(-1 / 3)
+    assert found["most_different"] == [{"problem": "z", "a": 1.0, "b": 0.0}, {"problem": "x", "a": 0.5, "b": 0.75}]
+    assert found["settings_that_differ"] == {"temperature": [0.7, 1.0]}
+
+
+def test_other_numbers_of_samples_meet_at_the_largest_vote_of_both(tmp_path):
+    a = result(tmp_path / "a", {"x": (0.5, 1.0)}, ks=("1", "2", "4", "8", "16"))
+    b = result(tmp_path / "b", {"x": (0.5, 1.0)}, ks=("1", "2", "4", "8", "12"))
+    assert set(compare(a, b)["measures"]) == {"pass@1", "maj@8"}
+
+
+def test_only_results_of_the_same_problems(tmp_path):
+    both = {"x": (0.5, 1.0), "y": (0.0, 0.0)}
+    a = result(tmp_path / "a", both)
+    fewer = result(tmp_path / "fewer", {"x": (0.5, 1.0)})
+    with pytest.raises(UserError, match=r"different problems: 'y' and 0 more are in .*/a alone"):
+        compare(a, fewer)
+    with pytest.raises(UserError, match=r"are in .*/a alone"):
+        compare(fewer, a)
+    with pytest.raises(UserError, match=r"'y' has different golds: \['1'\] in .*/a and \['2'\] in .*/golds"):
+        compare(a, result(tmp_path / "golds", both, golds={"y": ["2"]}))
+    with pytest.raises(UserError, match="'x' has different texts"):
+        compare(a, result(tmp_path / "texts", both, text="which is {}?"))
+
+
+def test_unfinished_or_foreign_folders(tmp_path):
+    a = result(tmp_path / "a", {"x": (0.5, 1.0)})
+    with pytest.raises(UserError, match=r"nowhere/result.json is missing"):
+        compare(a, tmp_path / "nowhere")
+    old = result(tmp_path / "old", {"x": (0.5, 1.0)})
+    (old / "result.json").write_text('{"settings": {}, "maj@k": {}}')
+    with pytest.raises(UserError, match="no results by problem"):
+        compare(old, a)
+    (old / "result.json").write_text('{"settings"')
+    with pytest.raises(UserError, match="not valid JSON"):
+        compare(old, a)
+
+
+def test_what_is_printed(tmp_path):
+    a = result(tmp_path / "a", {"x": (0.5, 1.0), "[y]": (0.0, 0.0)}, temperature=0.7)
+    b = result(tmp_path / "b", {"x": (1.0, 1.0), "[y]": (0.25, 0.0)}, temperature=1.0)
+    found = compare(a, b)
+    text = io.StringIO()
+    print_comparison(found, Console(file=text, width=80))
+    lines = text.getvalue().splitlines()
+    assert json.loads(lines[-1]) == found
+    assert any("pass@1" in line and "25.0" in line and "62.5" in line and "37.5" in line for line in lines)
+    assert "made differently: temperature is 0.7 in A and 1.0 in B" in lines
+    assert " 50.0 -> 100.0 %  x" in lines and "  0.0 ->  25.0 %  [y]" in lines

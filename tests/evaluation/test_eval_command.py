@@ -1,0 +1,102 @@
+"""`m1 eval` and `m1 eval compare` through the command line; bad input is a line and exit code 2."""
+
+import json
+import sys
+
+import pytest
+from openai_server import completion
+
+from m1 import cli
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs `m1 eval ...`; returns (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["m1", "eval", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        captured = capsys.readouterr()
+        return exit_.value.code or 0, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def problems(tmp_path):
+    path = tmp_path / "problems.jsonl"
+    path.write_text("".join(json.dumps({"id": f"p{i}", "problem": f"{i}+1", "answer": i + 1}) + "\n" for i in range(4)))
+    return path
+
+
+def refused(result, *words):
+    code, _, err = result
+    lines = [line for line in err.splitlines() if line.startswith("m1: ")]
+    assert code == 2 and len(lines) == 1 and "Traceback" not in err, err
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+def test_an_endpoint_and_a_comparison(run, serve, problems, tmp_path):
+    def answer(body, number):
+        first = int(body["messages"][0]["content"][2])
+        return 200, completion(*[rf"\boxed{{{first + (body['model'] == 'good' or first % 2)}}}"] * body["n"])
+
+    server = serve(answer)
+    base = ("--endpoint", server.url, "--task", "gsm8k", "--data", problems, "--n", 2, "--prompt-template")
+    for model, accuracy in (("good", "100.0"), ("bad", "50.0")):
+        code, out, _ = run("--model", model, *base, "Q:{problem}", "--out", tmp_path / model)
+        assert code == 0 and f"pass@1 {accuracy} ±" in out and f"maj@2 {accuracy} ±" in out
+    result = json.loads((tmp_path / "good" / "result.json").read_text())
+    assert (result["model"], result["endpoint"], result["generator"]) == ("good", server.url, "endpoint")
+    code, out, _ = run("compare", tmp_path / "bad", tmp_path / "good")
+    comparison = json.loads(out.splitlines()[-1])
+    assert code == 0 and comparison["measures"]["pass@1"]["difference"] == 0.5
+    assert comparison["measures"]["maj@2"]["b"] == 1
+    assert [row["problem"] for row in comparison["most_different"]] == ["p0", "p2"]
+    refused(run("compare", tmp_path / "bad", tmp_path), "result.json is missing")
+
+
+@pytest.mark.parametrize("generator", ["engine", "transformers"])
+def test_a_checkpoint(run, hybrid_dir, problems, tmp_path, generator):
+    base = ("--model", hybrid_dir, "--task", "gsm8k", "--data", problems, "--n", 1, "--max-new-tokens", 4)
+    code, out, _ = run(*base, "--generator", generator, "--out", tmp_path / "o")
+    assert code == 0 and "4 problems, 1 samples each" in out
+    assert json.loads((tmp_path / "o" / "result.json").read_text())["generator"] == generator
+    assert run("run", *base, "--generator", generator, "--out", tmp_path / "o")[0] == 0
+    other = {"engine": "transformers", "transformers": "engine"}[generator]
+    refused(run(*base, "--generator", other, "--out", tmp_path / "o"), f"generator={generator}", "another --out")
+
+
+def test_bad_arguments(run, problems, tmp_path):
+    base = ("--model", "m", "--endpoint", "http://127.0.0.1:9/v1", "--out", tmp_path / "o")
+    task = (*base, "--task", "math500")
+    refused(run(*base, "--task", "math501"), "unknown task 'math501'")
+    refused(run(*task), "needs --data FILE.jsonl", "HuggingFaceH4/MATH-500")
+    refused(run(*task, "--data", tmp_path / "no.jsonl"), "can't read", "no.jsonl")
+    refused(run(*task, "--data", "no/where"), "can't load the data set no/where")
+    refused(run(*task, "--data", problems, "--n", 0), "n=0")
+    refused(run(*task, "--data", problems, "--limit", 0), "limit=0")
+    refused(run(*task, "--data", problems, "--prompt-template", "x"), "has no {problem}")
+    refused(run(*task, "--data", problems, "--generator", "vllm"), "--generator vllm", "engine, transformers")
+    refused(run(*task, "--data", problems, "--generator", "transformers"), "or --endpoint instead")
+    refused(run(*task, "--data", problems, "--concurrency", 0), "concurrency=0")
+    refused(run(*task, "--data", problems, "--temperature", -1), "temperature=-1")
+    refused(run(*task[:2], "--endpoint", "localhost", *task[4:], "--data", problems), "endpoint 'localhost'")
+    refused(run(*task, "--data", problems), "can't reach http://127.0.0.1:9/v1/chat/completions")
+    empty, latin, torn = (tmp_path / name for name in ("empty.jsonl", "latin.jsonl", "torn.jsonl"))
+    empty.write_bytes(b"\n")
+    latin.write_bytes(b'{"problem": "\xe9", "answer": 1}\n')
+    torn.write_bytes(problems.read_bytes()[:-5])
+    refused(run(*task, "--data", empty), "has no problems")
+    refused(run(*task, "--data", latin), "line 1: not UTF-8")
+    refused(run(*task, "--data", torn), "line 4: not JSON")
+    refused(run("compare", tmp_path / "a", tmp_path / "b"), "result.json is missing")
+
+
+def test_usage(run):
+    assert run("--task", "chain")[0] == 2 and run("nothing")[0] == 2
+    code, out, _ = run("--help")
+    assert code == 0 and "compare" in out and "run" in out
+    assert "--endpoint" in run("run", "--help")[1]
