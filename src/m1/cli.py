@@ -241,6 +241,45 @@ def compare_evaluations(
     print_comparison(compare(a, b, seed), console)
 
 
+@app.command("budget")
+def budget_command(
+    model: Annotated[list[str], typer.Option(help="NAME=FOLDER; give two to compare them.")],
+    out: Annotated[Path, typer.Option(help="Folder for the runs, budget.json and budget.png; run again, it goes on.")],
+    seconds: Annotated[float, typer.Option(help="Longest budget of a problem.")],
+    task: Annotated[str, typer.Option(help="As of `m1 eval`.")] = "chain",
+    data: Annotated[str | None, typer.Option(help="As of `m1 eval`.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Use the first problems only.")] = 32,
+    min_steps: Annotated[int, typer.Option(help="Of the task chain's problems.")] = 2,
+    max_steps: Annotated[int, typer.Option(help="Of the task chain's problems.")] = 8,
+    seeds: Annotated[int, typer.Option(help="Times that each problem is solved.")] = 3,
+    max_new_tokens: int = 1024,
+    temperature: float = 0.7,
+    max_batch: Annotated[int, typer.Option(help="Samples of a problem decoded together.")] = 64,
+) -> None:
+    """Measure the vote's accuracy against the seconds a problem may take, of models beside each other."""
+    from m1.evaluation.budget import Settings, measure_budgets
+    from m1.evaluation.budget import plot as plot_result
+    from m1.evaluation.tasks import load_task, prompt_template
+    from m1.model.checkpoint import load_model
+
+    folders = dict(part.split("=", 1) for part in model if "=" in part)
+    if len(folders) != len(model):
+        raise UserError(f"--model {' --model '.join(model)}: give each as NAME=FOLDER, under a name of its own")
+    settings = Settings(task, seconds, seeds, max_new_tokens, temperature, max_batch, prompt_template(task))
+    problems = load_task(task, data, limit, min_steps, max_steps)
+    models = {name: load_model(folder) for name, folder in folders.items()}
+    with progress_bar("budget", "runs") as on_progress:
+        result = measure_budgets(models, problems, settings, out, on_progress)
+    plot_result(result, out / "budget.png")
+    for name, measured in result["models"].items():
+        last = measured["points"][-1]
+        console.print(
+            f"{name}: {100 * last['accuracy']:.1f} ± {100 * last['ci95']:.1f} % at {last['seconds']:g} s, "
+            f"{last['samples']:.1f} samples a problem, {measured['tokens_per_second']:,.0f} tokens/s"
+        )
+    console.print(f"written to {out / 'budget.json'} and budget.png", soft_wrap=True)
+
+
 @app.command()
 def generate(
     model: Model,

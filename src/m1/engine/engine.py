@@ -115,7 +115,7 @@ class Engine:
                 f"together more than {limit}: {fix}"
             )
         stop = (frozenset() if params.ignore_eos else self.stop).union(params.stop_token_ids)
-        request = Request(tokens, params, stop, [Completion(prompt) for _ in range(n)])
+        request = Request(tokens, params, [Completion(prompt) for _ in range(n)], stop)
         self.scheduler.waiting.append(request)
         return request
 

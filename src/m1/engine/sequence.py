@@ -27,8 +27,8 @@ class Request:
 
     tokens: Sequence[int]
     params: SamplingParams
-    stop: frozenset[int]  # tokens that end a sample
     completions: list[Completion]
+    stop: frozenset[int] = frozenset()  # tokens that end a sample
     started: int = 0  # samples that have a slot of their own, or had
     slot: int | None = None  # holds the prompt until the last sample takes it over
     seen: int = 0  # prompt tokens the slot has seen

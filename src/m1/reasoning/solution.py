@@ -9,13 +9,15 @@ from m1.reasoning.voting import Vote
 
 @dataclass
 class Sample:
-    """One that ended by itself, with the number and the mean log-probability of its tokens, and its vote's weight."""
+    """One that ended by itself: the number and the mean log-probability of its tokens, the second since the start in
+    which it ended, and its vote's weight."""
 
     text: str
     answer: str | None
     tokens: int
     logprob: float
     finish_reason: str
+    seconds: float
     weight: float = 0.0
 
 

@@ -64,7 +64,8 @@ def solve(
                 requests.append(engine.submit(prompt, seeded, wave))
                 solution.completions += requests[-1].completions
                 mine |= {id(completion) for completion in requests[-1].completions}
-            if ended := [_read(completion, tokenizer) for completion in engine.step() if id(completion) in mine]:
+            fresh = [completion for completion in engine.step() if id(completion) in mine]
+            if ended := [_read(completion, tokenizer, timer.spent()) for completion in fresh]:
                 if not callable(weights) or timer.left() > 0:
                     _weigh(ended, problem, weights)
                 solution.samples += ended
@@ -89,11 +90,11 @@ def _wave(engine: Engine, budget: Budget, begun: int) -> int:
     return 0 if engine.scheduler.waiting else len(engine.slots.free)
 
 
-def _read(completion: Completion, tokenizer: PreTrainedTokenizerBase) -> Sample:
+def _read(completion: Completion, tokenizer: PreTrainedTokenizerBase, seconds: float) -> Sample:
     text = tokenizer.decode(completion.token_ids, skip_special_tokens=True)
     count = len(completion.token_ids)
     logprob = math.fsum(completion.logprobs) / count if count else 0.0
-    return Sample(text, extract_answer(text), count, logprob, completion.finish_reason)
+    return Sample(text, extract_answer(text), count, logprob, completion.finish_reason, seconds)
 
 
 def _weigh(samples: list[Sample], problem: str, weights: Weights) -> None:

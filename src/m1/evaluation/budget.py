@@ -1,0 +1,179 @@
+"""Accuracy against measured seconds: each problem is solved by voting, and the vote is read off as time goes by.
+
+    OUT/settings.json    what the runs depend on: those of other settings are not mixed in
+    OUT/runs.jsonl       a line a model, problem and seed: every sample's answer and the second it ended
+    OUT/budget.json      accuracy of each model at each budget, written last
+    OUT/budget.png       the same, drawn
+
+A problem gets as many samples as fit into the longest budget. What a shorter one would have answered is the vote of the
+samples that had ended by then: until its end a run doesn't depend on how long it may last. Models take turns on each
+problem, so a disturbance hits all.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from m1.engine import Engine, SamplingParams, max_len_for, stop_tokens
+from m1.engine.sampling import stream_of
+from m1.errors import UserError
+from m1.evaluation.generators import weights_hash
+from m1.evaluation.metrics import estimate
+from m1.evaluation.tasks import Problem
+from m1.jsonl import append_jsonl, drop_torn_line, read_json, read_jsonl, write_json
+from m1.reasoning.answers import Grader
+from m1.reasoning.budget import Budget
+from m1.reasoning.solve import chat_prompt, solve
+from m1.reasoning.voting import vote
+
+POINTS = 16  # budgets at which accuracy is given, each a fixed factor above the one before
+SHORTEST = 1 / 64  # of the longest
+
+Models = dict[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the runs depend on beside models and problems. `max_batch`: samples of a problem decoded together."""
+
+    task: str
+    seconds: float
+    seeds: int
+    max_new_tokens: int
+    temperature: float
+    max_batch: int
+    prompt_template: str = "{problem}"
+
+
+def measure_budgets(
+    models: Models,
+    problems: Sequence[Problem],
+    settings: Settings,
+    out: Path,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Returns what it writes to OUT/budget.json. A run that was cut off measures only what is missing.
+
+    Raises:
+        UserError: a prompt the engine refuses, an impossible setting, or an OUT with runs of other settings.
+    """
+    budget = Budget(seconds=settings.seconds, rule="none")
+    if settings.seeds < 1:
+        raise UserError(f"seeds={settings.seeds}: need at least one")
+    _check(out, settings, models, problems)
+    drop_torn_line(out / "runs.jsonl")
+    runs = list(read_jsonl(out / "runs.jsonl")) if (out / "runs.jsonl").exists() else []
+    done = {(run["model"], run["problem"], run["seed"]) for run in runs}
+    texts = [settings.prompt_template.replace("{problem}", problem.text) for problem in problems]
+    engines = {name: _engine(*pair, texts, settings) for name, pair in models.items()}
+    params = SamplingParams(max_tokens=settings.max_new_tokens, temperature=settings.temperature)
+    total = len(models) * len(problems) * settings.seeds
+    with Grader() as grader:
+        for seed in range(settings.seeds):
+            for i, (problem, text) in enumerate(zip(problems, texts, strict=True)):
+                for name, (_, tokenizer) in models.items():
+                    on_progress(len(runs), total)
+                    if (name, problem.id, seed) in done:
+                        continue
+                    seeded = SamplingParams(**asdict(params) | {"seed": stream_of(seed, i)})
+                    solution = solve(text, engines[name], tokenizer, grader, seeded, budget)
+                    samples = [[s.seconds, s.answer, s.tokens] for s in solution.samples]
+                    run = {"model": name, "problem": problem.id, "seed": seed, "tokens": solution.tokens}
+                    runs.append(run | {"seconds": solution.seconds, "samples": samples})
+                    append_jsonl(out / "runs.jsonl", runs[-1:])
+        on_progress(total, total)
+        result = {"settings": asdict(settings), "problems": len(problems)}
+        result["models"] = {name: curve(runs, name, problems, settings, grader) for name in models}
+        result["grading"] = dict(grader.counts)
+    write_json(out / "budget.json", result)
+    return result
+
+
+def curve(
+    runs: Sequence[dict[str, Any]], model: str, problems: Sequence[Problem], settings: Settings, grader: Grader
+) -> dict[str, Any]:
+    """Of one model, at each budget: the share of problems whose vote is right, with its interval over problems; that of
+    each seed alone; and the mean number of samples behind a vote."""
+    golds = {problem.id: problem.answers for problem in problems}
+    own = [run for run in runs if run["model"] == model]
+    points = []
+    for i in range(POINTS):
+        seconds = settings.seconds * SHORTEST ** (1 - i / (POINTS - 1))
+        right: dict[tuple[str, int], bool] = {}
+        counts = []
+        for run in own:
+            answers = [answer for ended, answer, _ in run["samples"] if ended <= seconds]
+            counts.append(len(answers))
+            winner = vote(answers, grader).answer
+            right[run["problem"], run["seed"]] = winner is not None and grader.grade(winner, golds[run["problem"]])
+        of_problems = [sum(right[p.id, s] for s in range(settings.seeds)) / settings.seeds for p in problems]
+        of_seeds = [sum(right[p.id, s] for p in problems) / len(problems) for s in range(settings.seeds)]
+        accuracy = estimate(of_problems)
+        points.append(
+            {"seconds": seconds, "accuracy": accuracy.value, "ci95": accuracy.ci95, "of_seeds": of_seeds}
+            | {"samples": sum(counts) / len(counts)}
+        )
+    ended = [tokens for run in own for _, _, tokens in run["samples"]]
+    spent = sum(run["seconds"] for run in own)
+    return {
+        "points": points,
+        "tokens_per_second": sum(run["tokens"] for run in own) / spent,
+        "tokens_per_sample": sum(ended) / max(1, len(ended)),
+    }
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Accuracy, and the samples behind a vote, against seconds. Raises UserError where the file can't be written."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    accuracy, samples = figure.subplots(1, 2)
+    for name, model in result["models"].items():
+        points = model["points"]
+        seconds = [point["seconds"] for point in points]
+        middle = [point["accuracy"] for point in points]
+        accuracy.plot(seconds, middle, marker=".", label=name)
+        low, high = ([m + sign * p["ci95"] for m, p in zip(middle, points, strict=True)] for sign in (-1, 1))
+        accuracy.fill_between(seconds, low, high, alpha=0.15)
+        samples.plot(seconds, [point["samples"] for point in points], marker=".", label=name)
+    accuracy.set(xscale="log", xlabel="seconds a problem, measured", ylabel="accuracy of the vote", ylim=(0, 1.02))
+    samples.set(xscale="log", xlabel="seconds a problem, measured", ylabel="samples behind the vote")
+    for axes in (accuracy, samples):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    try:
+        figure.savefig(path)
+    except (ValueError, OSError) as error:
+        raise UserError(f"can't write the plot to {path}: {error}") from None
+
+
+def _engine(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], settings: Settings
+) -> Engine:
+    prompts = [chat_prompt(tokenizer, text) for text in texts]
+    max_len = max_len_for(model, prompts, settings.max_new_tokens)
+    engine = Engine(model, stop_tokens(model, tokenizer), settings.max_batch, max_len, snapshots=0)
+    engine.generate(prompts[:1], SamplingParams(max_tokens=2), settings.max_batch)  # compiles, captures, allocates
+    return engine
+
+
+def _check(out: Path, settings: Settings, models: Models, problems: Sequence[Problem]) -> None:
+    """Runs of other settings, models or problems would be mixed into the curve."""
+    current = asdict(settings) | {"models": {name: weights_hash(model) for name, (model, _) in models.items()}}
+    current = json.loads(json.dumps(current | {"problems": [asdict(problem) for problem in problems]}))
+    path = out / "settings.json"
+    if path.exists():
+        stored = read_json(path)
+        for key, value in current.items():
+            if stored.get(key) != value:
+                what = f"other {key}" if key in ("models", "problems") else f"{key}={stored.get(key)}"
+                raise UserError(f"{out} holds runs made with {what}: choose another --out or delete it")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(path, current)
+    except OSError as error:
+        raise UserError(f"can't write to {out}: {error.strerror}") from None

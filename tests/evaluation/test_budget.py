@@ -1,0 +1,105 @@
+"""Accuracy against seconds: the curve by hand, and real runs that go on where they were cut off."""
+
+import json
+
+import pytest
+from checkpoints import save_checkpoint, tiny_teacher
+from typer.testing import CliRunner
+
+from m1.cli import app
+from m1.errors import UserError
+from m1.evaluation.budget import POINTS, SHORTEST, Settings, curve
+from m1.evaluation.tasks import Problem
+from m1.jsonl import read_jsonl
+from m1.reasoning.answers import Grader
+
+SETTINGS = Settings("chain", seconds=64.0, seeds=2, max_new_tokens=8, temperature=1.0, max_batch=2)
+PROBLEMS = [Problem("a", "?", ("7",)), Problem("b", "?", ("3",))]
+
+
+def run(problem, seed, *samples, model="m"):
+    return {"model": model, "problem": problem, "seed": seed, "tokens": 10, "seconds": 64.0, "samples": samples}
+
+
+def test_curve_by_hand():
+    runs = [
+        run("a", 0, [2.0, "7", 4], [3.0, "5", 4], [4.0, "7", 4]),  # a tie, lost, from 3 s to 4 s
+        run("a", 1, [50.0, "7", 4]),
+        run("b", 0, [1.0, "3", 4]),
+        run("b", 1, [1.0, None, 4], [60.0, "4", 4]),
+        run("a", 0, [1.0, "7", 4], model="other"),
+    ]
+    result = curve(runs, "m", PROBLEMS, SETTINGS, Grader())
+    points = {round(p["seconds"], 2): p for p in result["points"]}
+    assert len(points) == POINTS and min(points) == 64 * SHORTEST and max(points) == 64
+    first, last = points[1.0], points[64.0]
+    assert (first["accuracy"], first["of_seeds"], first["samples"]) == (0.25, [0.5, 0.0], 0.5)
+    assert (last["accuracy"], last["of_seeds"], last["samples"]) == (0.75, [1.0, 0.5], 7 / 4)
+    at_3 = next(p for p in result["points"] if 3 <= p["seconds"] < 4)
+    assert at_3["accuracy"] == 0.25
+    assert result["tokens_per_second"] == 40 / 256 and result["tokens_per_sample"] == 4
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    from m1.model.tokenizer import byte_tokenizer
+
+    folder = save_checkpoint(tiny_teacher(), tmp_path_factory.mktemp("model"))
+    byte_tokenizer().save_pretrained(folder)
+    return ["--model", f"one={folder}", "--model", f"two={folder}"]
+
+
+def budget(*arguments):
+    command = [
+        "budget",
+        "--seconds",
+        "0.2",
+        "--limit",
+        "2",
+        "--seeds",
+        "2",
+        "--max-new-tokens",
+        "8",
+        "--max-batch",
+        "3",
+    ]
+    return CliRunner().invoke(app, [*command, *map(str, arguments)])
+
+
+def test_runs_go_on_where_they_were_cut_off(models, tmp_path):
+    out = budget(*models, "--out", tmp_path)
+    assert out.exit_code == 0, out.output
+    rows = list(read_jsonl(tmp_path / "runs.jsonl"))
+    assert [(r["model"], r["problem"], r["seed"]) for r in rows] == [
+        (m, f"chain/{p}", s) for s in range(2) for p in range(2) for m in ("one", "two")
+    ]
+    assert all(0 < ended <= 0.2 + 0.5 for row in rows for ended, _, _ in row["samples"])
+    assert (tmp_path / "budget.png").stat().st_size > 1000
+    lines = (tmp_path / "runs.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "runs.jsonl").write_text("".join(lines[:5]) + '{"torn')
+    assert budget(*models, "--out", tmp_path).exit_code == 0
+    again = (tmp_path / "runs.jsonl").read_text().splitlines(keepends=True)
+    assert again[:5] == lines[:5] and len(again) == 8
+    result = json.loads((tmp_path / "budget.json").read_text())
+    assert set(result["models"]) == {"one", "two"} and result["problems"] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "folder"], "give each as NAME=FOLDER"),
+        (["--model", "a=x", "--model", "a=y"], "under a name of its own"),
+        (["--model", "a=missing"], "missing"),
+    ],
+)
+def test_impossible_models_are_refused(arguments, message, tmp_path):
+    out = budget(*arguments, "--out", tmp_path)
+    assert isinstance(out.exception, UserError) and message in str(out.exception)
+
+
+def test_other_settings_are_not_mixed_in(models, tmp_path):
+    assert budget(*models, "--out", tmp_path).exit_code == 0
+    out = budget(*models, "--out", tmp_path, "--temperature", "0.5")
+    assert isinstance(out.exception, UserError) and "temperature=0.7" in str(out.exception)
+    out = budget(*models, "--out", tmp_path, "--seeds", "0")
+    assert isinstance(out.exception, UserError) and "seeds=0" in str(out.exception)
