@@ -75,7 +75,7 @@ def test_hang_costs_one_answer(monkeypatch, tmp_path):
         assert grader.counts["timeout"] == 1
         grader.timeout = 30.0
         assert grader.equal(r"\frac{1}{4}", "0.25")
-        assert grader.counts == {"graded": 2, "timeout": 1, "crash": 0}
+        assert grader.counts == {"graded": 2, "timeout": 1, "crash": 0, "error": 0}
 
 
 def test_tower_of_powers_costs_at_most_its_timeout():
@@ -96,8 +96,8 @@ def test_worker_that_cannot_start_costs_one_answer(monkeypatch):
 def test_dead_worker_costs_one_answer(monkeypatch):
     with Grader() as grader:
         assert grader.equal(r"\frac{1}{2}", "0.5")
-        grader._worker.process.kill()
-        grader._worker.process.wait()
+        grader._idle[0].process.kill()
+        grader._idle[0].process.wait()
         assert not grader.equal(r"\frac{1}{3}", "1/3")
         assert grader.counts["crash"] == 1
         assert grader.equal(r"\frac{1}{4}", "0.25")
