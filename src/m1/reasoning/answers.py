@@ -27,6 +27,7 @@ from m1.errors import UserError
 TIMEOUT_SECONDS = 10.0
 STARTUP_SECONDS = 120.0  # importing sympy on a slow, busy machine
 MAX_ANSWER_CHARACTERS = 1000  # nothing longer is an answer; it is compared as text only
+MAX_ANNOUNCEMENTS = 50  # of an answer, looked at from the end
 GRADINGS_PER_WORKER = 1000  # then it is replaced: sympy's caches grow
 
 BOX = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
@@ -78,16 +79,16 @@ def _boxed(text: str) -> str | None:
             opened.append((match.start(), match.end()) if len(token) > 2 else None)
     boxes.sort(reverse=True)
     parts: list[str] = []
-    begin = 0
-    for box_begin, start, end in boxes:  # inner boxes come before outer ones
-        if parts and end >= begin:
+    begin = len(text)  # of the box before
+    for box_begin, start, end in boxes:
+        if end > begin:  # it holds the one before
             continue
         if parts and not _joins(text[end + 1 : begin][:41]):
             break
         content = text[start:end].strip()
         if content:
             parts.append(content)
-            begin = box_begin
+        begin = box_begin
     return ", ".join(reversed(parts)) or None
 
 
@@ -104,7 +105,8 @@ def _announced(text: str) -> str | None:
     bold = list(re.finditer(r"\*\*[^*\n]{1,200}\*\*", text[last_line:]))
     if len(bold) == 1:
         found.append(last_line + bold[0].start())
-    answers = (_stated(text[start : start + MAX_ANSWER_CHARACTERS]) for start in sorted(found, reverse=True))
+    last = sorted(found, reverse=True)[:MAX_ANNOUNCEMENTS]
+    answers = (_stated(text[start : start + MAX_ANSWER_CHARACTERS]) for start in last)
     return next(filter(None, answers), None)
 
 
@@ -122,6 +124,8 @@ def _stated(tail: str) -> str | None:
     inside = next(filter(None, delimited.groups()), "") if delimited else ""
     answer = re.sub(r"\*\*|\\[()\[\]]|(?<!\\)\$", "", inside + rest).strip(" \t\n:*`.")
     words = re.findall(r"[A-Za-z]{2,}", COMMAND.sub(" ", answer))
+    if "\\boxed" in answer:  # one that isn't closed
+        return None
     if words and (len(words) > 2 or NOT_UNITS.search(answer) or not re.match(r"[-+]?\\?\$?\.?\d|\\", answer)):
         return None
     return answer if re.match(r"[-+±\u2212]|[\d.(\[{|√\\]|[A-Za-z](?![A-Za-z])", answer) else None
