@@ -10,7 +10,7 @@ olympiadbench_meta.jsonl. About a minute on two cores.
   Gold and prediction of grading_cases are whole texts or bare answers: both are read by `extract_answer`, and a text
   without an answer in it is taken as the answer.
 - MATH-500's golds against themselves, and against each other shuffled: pairs called equal, which a person judged.
-- OlympiadBench's golds of several parts: in another order they must be equal, without or with a wrong part they mustn't.
+- OlympiadBench's golds of several parts: in another order they must be equal; with a part missing or wrong, different.
 """
 
 import argparse

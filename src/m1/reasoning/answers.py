@@ -264,7 +264,7 @@ class Grader:
         """Whether the answer has the gold's value. What can't be decided in time is unequal, and counted."""
         gold, answer = normalize(gold), normalize(answer)
         if gold == answer:
-            return True
+            return bool(gold)
         if not gold or not answer or max(len(gold), len(answer)) > MAX_ANSWER_CHARACTERS:
             return False
         if (gold, answer) not in self._known:
