@@ -22,6 +22,10 @@ def markdown(columns: list[str], rows: list[list[str]]) -> str:
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
+def processor(machine: dict) -> str:
+    return f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']}"
+
+
 def pocket() -> str:
     """`make demo`'s runs/pocket/report.json."""
     report = result("pocket")
@@ -49,10 +53,55 @@ def kernels() -> str:
                 per_token = f"{row['microseconds_per_token']:,.3g} µs"
                 rows.append([what, per_token, f"{100 * row['share_of_copy']:.1f} %", f"{row['ratio_to_ours']:,.3g}"])
         machine, limits = bench["machine"], bench["limits"]
-        name = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']}"
+        name = machine.get("gpu") or processor(machine)
         machines.append(f"{device}: {name}, copies {limits['copy_bytes_per_second'] / 1e9:,.0f} GB/s")
     columns = ["kernel", "a token and layer", "of the copy bandwidth", "time / ours"]
     return markdown(columns, rows) + "\n" + "; ".join(machines) + ".\n"
+
+
+def decode() -> str:
+    """`m1 bench decode` on a CPU."""
+    bench = result("bench-decode-cpu")
+    rows = []
+    for row in bench["rows"]:
+        floor = f"{100 * row['share_of_floor']:.0f} %" if "share_of_floor" in row else ""
+        times = f"{row['times_vllm']:.2f}" if "times_vllm" in row else ""
+        cell = f"{row['batch']} x {row['new_tokens']:,}"
+        rows.append([cell, row["name"], f"{row['tokens_per_second']:,.0f}", times, floor, f"{row['seconds']:.1f} s"])
+    limits, options = bench["limits"], bench["options"]
+    conditions = [
+        f"{processor(bench['machine'])}, {options['dtype']}, shape {options['shape']}",
+        f"prompts of {options['prompt']} tokens, runs a row: {bench['rows'][0]['runs']}",
+        f"copies {limits['copy_bytes_per_second'] / 1e9:.1f} GB/s",
+        f"matrix products {limits['gemm_flops_per_second'] / 1e9:.0f} GFLOP/s",
+    ]
+    columns = ["batch x new tokens", "engine", "tokens/s", "times vLLM", "of floor", "time"]
+    return markdown(columns, rows) + "\n" + "; ".join(conditions) + ".\n"
+
+
+def decode_step() -> str:
+    """`benchmarks/decode_step.py`."""
+    bench = result("decode-step")
+    rows = [[r["name"], f"{1000 * r['seconds']:.2f} ms", f"{1000 * r['floor_seconds']:.2f} ms"] for r in bench["rows"]]
+    rates = f"copies {bench['copy_bytes_per_second'] / 1e9:.1f} GB/s, "
+    rates += f"products {bench['gemm_flops_per_second'] / 1e9:.0f} GFLOP/s"
+    what = f"{bench['batch']} rows at {bench['context']:,} tokens"
+    return markdown([what, "takes", "at least"], rows) + f"\n{processor(bench['machine'])}, float32, {rates}.\n"
+
+
+def grading() -> str:
+    """`benchmarks/grading.py`."""
+    names = {
+        "graded_outputs": "graded_outputs (Qwen2.5-Math's, short)",
+        "reasoning_samples": "reasoning_samples (R1, its distillations, QwQ)",
+        "grading_cases": "grading_cases (math-verify's own tests)",
+    }
+    rows = []
+    for name, measured in result("grading")["labelled"].items():
+        rates = [f"{measured[key]:.3f}" for key in ("precision", "recall")]
+        counts = [str(measured[key]) for key in ("rows", "agreed", "audit_agreed")]
+        rows.append([names[name], *counts[:2], *rates, counts[2]])
+    return markdown(["labelled answers", "rows", "agreement", "precision", "recall", "audit's agreement"], rows)
 
 
 # Speed against the transformer of the same size, by (batch, new tokens): arXiv 2504.10449, on an H100 under vLLM 0.6.3.
@@ -98,7 +147,9 @@ def short_h200() -> str:
 
 TABLES: dict[str, list[Callable[[], str]]] = {
     "README.md": [pocket, short_h200],
+    "docs/engine.md": [decode, decode_step],
     "docs/kernels.md": [kernels],
+    "docs/grading.md": [grading],
     "docs/results.md": [h200],
 }
 

@@ -21,6 +21,7 @@ SMALLER = {
     r"^warmup_steps = \d+": "warmup_steps = 1",
     r"^per_device_train_batch_size = \d+": "per_device_train_batch_size = 8",
     r"^hidden_size = \d+": "hidden_size = 64",
+    r"^seconds = .*": "seconds = 0.2",
     r"^max_(new_tokens|completion_length) = \d+": r"max_\1 = 8",
 }
 MODELS = ["teacher", "converted", "distilled", "sft", "grpo"]
@@ -56,10 +57,13 @@ def test_report(pocket):
     for model in report["models"].values():
         assert 0 <= model["pass@1"] <= 1 and 0 <= model["maj@2"] <= 1 and model["n_problems"] == 4
         assert model["tokens_per_second"] > 0 and model["parameters"] > 0
+    budget = json.loads((pocket / "runs" / "budget" / "budget.json").read_text())
+    assert list(budget["models"]) == ["transformer", "hybrid"] and budget["settings"]["seconds"] == 0.2
     caches = {name: model["cache_bytes_per_sequence_at_4k"] for name, model in report["models"].items()}
     assert caches["grpo"] < 0.6 * caches["teacher"]
     page = (pocket / "runs" / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 3 and "://" not in page and "{{" not in page
+    assert "Accuracy against seconds a problem" in page
+    assert page.count("data:image/png;base64,") == 4 and "://" not in page and "{{" not in page
 
 
 def test_running_again_does_nothing_again(pocket, capsys):

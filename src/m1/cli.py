@@ -227,6 +227,8 @@ def evaluate(
     console.print(f"{speed}written to {out / 'result.json'}", soft_wrap=True)
     if undecided := sum(count for name, count in result["grading"].items() if name != "graded"):
         console.print(f"{undecided} comparisons of answers couldn't be decided and count as wrong", style="yellow")
+    if doubted := len(result["audit"]["disagreements"]):
+        console.print(f"{doubted} grades are doubted by a second grader: `audit` in result.json", style="yellow")
 
 
 @evaluation.command("compare")
@@ -258,7 +260,6 @@ def budget_command(
 ) -> None:
     """Measure the vote's accuracy against the seconds a problem may take, of models beside each other."""
     from m1.evaluation.budget import Settings, measure_budgets
-    from m1.evaluation.budget import plot as plot_result
     from m1.evaluation.tasks import load_task, prompt_template
     from m1.model.checkpoint import load_model
 
@@ -270,7 +271,6 @@ def budget_command(
     models = {name: load_model(folder) for name, folder in folders.items()}
     with progress_bar("budget", "runs") as on_progress:
         result = measure_budgets(models, problems, settings, out, on_progress)
-    plot_result(result, out / "budget.png")
     for name, measured in result["models"].items():
         last = measured["points"][-1]
         console.print(

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from m1.errors import UserError
 from m1.jsonl import read_json, write_json
-from m1.recipe import ConvertStage, DistillStage, EvalStage, GRPOStage, SFTStage, Stage, load_pipeline
+from m1.recipe import BudgetStage, ConvertStage, DistillStage, EvalStage, GRPOStage, SFTStage, Stage, load_pipeline
 
 console = Console(stderr=True)
 
@@ -67,6 +67,8 @@ def run_stage(stage: Stage, resume: bool = False) -> None:
             _convert(stage)
         case EvalStage():
             _evaluate(stage)
+        case BudgetStage():
+            _measure_budgets(stage)
         case _:
             getattr(_module(stage), TRAINED[type(stage)])(stage, resume)
 
@@ -85,7 +87,8 @@ def report(name: str, out: str, stages: dict[str, Stage]) -> dict[str, Any]:
         if isinstance(stage, EvalStage)
         for model in stage.models
     }
-    return write_report(out, f"M1 {name}", sum(m["seconds"] for m in manifests), results, training)
+    budgets = [read_json(Path(s.out, "budget.json")) for s in stages.values() if isinstance(s, BudgetStage)]
+    return write_report(out, f"M1 {name}", sum(m["seconds"] for m in manifests), results, training, budgets)
 
 
 def _module(stage: Stage) -> ModuleType:
@@ -127,6 +130,23 @@ def _evaluate(stage: EvalStage) -> None:
         seconds = before + time.monotonic() - started
         write_json(spent, {"seconds": seconds})
     write_manifest(stage.out, stage, seconds)
+
+
+def _measure_budgets(stage: BudgetStage) -> None:
+    from m1.evaluation.budget import Settings, measure_budgets
+    from m1.evaluation.tasks import load_task, prompt_template
+    from m1.model.checkpoint import load_model
+    from m1.train.stage import write_manifest
+
+    started = time.monotonic()
+    problems = load_task(stage.task, stage.data, stage.limit, stage.min_steps, stage.max_steps)
+    names = [field.name for field in dataclasses.fields(Settings) if field.name != "prompt_template"]
+    template = prompt_template(stage.task)
+    settings = Settings(**{name: getattr(stage, name) for name in names}, prompt_template=template)
+    models = {name: load_model(path) for name, path in stage.models.items()}
+    with progress_bar("budget", "runs") as on_progress:
+        measure_budgets(models, problems, settings, Path(stage.out), on_progress)
+    write_manifest(stage.out, stage, time.monotonic() - started)
 
 
 class progress_bar:

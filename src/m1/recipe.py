@@ -124,13 +124,32 @@ class EvalStage:
     max_batch: int = 256
 
 
-Stage = ConvertStage | SFTStage | DistillStage | GRPOStage | EvalStage
+@dataclass(frozen=True)
+class BudgetStage:
+    """Accuracy of `models` against measured seconds a problem, on the same problems."""
+
+    models: dict[str, str]
+    out: str
+    seconds: float
+    task: str = "chain"
+    data: str | None = None
+    limit: int = 32
+    seeds: int = 1
+    max_new_tokens: int = 128
+    temperature: float = 1.0
+    max_batch: int = 64  # samples of a problem decoded together
+    min_steps: int = 2
+    max_steps: int = 8
+
+
+Stage = ConvertStage | SFTStage | DistillStage | GRPOStage | EvalStage | BudgetStage
 STAGES: dict[str, type[Any]] = {
     "convert": ConvertStage,
     "sft": SFTStage,
     "distill": DistillStage,
     "grpo": GRPOStage,
     "eval": EvalStage,
+    "budget": BudgetStage,
 }
 
 

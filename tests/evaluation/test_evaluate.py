@@ -220,3 +220,15 @@ def test_settings_out_of_range(changes, words):
     values = {"task": "chain", "n": 1, "max_new_tokens": 1, "temperature": 1.0, "seed": 0} | changes
     with pytest.raises(UserError, match=words):
         Settings(**values)
+
+
+def test_a_second_grader_doubts_what_differs(tmp_path, monkeypatch):
+    monkeypatch.setattr(module.Grader, "grade", lambda self, answer, golds: True)
+    result = evaluate(Scripted(), PROBLEMS, SETTINGS, tmp_path)
+    assert result["audit"]["agreed"] + len(result["audit"]["disagreements"]) == 15
+    wrong = [(row["problem"], row["round"]) for row in rows_of(tmp_path) if row["answer"] not in golds_of(row)]
+    assert [(row["problem"], row["round"]) for row in result["audit"]["disagreements"]] == wrong and wrong
+
+
+def golds_of(row):
+    return next(problem.answers for problem in PROBLEMS if problem.id == row["problem"])

@@ -90,6 +90,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
+    from m1.plots import save_figure
+
     figure = Figure(figsize=(9, 4), layout="constrained")
     panels = figure.subplots(1, 2)
     for axes, key, common in zip(panels, ("batch", "new_tokens"), ("new_tokens", "batch"), strict=True):
@@ -106,7 +108,4 @@ def plot(result: dict[str, Any], path: Path) -> None:
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
         axes.legend()
-    try:
-        figure.savefig(path)
-    except (ValueError, OSError) as error:
-        raise UserError(f"can't write the plot to {path}: {error}") from None
+    save_figure(figure, path)

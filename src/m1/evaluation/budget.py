@@ -2,8 +2,8 @@
 
     OUT/settings.json    what the runs depend on: those of other settings are not mixed in
     OUT/runs.jsonl       a line a model, problem and seed: every sample's answer and the second it ended
-    OUT/budget.json      accuracy of each model at each budget, written last
-    OUT/budget.png       the same, drawn
+    OUT/budget.png       accuracy of each model at each budget
+    OUT/budget.json      the same in numbers, written last
 
 A problem gets as many samples as fit into the longest budget. What a shorter one would have answered is the vote of the
 samples that had ended by then: until its end a run doesn't depend on how long it may last. Models take turns on each
@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from m1.engine import Engine, SamplingParams, max_len_for, stop_tokens
@@ -25,6 +26,7 @@ from m1.evaluation.generators import weights_hash
 from m1.evaluation.metrics import estimate
 from m1.evaluation.tasks import Problem
 from m1.jsonl import append_jsonl, drop_torn_line, read_json, read_jsonl, write_json
+from m1.plots import save_figure
 from m1.reasoning.answers import Grader
 from m1.reasoning.budget import Budget
 from m1.reasoning.solve import chat_prompt, solve
@@ -89,6 +91,7 @@ def measure_budgets(
         result = {"settings": asdict(settings), "problems": len(problems)}
         result["models"] = {name: curve(runs, name, problems, settings, grader) for name in models}
         result["grading"] = dict(grader.counts)
+    save_figure(draw(result), out / "budget.png")
     write_json(out / "budget.json", result)
     return result
 
@@ -126,10 +129,8 @@ def curve(
     }
 
 
-def plot(result: dict[str, Any], path: Path) -> None:
-    """Accuracy, and the samples behind a vote, against seconds. Raises UserError where the file can't be written."""
-    from matplotlib.figure import Figure
-
+def draw(result: dict[str, Any]) -> Figure:
+    """Accuracy, and the samples behind a vote, against seconds."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     accuracy, samples = figure.subplots(1, 2)
     for name, model in result["models"].items():
@@ -145,10 +146,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     for axes in (accuracy, samples):
         axes.grid(alpha=0.3)
         axes.legend()
-    try:
-        figure.savefig(path)
-    except (ValueError, OSError) as error:
-        raise UserError(f"can't write the plot to {path}: {error}") from None
+    return figure
 
 
 def _engine(

@@ -28,12 +28,14 @@ from m1.evaluation.metrics import summarize
 from m1.evaluation.tasks import Problem
 from m1.jsonl import append_jsonl, drop_torn_line, read_json, read_jsonl, write_json
 from m1.reasoning.answers import Grader, extract_answer
+from m1.reasoning.audit import audit
 
 TOO_LONG_TO_SHOW = {
     "problems_sha256": "other problems",
     "prompt_template": "another prompt template",
     "model": "another model",
 }
+DOUBTED = ("problem", "round", "answer", "golds", "correct")  # what is told of a grade that the audit doubts
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ def evaluate(
                     on_progress(len(rows), total)
         before_votes = Counter(grader.counts)
         result = summarize(list(rows.values()), golds, settings.n, grader, generator.by_round)
+    checked = audit({**row, "golds": golds[row["problem"]]} for row in rows.values())
     result = {
         "settings": asdict(settings),
         "prompt_template_sha256": hashlib.sha256(settings.prompt_template.encode()).hexdigest(),
@@ -101,6 +104,10 @@ def evaluate(
         **identity,
         **generator.facts(),
         **result,
+        "audit": {
+            "agreed": checked.agreed,
+            "disagreements": [{key: row[key] for key in DOUBTED} for row in checked.disagreements],
+        },
         "grading": _sum([*(row["grading"] for row in rows.values()), _difference(grader.counts, before_votes)]),
     }
     _write_parquet(out / "samples.parquet", list(rows.values()))

@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,19 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
+from m1.evaluation.budget import draw
 from m1.jsonl import read_jsonl, write_json
 
 PAGE = Path(__file__).with_name("report.html")
 
 
 def write_report(
-    out: str | Path, title: str, seconds: float, results: dict[str, dict[str, Any]], training: dict[str, Path]
+    out: str | Path,
+    title: str,
+    seconds: float,
+    results: dict[str, dict[str, Any]],
+    training: dict[str, Path],
+    budgets: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
     """Writes OUT/report.json and OUT/report.html and returns the former's content.
 
@@ -26,6 +33,7 @@ def write_report(
         seconds: the pipeline's, all stages.
         results: model name -> what `evaluate` returned, in the stages' order.
         training: stage name -> its metrics.jsonl.
+        budgets: what `measure_budgets` returned.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -33,8 +41,10 @@ def write_report(
     figures = {
         "Learning curves": _learning_curves(training),
         "Accuracy against votes": _vote_curve(results),
-        "Accuracy against seconds": _seconds_curve(results),
+        "Accuracy against seconds, all problems together": _seconds_curve(results),
     }
+    for budget in budgets:
+        figures["Accuracy against seconds a problem"] = draw(budget)
     page = PAGE.read_text(encoding="utf-8")
     body = "".join(f"<section><h2>{name}</h2>{_image(figure, name)}</section>" for name, figure in figures.items())
     page = page.replace("{{title}}", html.escape(title)).replace("{{seconds}}", f"{seconds / 60:.1f}")
@@ -120,7 +130,8 @@ def _seconds_curve(results: dict[str, dict[str, Any]]) -> Figure:
 
 def _image(figure: Figure, name: str) -> str:
     buffer = io.BytesIO()
-    figure.tight_layout()
+    if figure.get_layout_engine() is None:
+        figure.tight_layout()
     figure.savefig(buffer, format="png", dpi=150)
     plt.close(figure)
     data = base64.b64encode(buffer.getvalue()).decode()

@@ -121,6 +121,8 @@ def plot_summary(summary: Summary, path: Path) -> None:
     """Cache bytes of one sequence against context, for the model and its teacher. UserError for an unknown format."""
     from matplotlib.figure import Figure
 
+    from m1.plots import save_figure
+
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot()
     contexts = [2**i for i in range(7, 19)]
@@ -134,10 +136,7 @@ def plot_summary(summary: Summary, path: Path) -> None:
     axes.set_xscale("log", base=2)
     axes.grid(alpha=0.3)
     axes.legend()
-    try:
-        figure.savefig(path)
-    except (ValueError, OSError) as error:
-        raise UserError(f"can't write the plot to {path}: {error}") from None
+    save_figure(figure, path)
 
 
 def human_bytes(size: float) -> str:

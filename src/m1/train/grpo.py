@@ -40,7 +40,7 @@ def grpo(recipe: GRPOStage, resume: bool = False) -> None:
             rollout_func=EngineRollouts(recipe.max_batch),
         )
         stage.run(trainer, recipe.out, recipe, resume)
-    if grader.counts["timeout"] or grader.counts["crash"]:
+    if any(grader.counts[name] for name in ("timeout", "crash", "error")):
         logger.warning("grading gave up on some answers and rewarded them 0: %s", dict(grader.counts))
 
 

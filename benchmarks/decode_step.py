@@ -1,0 +1,122 @@
+"""Where a decode step's milliseconds go, against the least they could be on this machine.
+
+python benchmarks/decode_step.py [--batch 64] [--context 1152]
+
+The functions that a step of the hybrid of shape 30m (float32) calls are timed by a clock around each. The least is what
+a function must multiply, at the rate of large products, or move, at that of a copy, both measured in the same run.
+Writes results/decode-step.json.
+"""
+
+import argparse
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import m1.engine.runner as runner
+import m1.engine.sampling as sampling
+import m1.model.mamba as mamba
+from m1.bench.decoders import DecodeOptions, make_model, random_prompts
+from m1.bench.roofline import describe_machine, measure_limits
+from m1.engine import Engine, SamplingParams
+from m1.jsonl import write_json
+from m1.model.configuration import ATTENTION, layer_cache_bytes, layer_kinds
+from m1.ops import PackedLinear
+
+ROOT = Path(__file__).parents[1]
+STEPS = 60
+PARTS: dict[str, tuple[Any, str]] = {
+    "matrix products": (PackedLinear, "__call__"),
+    "attention": (runner, "decode_attention"),
+    "states": (mamba, "state_update"),
+    "residuals and norms": (runner, "add_rms_norm"),
+    "SwiGLU": (runner, "swiglu"),
+    "draw of tokens": (sampling, "sample_token"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--context", type=int, default=1152)
+    arguments = parser.parse_args()
+    batch, context = arguments.batch, arguments.context
+    options = DecodeOptions(
+        shape="30m", cells=[(batch, 2)], prompt=context, engines=["ours-hybrid"], dtype="float32", device="cpu",
+        backends=None, repeats=1,
+    )  # fmt: skip
+    cpu = torch.device("cpu")
+    limits = measure_limits(cpu, torch.float32)
+    model = make_model(options, hybrid=True, max_len=context + 2 * STEPS)
+    engine = Engine(model, [], batch, context + 2 * STEPS, snapshots=0)
+    engine.submit(random_prompts(options, 1)[0], SamplingParams(max_tokens=2 * STEPS), batch)
+    while engine.scheduler.waiting:
+        engine.step()
+    whole, parts = [], defaultdict(list)
+    for _ in range(STEPS):
+        with clocks() as spent:
+            began = time.perf_counter()
+            engine.step()
+            whole.append(time.perf_counter() - began)
+        for name in PARTS:
+            parts[name].append(spent[name])
+    seconds = {name: statistics.median(taken) for name, taken in parts.items()}
+    seconds["Python and small operations"] = statistics.median(whole) - sum(seconds.values())
+    least = floors(model, batch, context, limits.copy, limits.gemm)
+    rows = [{"name": name, "seconds": taken, "floor_seconds": least.get(name, 0.0)} for name, taken in seconds.items()]
+    rows.append({"name": "a step", "seconds": statistics.median(whole), "floor_seconds": sum(least.values())})
+    for row in rows:
+        print(f"{row['name']:30} {1000 * row['seconds']:7.2f} ms, at least {1000 * row['floor_seconds']:6.2f}")
+    facts = {"batch": batch, "context": context, "copy_bytes_per_second": limits.copy}
+    facts["gemm_flops_per_second"] = limits.gemm
+    write_json(ROOT / "results" / "decode-step.json", {"machine": describe_machine(cpu)} | facts | {"rows": rows})
+
+
+@contextmanager
+def clocks() -> Iterator[dict[str, float]]:
+    """Seconds spent in each of PARTS within the context."""
+    spent: dict[str, float] = defaultdict(float)
+    plain = {name: getattr(owner, function) for name, (owner, function) in PARTS.items()}
+
+    def timed(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter()
+            result = call(*args, **kwargs)
+            spent[name] += time.perf_counter() - began
+            return result
+
+        return run
+
+    try:
+        for name, (owner, function) in PARTS.items():
+            setattr(owner, function, timed(name, plain[name]))
+        yield spent
+    finally:
+        for name, (owner, function) in PARTS.items():
+            setattr(owner, function, plain[name])
+
+
+def floors(model: Any, batch: int, context: int, copy: float, gemm: float) -> dict[str, float]:
+    """Seconds; design §10's terms, each for itself."""
+    config = model.config
+    products = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    kept = {kind: 0 for kind in layer_kinds(config)}
+    for kind in layer_kinds(config):
+        kept[kind] += layer_cache_bytes(config, kind, context, 4)
+    states = sum(size for kind, size in kept.items() if kind != ATTENTION)
+    return {
+        "matrix products": max(4 * products / copy, 2 * products * batch / gemm),
+        "attention": batch * kept[ATTENTION] / copy,
+        "states": 2 * batch * states / copy,
+        "draw of tokens": 4 * batch * config.vocab_size / copy,
+    }
+
+
+if __name__ == "__main__":
+    main()

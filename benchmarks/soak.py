@@ -1,0 +1,94 @@
+"""The engine under more load than it has slots, for minutes: memory must not grow, and nobody may starve.
+
+python benchmarks/soak.py [--minutes 20]
+
+Requests of mixed lengths, sample counts, settings and repeated prompts come without pause; some are aborted at random.
+Every minute it notes the resident memory, the free slots with nobody running, and the most steps that a request waited
+for its first slot: as requests are served as they come, what stands in front of it bounds that. Writes
+results/soak.json.
+"""
+
+import argparse
+import random
+import time
+from collections import deque
+from pathlib import Path
+
+import torch
+
+from m1.bench.decoders import DecodeOptions, make_model
+from m1.bench.roofline import describe_machine
+from m1.engine import Engine, SamplingParams
+from m1.engine.sequence import Request
+from m1.jsonl import write_json
+
+ROOT = Path(__file__).parents[1]
+SLOTS, MAX_LEN, WAITING = 16, 512, 48  # requests kept in the queue
+ABORTED = 0.1  # of the requests
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=20)
+    minutes = parser.parse_args().minutes
+    options = DecodeOptions(
+        shape="30m", cells=[(SLOTS, MAX_LEN)], prompt=1, engines=["ours-hybrid"], dtype="float32", device="cpu",
+        backends=None, repeats=1,
+    )  # fmt: skip
+    engine = Engine(make_model(options, hybrid=True, max_len=MAX_LEN), [], SLOTS, MAX_LEN)
+    rng, rows = random.Random(0), []
+    while len(rows) < minutes:
+        rows.append(minute(engine, rng))
+        print(rows[-1], flush=True)
+    write_json(
+        ROOT / "results" / "soak.json",
+        {"machine": describe_machine(torch.device("cpu")), "slots": SLOTS, "waiting": WAITING, "minutes": rows},
+    )
+
+
+def minute(engine: Engine, rng: random.Random) -> dict[str, float]:
+    """A minute of load, and then what is left is finished."""
+    waiting: deque[tuple[Request, int]] = deque()  # with the step at which each was submitted
+    live: list[Request] = []
+    longest = submitted = 0
+    began, first = time.monotonic(), engine.stats.steps
+    while engine.busy or time.monotonic() < began + 60:
+        while time.monotonic() < began + 60 and len(waiting) < WAITING:
+            waiting.append((submit(engine, rng), engine.stats.steps))
+            submitted += 1
+        engine.step()
+        while waiting and (waiting[0][0].started or waiting[0][0].done):
+            request, since = waiting.popleft()
+            longest = max(longest, engine.stats.steps - since)
+            live.append(request)
+        live = [request for request in live if not request.done]
+        if live and rng.random() < ABORTED / 8:
+            engine.abort(rng.choice(live))
+    return {
+        "requests": submitted,
+        "steps": engine.stats.steps - first,
+        "tokens": engine.stats.decoded,
+        "longest_wait_in_steps": longest,
+        "free_slots": len(engine.slots.free),
+        "resident_bytes": resident_bytes(),
+    }
+
+
+def submit(engine: Engine, rng: random.Random) -> Request:
+    start = rng.randrange(8)  # prompts begin alike now and then, for snapshots
+    length = rng.choice([1, 5, 40, 200, 380])
+    prompt = [(start * 1000 + i * 7) % engine.vocab_size for i in range(length)]
+    params = SamplingParams(
+        max_tokens=rng.choice([1, 8, 30, 100]), temperature=rng.choice([0.0, 0.7, 1.0]), top_p=rng.choice([1.0, 0.9]),
+        top_k=rng.choice([0, 20]), seed=rng.randrange(1000),
+    )  # fmt: skip
+    return engine.submit(prompt, params, n=rng.choice([1, 1, 1, 4, 20]))
+
+
+def resident_bytes() -> int:
+    fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
+    return int(fields["VmRSS"].split()[0]) * 1024
+
+
+if __name__ == "__main__":
+    main()
