@@ -187,6 +187,7 @@ def evaluate(
     ] = None,
     generator: Annotated[str, typer.Option(help="What samples: engine (this project's) or transformers.")] = "engine",
     max_batch: Annotated[int, typer.Option(help="Sequences decoded together.")] = 256,
+    quantize: Quantize = None,
     endpoint: Annotated[
         str | None,
         typer.Option(help="Let an OpenAI-compatible server sample: its base URL. The key is $OPENAI_API_KEY."),
@@ -207,6 +208,8 @@ def evaluate(
 
     if generator not in LOCAL or (endpoint and generator != "engine"):
         raise UserError(f"--generator {generator}: give one of {', '.join(LOCAL)}, or --endpoint instead")
+    if quantize and (endpoint or generator != "engine"):
+        raise UserError(f"--quantize {quantize}: only this project's engine does that")
     settings = Settings(task, n, max_new_tokens, temperature, seed, template_of(task, prompt_template))
     problems = load_task(task, data, limit, seed=seed)
     source: Generator
@@ -215,7 +218,8 @@ def evaluate(
 
         source = EndpointGenerator(endpoint, model, concurrency, timeout)
     else:
-        source = LOCAL[generator](*load_model(model), max_batch)
+        options = {} if quantize is None else {"quantize": quantize}
+        source = LOCAL[generator](*load_model(model), max_batch, **options)
     out = out or Path(model, "eval", task)
     with progress_bar(task, "samples") as on_progress:
         result = run(source, problems, settings, out, on_progress)

@@ -69,6 +69,15 @@ def test_a_checkpoint(run, hybrid_dir, problems, tmp_path, generator):
     refused(run(*base, "--generator", other, "--out", tmp_path / "o"), f"generator={generator}", "another --out")
 
 
+def test_rounded_weights_are_another_generator(run, hybrid_dir, problems, tmp_path):
+    base = ("--model", hybrid_dir, "--task", "gsm8k", "--data", problems, "--n", 1, "--max-new-tokens", 4)
+    out = ("--out", tmp_path / "o")
+    assert run(*base, *out, "--quantize", "int8")[0] == 0
+    assert json.loads((tmp_path / "o" / "result.json").read_text())["generator"] == "engine, int8"
+    refused(run(*base, *out), "generator=engine, int8", "another --out")
+    refused(run(*base, *out, "--quantize", "int8", "--generator", "transformers"), "--quantize int8")
+
+
 def test_bad_arguments(run, problems, tmp_path):
     base = ("--model", "m", "--endpoint", "http://127.0.0.1:9/v1", "--out", tmp_path / "o")
     task = (*base, "--task", "math500")

@@ -17,7 +17,6 @@ from m1.bench.contest import begin
 from m1.bench.decoders import PEERS_PYTHON, DecodeOptions, Decoder, Run, is_hybrid, make_model, start
 from m1.bench.options import DTYPES
 from m1.bench.roofline import Limits
-from m1.errors import UserError
 from m1.model.configuration import ATTENTION, layer_cache_bytes, layer_kinds
 
 

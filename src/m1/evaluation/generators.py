@@ -75,16 +75,24 @@ class EngineGenerator:
 
     Args:
         max_batch: sequences decoded together.
+        quantize: `Engine`'s.
     """
 
     by_round = True
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_batch: int = 256):
-        self.model, self.tokenizer, self.max_batch = model, tokenizer, max_batch
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        max_batch: int = 256,
+        quantize: str | None = None,
+    ):
+        self.model, self.tokenizer, self.max_batch, self.quantize = model, tokenizer, max_batch, quantize
         self._engine: Engine | None = None
 
     def identity(self) -> dict[str, str]:
-        return {"generator": "engine", "model": weights_hash(self.model)}
+        name = f"engine, {self.quantize}" if self.quantize else "engine"
+        return {"generator": name, "model": weights_hash(self.model)}
 
     def facts(self) -> dict[str, Any]:
         return model_facts(self.model)
@@ -125,7 +133,8 @@ class EngineGenerator:
         needed = max_len_for(self.model, prompts, max_tokens)
         if self._engine is None or self._engine.max_len < needed:
             self._engine = None  # its memory is needed for the next one
-            self._engine = Engine(self.model, stop_tokens(self.model, self.tokenizer), self.max_batch, needed)
+            stop = stop_tokens(self.model, self.tokenizer)
+            self._engine = Engine(self.model, stop, self.max_batch, needed, quantize=self.quantize)
         return self._engine
 
 
