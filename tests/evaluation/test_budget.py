@@ -73,7 +73,7 @@ def test_runs_go_on_where_they_were_cut_off(models, tmp_path):
     assert [(r["model"], r["problem"], r["seed"]) for r in rows] == [
         (m, f"chain/{p}", s) for s in range(2) for p in range(2) for m in ("one", "two")
     ]
-    assert all(0 < ended <= 0.2 + 0.5 for row in rows for ended, _, _ in row["samples"])
+    assert all(0 < ended <= row["seconds"] for row in rows for ended, _, _ in row["samples"])
     assert (tmp_path / "budget.png").stat().st_size > 1000
     lines = (tmp_path / "runs.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "runs.jsonl").write_text("".join(lines[:5]) + '{"torn')
