@@ -89,7 +89,7 @@ def test_bad_values_are_one_line(run, arguments, words):
 
 
 VOTE = Vote({"[b]7": 3, "8": 1}, {"[b]7": 2.25, "8": 1.0}, abstained=1)
-SAMPLES = [Sample("", answer, 5, 0.0, "stop") for answer in ["[b]7", "[b]7", "8", None, "[b]7"]]
+SAMPLES = [Sample("", answer, 5, 0.0, "stop", 1.0) for answer in ["[b]7", "[b]7", "8", None, "[b]7"]]
 
 
 def test_live_view_on_a_terminal():
