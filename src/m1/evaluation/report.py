@@ -135,4 +135,4 @@ def _image(figure: Figure, name: str) -> str:
     figure.savefig(buffer, format="png", dpi=150)
     plt.close(figure)
     data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="{html.escape(name)}" src="data:image/png;base64,{data}">'
+    return f'<div class="scroll"><img alt="{html.escape(name)}" src="data:image/png;base64,{data}"></div>'
