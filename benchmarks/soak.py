@@ -3,7 +3,7 @@
 python benchmarks/soak.py [--minutes 20]
 
 Requests of mixed lengths, sample counts, settings and repeated prompts come without pause; some are aborted at random.
-Every minute it notes the resident memory, the free slots with nobody running, and the most steps that a request waited
+After each minute of load, when what was left is finished, it notes the resident memory, the free slots, and the most steps that a request waited
 for its first slot: as requests are served as they come, what stands in front of it bounds that. Writes
 results/soak.json.
 """
@@ -36,14 +36,17 @@ def main() -> None:
         backends=None, repeats=1,
     )  # fmt: skip
     engine = Engine(make_model(options, hybrid=True, max_len=MAX_LEN), [], SLOTS, MAX_LEN)
-    rng, rows = random.Random(0), []
-    while len(rows) < minutes:
+    rng, rows, end = random.Random(0), [], time.monotonic() + 60 * minutes
+    while time.monotonic() < end:
         rows.append(minute(engine, rng))
         print(rows[-1], flush=True)
-    write_json(
-        ROOT / "results" / "soak.json",
-        {"machine": describe_machine(torch.device("cpu")), "slots": SLOTS, "waiting": WAITING, "minutes": rows},
-    )
+        write(rows)
+
+
+def write(rows: list[dict[str, float]]) -> None:
+    machine = describe_machine(torch.device("cpu"))
+    facts = {"slots": SLOTS, "waiting": WAITING, "minutes_of_load": rows}
+    write_json(ROOT / "results" / "soak.json", {"machine": machine} | facts)
 
 
 def minute(engine: Engine, rng: random.Random) -> dict[str, float]:
