@@ -3,9 +3,9 @@
 python benchmarks/soak.py [--minutes 20]
 
 Requests of mixed lengths, sample counts, settings and repeated prompts come without pause; some are aborted at random.
-After each minute of load, when what was left is finished, it notes the resident memory, the free slots, and the most steps that a request waited
-for its first slot: as requests are served as they come, what stands in front of it bounds that. Writes
-results/soak.json.
+After each minute of load, when what was left is finished, it notes the resident memory, the free slots, and the most
+steps that a request waited for its first slot: as requests are served as they come, what stands in front of it bounds
+that. Writes results/soak.json.
 """
 
 import argparse
