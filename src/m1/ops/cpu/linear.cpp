@@ -49,11 +49,14 @@ inline void widen(const bf16* p, vec (&v)[2]) {
 }
 
 inline void widen(const int8_t* p, vec (&v)[2]) {
-  typedef int8_t bytes __attribute__((vector_size(W)));
   for (int i = 0; i < 2; ++i) {
-    bytes b;
-    std::memcpy(&b, p + i * W, sizeof b);
-    v[i] = __builtin_convertvector(b, vec);
+#if defined(__AVX512F__)
+    v[i] = (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(p + i * W))));
+#elif defined(__AVX2__)
+    v[i] = (vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(p + i * W))));
+#else
+    for (int lane = 0; lane < W; ++lane) v[i][lane] = p[i * W + lane];
+#endif
   }
 }
 
