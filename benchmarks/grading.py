@@ -21,7 +21,7 @@ from typing import Any
 
 from m1.jsonl import read_json, read_jsonl, write_json
 from m1.reasoning.answers import Grader, extract_answer
-from m1.reasoning.audit import audit, same
+from m1.reasoning.audit import audit, same, split
 
 ROOT = Path(__file__).parents[1]
 SHUFFLES = 5
@@ -124,7 +124,7 @@ def olympiadbench_lists(data: Path, grader: Grader) -> dict[str, Any]:
     multiple = {row["id"] for row in read_jsonl(data / "olympiadbench_meta.jsonl") if row["is_multiple_answer"]}
     counts = {"lists": 0, "reordered_equal": 0, "part_missing_equal": 0, "part_wrong_equal": 0}
     for row in read_jsonl(data / "olympiadbench.jsonl"):
-        parts = top_level_parts(row["answer"])
+        parts = [part.strip() for part in split(row["answer"])]
         if row["id"] not in multiple or len(set(parts)) < max(2, len(parts)) or "where" in row["answer"]:
             continue
         counts["lists"] += 1
@@ -135,17 +135,6 @@ def olympiadbench_lists(data: Path, grader: Grader) -> dict[str, Any]:
         ):
             counts[f"{what}_equal"] += grader.equal(row["answer"], ", ".join(changed))
     return counts
-
-
-def top_level_parts(answer: str) -> list[str]:
-    parts, depth = [""], 0
-    for character in answer:
-        depth += (character in "([{") - (character in ")]}")
-        if character == "," and not depth:
-            parts.append("")
-        else:
-            parts[-1] += character
-    return [part.strip() for part in parts]
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ problem, so a disturbance hits all.
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,7 @@ def measure_budgets(
                     on_progress(len(runs), total)
                     if (name, problem.id, seed) in done:
                         continue
-                    seeded = SamplingParams(**asdict(params) | {"seed": stream_of(seed, i)})
+                    seeded = replace(params, seed=stream_of(seed, i))
                     solution = solve(text, engines[name], tokenizer, grader, seeded, budget)
                     samples = [[s.seconds, s.answer, s.tokens] for s in solution.samples]
                     run = {"model": name, "problem": problem.id, "seed": seed, "tokens": solution.tokens}

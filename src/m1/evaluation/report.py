@@ -38,15 +38,14 @@ def write_report(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     report = {"seconds": round(seconds, 1), "models": {name: _summary(result) for name, result in results.items()}}
-    figures = {
-        "Learning curves": _learning_curves(training),
-        "Accuracy against votes": _vote_curve(results),
-        "Accuracy against seconds, all problems together": _seconds_curve(results),
-    }
-    for budget in budgets:
-        figures["Accuracy against seconds a problem"] = draw(budget)
+    figures = [
+        ("Learning curves", _learning_curves(training)),
+        ("Accuracy against votes", _vote_curve(results)),
+        ("Accuracy against seconds, all problems together", _seconds_curve(results)),
+        *(("Accuracy against seconds a problem", draw(budget)) for budget in budgets),
+    ]
     page = PAGE.read_text(encoding="utf-8")
-    body = "".join(f"<section><h2>{name}</h2>{_image(figure, name)}</section>" for name, figure in figures.items())
+    body = "".join(f"<section><h2>{name}</h2>{_image(figure, name)}</section>" for name, figure in figures)
     page = page.replace("{{title}}", html.escape(title)).replace("{{seconds}}", f"{seconds / 60:.1f}")
     page = page.replace("{{table}}", _table(results)).replace("{{figures}}", body)
     (out / "report.html").write_text(page, encoding="utf-8")
@@ -89,7 +88,8 @@ def _table(results: dict[str, dict[str, Any]]) -> str:
 
 def _learning_curves(training: dict[str, Path]) -> Figure:
     """Loss of each stage against its steps; RL shows its reward."""
-    figure, axes = plt.subplots(1, max(1, len(training)), figsize=(3.2 * max(1, len(training)), 2.8), squeeze=False)
+    count = max(1, len(training))
+    figure, axes = plt.subplots(1, count, figsize=(3.2 * count, 2.8), squeeze=False, layout="constrained")
     for axis, (name, path) in zip(axes[0], training.items(), strict=True):
         rows = list(read_jsonl(path)) if path.exists() else []
         key = "reward" if any("reward" in row for row in rows) else "loss"
@@ -103,7 +103,7 @@ def _learning_curves(training: dict[str, Path]) -> Figure:
 
 
 def _vote_curve(results: dict[str, dict[str, Any]]) -> Figure:
-    figure, axis = plt.subplots(figsize=(6, 3.6))
+    figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
     for name, result in results.items():
         points = [(int(k), m["value"]) for k, m in result["maj@k"].items()]
         axis.plot(*zip(*points, strict=True), marker="o", label=name)
@@ -115,7 +115,7 @@ def _vote_curve(results: dict[str, dict[str, Any]]) -> Figure:
 
 
 def _seconds_curve(results: dict[str, dict[str, Any]]) -> Figure:
-    figure, axis = plt.subplots(figsize=(6, 3.6))
+    figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
     for name, result in results.items():
         curve = result["accuracy_against_seconds"]
         x, y = [p["seconds"] for p in curve], [p["accuracy"] for p in curve]
@@ -130,8 +130,6 @@ def _seconds_curve(results: dict[str, dict[str, Any]]) -> Figure:
 
 def _image(figure: Figure, name: str) -> str:
     buffer = io.BytesIO()
-    if figure.get_layout_engine() is None:
-        figure.tight_layout()
     figure.savefig(buffer, format="png", dpi=150)
     plt.close(figure)
     data = base64.b64encode(buffer.getvalue()).decode()
