@@ -22,10 +22,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from m1.engine import Engine, SamplingParams, max_len_for, stop_tokens
 from m1.engine.sampling import stream_of
 from m1.errors import UserError
+from m1.evaluation.folder import SETTINGS, refuse_other_settings
 from m1.evaluation.generators import weights_hash
 from m1.evaluation.metrics import estimate
 from m1.evaluation.tasks import Problem
-from m1.jsonl import append_jsonl, drop_torn_line, read_json, read_jsonl, write_json
+from m1.jsonl import append_jsonl, drop_torn_line, read_jsonl, write_json
 from m1.plots import save_figure
 from m1.reasoning.answers import Grader
 from m1.reasoning.budget import Budget
@@ -163,15 +164,9 @@ def _check(out: Path, settings: Settings, models: Models, problems: Sequence[Pro
     """Runs of other settings, models or problems would be mixed into the curve."""
     current = asdict(settings) | {"models": {name: weights_hash(model) for name, (model, _) in models.items()}}
     current = json.loads(json.dumps(current | {"problems": [asdict(problem) for problem in problems]}))
-    path = out / "settings.json"
-    if path.exists():
-        stored = read_json(path)
-        for key, value in current.items():
-            if stored.get(key) != value:
-                what = f"other {key}" if key in ("models", "problems") else f"{key}={stored.get(key)}"
-                raise UserError(f"{out} holds runs made with {what}: choose another --out or delete it")
+    refuse_other_settings(out, current, "runs", {"models": "other models", "problems": "other problems"})
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_json(path, current)
+        write_json(out / SETTINGS, current)
     except OSError as error:
         raise UserError(f"can't write to {out}: {error.strerror}") from None

@@ -23,10 +23,11 @@ from typing import Any
 from m1.engine import SamplingParams
 from m1.engine.sampling import stream_of
 from m1.errors import UserError
+from m1.evaluation.folder import SETTINGS, refuse_other_settings
 from m1.evaluation.generators import Ask, Generator, Sample
 from m1.evaluation.metrics import summarize
 from m1.evaluation.tasks import Problem
-from m1.jsonl import append_jsonl, drop_torn_line, read_json, read_jsonl, write_json
+from m1.jsonl import append_jsonl, drop_torn_line, read_jsonl, write_json
 from m1.reasoning.answers import Grader, extract_answer
 from m1.reasoning.audit import audit
 
@@ -118,13 +119,9 @@ def evaluate(
 def _prepare(out: Path, current: dict[str, Any], problems: list[Problem]) -> None:
     """Makes OUT. Samples it holds must be of the same settings and problems: others would be mixed into the metrics."""
     current = {**current, "problems_sha256": _problems_hash(problems)}
-    path, samples = out / "settings.json", out / "samples.jsonl"
+    path, samples = out / SETTINGS, out / "samples.jsonl"
     if path.exists() and samples.exists() and samples.stat().st_size:
-        stored = read_json(path)
-        for key, value in current.items():
-            if stored.get(key) != value:
-                what = TOO_LONG_TO_SHOW.get(key, f"{key}={stored.get(key)}")
-                raise UserError(f"{out} holds samples made with {what}: choose another --out or delete it")
+        refuse_other_settings(out, current, "samples", TOO_LONG_TO_SHOW)
         return
     try:
         out.mkdir(parents=True, exist_ok=True)
