@@ -17,16 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 import m1.engine.runner as runner
 import m1.engine.sampling as sampling
 import m1.model.mamba as mamba
-from m1.bench.decoders import DecodeOptions, make_model, random_prompts
+from m1.bench.decode import floor_of_step
+from m1.bench.decoders import make_model, random_prompts
 from m1.bench.roofline import describe_machine, measure_limits
 from m1.engine import Engine, SamplingParams
 from m1.jsonl import write_json
-from m1.model.configuration import ATTENTION, layer_cache_bytes, layer_kinds
 from m1.ops import PackedLinear
 
 ROOT = Path(__file__).parents[1]
@@ -47,15 +46,11 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=1152)
     arguments = parser.parse_args()
     batch, context = arguments.batch, arguments.context
-    options = DecodeOptions(
-        shape="30m", cells=[(batch, 2)], prompt=context, engines=["ours-hybrid"], dtype="float32", device="cpu",
-        backends=None, repeats=1,
-    )  # fmt: skip
     cpu = torch.device("cpu")
     limits = measure_limits(cpu, torch.float32)
-    model = make_model(options, hybrid=True, max_len=context + 2 * STEPS)
+    model = make_model("30m", torch.float32, hybrid=True, max_len=context + 2 * STEPS)
     engine = Engine(model, [], batch, context + 2 * STEPS, snapshots=0)
-    engine.submit(random_prompts(options, 1)[0], SamplingParams(max_tokens=2 * STEPS), batch)
+    engine.submit(random_prompts("30m", 1, context)[0], SamplingParams(max_tokens=2 * STEPS), batch)
     while engine.scheduler.waiting:
         engine.step()
     whole, parts = [], defaultdict(list)
@@ -68,7 +63,7 @@ def main() -> None:
             parts[name].append(spent[name])
     seconds = {name: statistics.median(taken) for name, taken in parts.items()}
     seconds["Python and small operations"] = statistics.median(whole) - sum(seconds.values())
-    least = floors(model, batch, context, limits.copy, limits.gemm)
+    least = floor_of_step(model, batch, context, limits)
     rows = [{"name": name, "seconds": taken, "floor_seconds": least.get(name, 0.0)} for name, taken in seconds.items()]
     rows.append({"name": "a step", "seconds": statistics.median(whole), "floor_seconds": sum(least.values())})
     for row in rows:
@@ -100,22 +95,6 @@ def clocks() -> Iterator[dict[str, float]]:
     finally:
         for name, (owner, function) in PARTS.items():
             setattr(owner, function, plain[name])
-
-
-def floors(model: Any, batch: int, context: int, copy: float, gemm: float) -> dict[str, float]:
-    """Seconds; design §10's terms, each for itself."""
-    config = model.config
-    products = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
-    kept = {kind: 0 for kind in layer_kinds(config)}
-    for kind in layer_kinds(config):
-        kept[kind] += layer_cache_bytes(config, kind, context, 4)
-    states = sum(size for kind, size in kept.items() if kind != ATTENTION)
-    return {
-        "matrix products": max(4 * products / copy, 2 * products * batch / gemm),
-        "attention": batch * kept[ATTENTION] / copy,
-        "states": 2 * batch * states / copy,
-        "draw of tokens": 4 * batch * config.vocab_size / copy,
-    }
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from m1.bench.decoders import DecodeOptions, make_model, random_prompts
+from m1.bench.decoders import make_model, random_prompts
 from m1.bench.roofline import describe_machine
 from m1.engine import Engine, SamplingParams
 from m1.jsonl import write_json
@@ -23,12 +23,10 @@ CASES = {"16 samples of one prompt": (1, SAMPLES), "1 sample of it": (1, 1), "16
 
 
 def main() -> None:
-    options = DecodeOptions(
-        shape="30m", cells=[(SAMPLES, 2)], prompt=PROMPT, engines=["ours-hybrid"], dtype="float32", device="cpu",
-        backends=None, repeats=REPEATS,
-    )  # fmt: skip
-    engine = Engine(make_model(options, hybrid=True, max_len=PROMPT + 2), [], SAMPLES, PROMPT + 2, snapshots=0)
-    prompts = random_prompts(options, SAMPLES)
+    engine = Engine(
+        make_model("30m", torch.float32, hybrid=True, max_len=PROMPT + 2), [], SAMPLES, PROMPT + 2, snapshots=0
+    )
+    prompts = random_prompts("30m", SAMPLES, PROMPT)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in CASES}
     for _ in range(1 + REPEATS):  # the first warms up
         for name, (count, n) in CASES.items():

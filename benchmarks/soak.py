@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from m1.bench.decoders import DecodeOptions, make_model
+from m1.bench.decoders import make_model
 from m1.bench.roofline import describe_machine
 from m1.engine import Engine, SamplingParams
 from m1.engine.sequence import Request
@@ -31,11 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=20)
     minutes = parser.parse_args().minutes
-    options = DecodeOptions(
-        shape="30m", cells=[(SLOTS, MAX_LEN)], prompt=1, engines=["ours-hybrid"], dtype="float32", device="cpu",
-        backends=None, repeats=1,
-    )  # fmt: skip
-    engine = Engine(make_model(options, hybrid=True, max_len=MAX_LEN), [], SLOTS, MAX_LEN)
+    engine = Engine(make_model("30m", torch.float32, hybrid=True, max_len=MAX_LEN), [], SLOTS, MAX_LEN)
     rng, rows, end = random.Random(0), [], time.monotonic() + 60 * minutes
     while time.monotonic() < end:
         rows.append(minute(engine, rng))

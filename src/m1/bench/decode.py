@@ -5,6 +5,7 @@ over the time from the first prompt's submission to the last token. Engines take
 """
 
 import statistics
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from m1.bench.contest import begin
 from m1.bench.decoders import PEERS_PYTHON, DecodeOptions, Decoder, Run, is_hybrid, make_model, start
@@ -64,21 +66,32 @@ def rows_of(
 
 
 def floor_seconds(options: DecodeOptions, name: str, batch: int, new: int, limits: Limits) -> float:
-    """The least a batch can take (design §10): per step, weights or products, states, keys and values, logits; and the
-    prompts' products."""
+    """The least a batch can take: a step's floor at the middle of its contexts for each new token, and the prompts'
+    products."""
     with torch.device("meta"):
-        model = make_model(options, is_hybrid(name), max_len=options.prompt + new)
-    config = model.config
-    products = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
-    bytes_ = DTYPES[options.dtype].itemsize
-    layers = products - config.hidden_size * config.vocab_size
-    context = options.prompt + new // 2
-    step = max(products * bytes_ / limits.copy, 2 * products * batch / limits.gemm)
-    moved = 4 * config.vocab_size
-    for kind in layer_kinds(config):  # keys and values are read, states read and written
-        moved += (1 if kind == ATTENTION else 2) * layer_cache_bytes(config, kind, context, bytes_)
-    step += batch * moved / limits.copy
+        model = make_model(options.shape, DTYPES[options.dtype], is_hybrid(name), options.prompt + new)
+    layers = product_weights(model) - model.config.hidden_size * model.config.vocab_size
+    step = sum(floor_of_step(model, batch, options.prompt + new // 2, limits).values())
     return new * step + 2 * layers * batch * options.prompt / limits.gemm
+
+
+def floor_of_step(model: PreTrainedModel, batch: int, context: int, limits: Limits) -> dict[str, float]:
+    """The least seconds that each part of a decode step can take (design §10), as rows have seen `context` tokens:
+    weights or products; keys and values, which are read; states, read and written; logits."""
+    config, products, itemsize = model.config, product_weights(model), model.dtype.itemsize
+    kept = Counter[str]()
+    for kind in layer_kinds(config):
+        kept["attention" if kind == ATTENTION else "states"] += layer_cache_bytes(config, kind, context, itemsize)
+    return {
+        "matrix products": max(products * itemsize / limits.copy, 2 * products * batch / limits.gemm),
+        "attention": batch * kept["attention"] / limits.copy,
+        "states": 2 * batch * kept["states"] / limits.copy,
+        "draw of tokens": 4 * batch * config.vocab_size / limits.copy,
+    }
+
+
+def product_weights(model: PreTrainedModel) -> int:
+    return sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
 
 
 def plot(result: dict[str, Any], path: Path) -> None:

@@ -93,26 +93,25 @@ class DecodeOptions(Options):
         return self.prompt + max(new for _, new in self.cells)
 
 
-def make_model(options: DecodeOptions, hybrid: bool, max_len: int) -> PreTrainedModel:
-    """Random weights, on the device of the context. A transformer is a Llama."""
-    shape = dict(SHAPES[options.shape], max_position_embeddings=max_len)
-    attention = shape.pop("attention")
+def make_model(shape: str, dtype: torch.dtype, hybrid: bool, max_len: int) -> PreTrainedModel:
+    """One of SHAPES with random weights, on the device of the context. A transformer is a Llama."""
+    sizes = dict(SHAPES[shape], max_position_embeddings=max_len)
+    attention = sizes.pop("attention")
     torch.manual_seed(0)
     if not hybrid:
-        return LlamaForCausalLM(LlamaConfig(**shape)).to(DTYPES[options.dtype]).eval()
-    kinds = [ATTENTION if i in attention else MAMBA for i in range(shape["num_hidden_layers"])]
-    return M1ForCausalLM(M1Config(**shape, layer_types=kinds)).to(DTYPES[options.dtype]).eval()
+        return LlamaForCausalLM(LlamaConfig(**sizes)).to(dtype).eval()
+    kinds = [ATTENTION if i in attention else MAMBA for i in range(sizes["num_hidden_layers"])]
+    return M1ForCausalLM(M1Config(**sizes, layer_types=kinds)).to(dtype).eval()
 
 
 def model_on_device(options: DecodeOptions, hybrid: bool) -> PreTrainedModel:
     with torch.device(options.device):
-        return make_model(options, hybrid, options.max_len)
+        return make_model(options.shape, DTYPES[options.dtype], hybrid, options.max_len)
 
 
-def random_prompts(options: DecodeOptions, count: int, length: int | None = None) -> list[list[int]]:
+def random_prompts(shape: str, count: int, length: int) -> list[list[int]]:
     generator = torch.Generator().manual_seed(0)
-    size = (count, length or options.prompt)
-    return torch.randint(SHAPES[options.shape]["vocab_size"], size, generator=generator).tolist()
+    return torch.randint(SHAPES[shape]["vocab_size"], (count, length), generator=generator).tolist()
 
 
 def clock(options: DecodeOptions) -> float:
@@ -145,7 +144,7 @@ def whole_batches(options: DecodeOptions, hybrid: bool, quantize: str | None = N
     engine: Engine | None = None
 
     def decode(engine: Engine, batch: int, new: int) -> None:
-        for i, prompt in enumerate(random_prompts(options, batch)):
+        for i, prompt in enumerate(random_prompts(options.shape, batch, options.prompt)):
             engine.submit(prompt, SamplingParams(max_tokens=new, seed=i))
         while engine.busy:
             engine.step()
@@ -198,7 +197,7 @@ def seconds_of_step(options: DecodeOptions, engine: Engine, context: int) -> flo
     steps = min(STEPS, 2 * (engine.max_len - context - WARMUPS) - 2)
     if steps < 1:
         raise UserError(f"--contexts: no room for timed steps at {context} tokens of {engine.max_len}; give fewer")
-    (prompt,) = random_prompts(options, 1, max(1, context - WARMUPS - steps // 2))
+    (prompt,) = random_prompts(options.shape, 1, max(1, context - WARMUPS - steps // 2))
     request = engine.submit(prompt, SamplingParams(max_tokens=WARMUPS + steps + 1), engine.slots.count)
     while engine.scheduler.waiting:
         engine.step()
@@ -215,7 +214,7 @@ def seconds_of_step(options: DecodeOptions, engine: Engine, context: int) -> flo
 def seconds_of_prompt(options: DecodeOptions, engine: Engine, count: int = 4) -> float:
     """A prompt's prefill, by the first token."""
     began = clock(options)
-    for prompt in random_prompts(options, count):
+    for prompt in random_prompts(options.shape, count, options.prompt):
         engine.submit(prompt, SamplingParams(max_tokens=1))
     while engine.busy:
         engine.step()
@@ -231,7 +230,7 @@ def transformers_generate(options: DecodeOptions) -> Decoder:
     warm: set[tuple[int, int]] = set()
 
     def run(batch: int, new: int) -> Run:
-        prompts = torch.tensor(random_prompts(options, batch), device=options.device)
+        prompts = torch.tensor(random_prompts(options.shape, batch, options.prompt), device=options.device)
 
         def generate() -> float:
             began = clock(options)
