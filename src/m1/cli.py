@@ -247,6 +247,7 @@ def budget_command(
     limit: Annotated[int | None, typer.Option(help="Use the first problems only.")] = 32,
     min_steps: Annotated[int, typer.Option(help="Of the task chain's problems.")] = 2,
     max_steps: Annotated[int, typer.Option(help="Of the task chain's problems.")] = 8,
+    rounds: Annotated[int, typer.Option(help="In which the task chain's problems are gone through.")] = 1,
     seeds: Annotated[int, typer.Option(help="Times that each problem is solved.")] = 3,
     max_new_tokens: int = 1024,
     temperature: float = 0.7,
@@ -256,12 +257,14 @@ def budget_command(
     from m1.evaluation.budget import Settings, measure_budgets
     from m1.evaluation.tasks import load_task, prompt_template
     from m1.model.checkpoint import load_model
+    from m1.reasoning.chain import ChainSizes
 
     folders = dict(part.split("=", 1) for part in model if "=" in part)
     if len(folders) != len(model):
         raise UserError(f"--model {' --model '.join(model)}: give each as NAME=FOLDER, under a name of its own")
     settings = Settings(task, seconds, seeds, max_new_tokens, temperature, max_batch, prompt_template(task))
-    problems = load_task(task, data, limit, min_steps, max_steps)
+    sizes = ChainSizes(min_steps=min_steps, max_steps=max_steps, min_rounds=rounds, max_rounds=rounds)
+    problems = load_task(task, data, limit, sizes)
     models = {name: load_model(folder) for name, folder in folders.items()}
     with progress_bar("budget", "runs") as on_progress:
         result = measure_budgets(models, problems, settings, out, on_progress)

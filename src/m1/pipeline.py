@@ -114,7 +114,7 @@ def _evaluate(stage: EvalStage) -> None:
     spent = Path(stage.out, "seconds.json")  # over all sessions: an interrupted evaluation goes on
     before = read_json(spent)["seconds"] if spent.exists() else 0.0
     started = time.monotonic()
-    problems = load_task(stage.task, stage.data, stage.limit, stage.min_steps, stage.max_steps, stage.seed)
+    problems = load_task(stage.task, stage.data, stage.limit, stage, stage.seed)
     template = prompt_template(stage.task)
     settings = Settings(stage.task, stage.n, stage.max_new_tokens, stage.temperature, stage.seed, template)
     try:
@@ -139,7 +139,7 @@ def _measure_budgets(stage: BudgetStage) -> None:
     from m1.train.stage import write_manifest
 
     started = time.monotonic()
-    problems = load_task(stage.task, stage.data, stage.limit, stage.min_steps, stage.max_steps)
+    problems = load_task(stage.task, stage.data, stage.limit, stage)
     names = [field.name for field in dataclasses.fields(Settings) if field.name != "prompt_template"]
     template = prompt_template(stage.task)
     settings = Settings(**{name: getattr(stage, name) for name in names}, prompt_template=template)

@@ -15,12 +15,13 @@ from typing import Any, Literal, TypeVar
 
 from m1.errors import UserError
 from m1.model.layer_choice import check_choice
+from m1.reasoning.chain import ChainSizes
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Data:
+@dataclass(frozen=True, kw_only=True)
+class Data(ChainSizes):
     """Where problems come from: a JSONL file, or chain problems made on the spot.
 
     A file's rows have `messages`, or `problem` with `solution` (SFT, distillation) or `answer`/`answers` (RL).
@@ -29,8 +30,6 @@ class Data:
     path: str | None = None
     task: Literal["chain"] | None = None
     count: int = 10_000  # chain problems to make
-    min_steps: int = 2
-    max_steps: int = 8
     slip_rate: float = 0.0  # share of a chain's worked steps that are wrong
     seed: int = 0
     limit: int | None = None  # rows of a file to use
@@ -38,10 +37,9 @@ class Data:
     bucket: int | None = None  # rows in runs of this many of similar length: little padding, if sampled sequentially
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if (self.path is None) == (self.task is None):
             raise UserError('[data] needs exactly one of `path` (a JSONL file) and `task` ("chain")')
-        if not 1 <= self.min_steps <= self.max_steps:
-            raise UserError(f"[data] min_steps={self.min_steps}, max_steps={self.max_steps}: need 1 <= min <= max")
         if not 0 <= self.slip_rate < 1:
             raise UserError(f"[data] slip_rate={self.slip_rate}: need 0 <= slip_rate < 1")
         if "{problem}" not in self.prompt_template:
@@ -106,40 +104,36 @@ class GRPOStage:
     trainer: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class EvalStage:
-    """Every model of `models` on the same problems; ends in a report."""
+@dataclass(frozen=True, kw_only=True)
+class MeasuredStage(ChainSizes):
+    """Every model of `models` on the same problems: the first `limit` of a task."""
 
     models: dict[str, str]
     out: str
     task: str = "chain"
     data: str | None = None
     limit: int = 200
+    max_new_tokens: int = 128
+    temperature: float = 1.0
+    max_batch: int = 256  # sequences decoded together
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalStage(MeasuredStage):
+    """Accuracy of `n` samples a problem, and of their votes; ends in a report."""
+
     n: int = 16
-    max_new_tokens: int = 128
-    temperature: float = 1.0
-    min_steps: int = 2
-    max_steps: int = 8
     seed: int = 0
-    max_batch: int = 256
 
 
-@dataclass(frozen=True)
-class BudgetStage:
-    """Accuracy of `models` against measured seconds a problem, on the same problems."""
+@dataclass(frozen=True, kw_only=True)
+class BudgetStage(MeasuredStage):
+    """Accuracy of the vote against measured seconds a problem, `max_batch` of whose samples are decoded together."""
 
-    models: dict[str, str]
-    out: str
     seconds: float
-    task: str = "chain"
-    data: str | None = None
-    limit: int = 32
     seeds: int = 1
-    max_new_tokens: int = 128
-    temperature: float = 1.0
-    max_batch: int = 64  # samples of a problem decoded together
-    min_steps: int = 2
-    max_steps: int = 8
+    limit: int = 32
+    max_batch: int = 64
 
 
 Stage = ConvertStage | SFTStage | DistillStage | GRPOStage | EvalStage | BudgetStage

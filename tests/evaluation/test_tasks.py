@@ -8,6 +8,7 @@ import pytest
 from m1.errors import UserError
 from m1.evaluation import tasks
 from m1.evaluation.tasks import HUB, HUB_ID, MATH_PROMPT, Problem, load_task, prompt_template
+from m1.reasoning.chain import ChainSizes
 
 
 def write(path, *rows):
@@ -139,9 +140,9 @@ def test_missing_files_are_not_looked_for_on_the_hub(data):
 
 
 def test_chain_needs_no_data():
-    problems = load_task("chain", None, limit=3, min_steps=2, max_steps=2, seed=1)
+    problems = load_task("chain", None, limit=3, sizes=ChainSizes(min_steps=2, max_steps=2), seed=1)
     assert [p.id for p in problems] == ["chain/0", "chain/1", "chain/2"]
-    assert problems != load_task("chain", None, limit=3, min_steps=2, max_steps=2, seed=2)
+    assert problems != load_task("chain", None, limit=3, sizes=ChainSizes(min_steps=2, max_steps=2), seed=2)
 
 
 def test_prompt_templates(tmp_path):

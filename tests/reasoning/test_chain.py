@@ -5,7 +5,7 @@ import re
 import pytest
 
 from m1.errors import UserError
-from m1.reasoning.chain import chain_problems, solve_chain
+from m1.reasoning.chain import ChainSizes, chain_problems, solve_chain
 
 
 def test_by_hand():
@@ -15,14 +15,27 @@ def test_by_hand():
     assert problem.answer == "2"
 
 
+def test_rounds_by_hand():
+    problem = solve_chain(7, [("+", 5), ("*", 3)], rounds=2)
+    assert problem.problem == "7+5*3 mod 10, 2 rounds"
+    assert problem.solution == "2:\n7+5=2\n2*3=6\n1:\n6+5=1\n1*3=3\n\\boxed{3}"
+    assert problem.answer == "3"
+
+
+def test_a_slip_in_a_later_round():
+    problem = solve_chain(7, [("+", 5), ("*", 3)], 2, slips=[0, 0, 4, 0])
+    assert problem.solution == "2:\n7+5=2\n2*3=6\n1:\n6+5=5\n5*3=5\n\\boxed{5}"
+    assert problem.answer == "3"
+
+
 def test_a_slip_is_carried_on_and_the_answer_stays_true():
-    problem = solve_chain(7, [("+", 5), ("*", 3), ("-", 4)], [0, 2, 0])
+    problem = solve_chain(7, [("+", 5), ("*", 3), ("-", 4)], slips=[0, 2, 0])
     assert problem.solution == "7+5=2\n2*3=8\n8-4=4\n\\boxed{4}"
     assert problem.answer == "2"
 
 
 def test_slip_rate_is_the_share_of_wrong_steps():
-    problems = chain_problems(500, 4, 8, "train", 0, slip_rate=0.1)
+    problems = chain_problems(500, ChainSizes(min_steps=4, max_steps=8), "train", 0, slip_rate=0.1)
     wrong = total = 0
     for p in problems:
         for line in p.solution.split("\n")[:-1]:
@@ -32,19 +45,39 @@ def test_slip_rate_is_the_share_of_wrong_steps():
 
 
 def test_answers_against_an_independent_evaluation():
-    for p in chain_problems(200, 1, 9, "train", 0):
+    for p in chain_problems(200, ChainSizes(min_steps=1, max_steps=9), "train", 0):
         digits = re.findall(r"\d", p.problem.removesuffix(" mod 10"))
         expression = "(" * (len(digits) - 1) + re.sub(r"([+*-]\d)", r"\1)", p.problem.removesuffix(" mod 10"))
         assert str(eval(expression) % 10) == p.answer
 
 
 def test_splits_are_disjoint_and_without_duplicates():
-    train = {p.problem for seed in range(3) for p in chain_problems(2000, 1, 3, "train", seed)}
-    test = [p.problem for p in chain_problems(200, 1, 3, "test", 0)]
+    train = {
+        p.problem
+        for seed in range(3)
+        for p in chain_problems(2000, ChainSizes(min_steps=1, max_steps=3), "train", seed)
+    }
+    test = [p.problem for p in chain_problems(200, ChainSizes(min_steps=1, max_steps=3), "test", 0)]
     assert not train & set(test)
     assert len(set(test)) == 200
 
 
+def test_a_chain_is_of_one_split_in_however_many_rounds():
+    sizes = ChainSizes(min_steps=1, max_steps=2, min_rounds=2, max_rounds=9)
+    problems = [p.problem for p in chain_problems(300, sizes, "test", 0)]
+    trained = {p.problem for p in chain_problems(3000, ChainSizes(min_steps=1, max_steps=2), "train", 0)}
+    assert {int(p.split(", ")[1].removesuffix(" rounds")) for p in problems} == set(range(2, 10))
+    assert not trained & {p.split(", ")[0] for p in problems}
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"min_steps": 0}, {"min_steps": 3, "max_steps": 2}, {"min_rounds": 0}, {"min_rounds": 2}]
+)
+def test_impossible_sizes(sizes):
+    with pytest.raises(UserError, match="need 1 <= min <= max"):
+        ChainSizes(**sizes)
+
+
 def test_more_problems_than_there_are():
     with pytest.raises(UserError, match="of 1000 different test problems"):
-        chain_problems(1000, 1, 1, "test", 0)
+        chain_problems(1000, ChainSizes(min_steps=1, max_steps=1), "test", 0)

@@ -99,16 +99,46 @@ def test_an_interrupted_worker_is_not_asked_again(stand_in, monkeypatch):
     """Its late reply would be taken for the next pair's."""
     stand_in("print('ready', flush=True)\nfor _ in open(0): print('equal', flush=True)")
 
-    def interrupt(self, *pair):
+    def interrupt(self, *arguments):
         raise KeyboardInterrupt
 
     with Grader() as grader:
         grader.start()
         process = grader._idle[0].process
-        monkeypatch.setattr(_Worker, "ask", interrupt)
+        monkeypatch.setattr(_Worker, "_read", interrupt)
         with pytest.raises(KeyboardInterrupt):
             grader.equal(*PAIR)
         assert not grader._idle and process.poll() is not None
+
+
+def test_a_worker_that_starts_again_late_overruns_no_budget(stand_in):
+    """It goes on starting meanwhile, and is asked when it is ready."""
+    stand_in("import time; time.sleep(1.0)\nprint('ready', flush=True)\nfor _ in open(0): print('equal', flush=True)")
+    with Grader() as grader:
+        before = time.monotonic()
+        assert not grader.equal(*PAIR, within=0.2)
+        assert time.monotonic() - before < 0.9
+        (worker,) = grader._idle
+        assert grader.equal(*PAIR) and grader._idle == [worker]  # not remembered as unequal
+        assert grader.counts == {"graded": 2, "timeout": 1, "crash": 0, "error": 0}
+
+
+def test_a_pair_that_had_too_little_time_is_asked_again(stand_in):
+    stand_in("import time\nprint('ready', flush=True)\nfor _ in open(0): time.sleep(0.5); print('equal', flush=True)")
+    with Grader() as grader:
+        grader.start()
+        (worker,) = grader._idle
+        assert not grader.equal(*PAIR, within=0.1)
+        assert worker.process.poll() is not None and not grader._idle  # it owed a reply
+        assert grader.equal(*PAIR)
+
+
+def test_a_worker_that_never_starts_is_given_up(stand_in, monkeypatch):
+    monkeypatch.setattr(answers, "STARTUP_SECONDS", 0.3)
+    stand_in("import time; time.sleep(600)")
+    with Grader() as grader:
+        assert not grader.equal(*PAIR) and not grader._idle
+        assert not grader.equal(*PAIR) and grader.counts["graded"] == 1  # it had its time, and is remembered
 
 
 def test_workers_are_replaced_after_some_gradings(stand_in, monkeypatch):

@@ -16,7 +16,7 @@ from typing import Any
 from m1.errors import UserError
 from m1.jsonl import problem_and_golds, read_jsonl
 from m1.reasoning.answers import extract_answer
-from m1.reasoning.chain import chain_problems
+from m1.reasoning.chain import ChainSizes, chain_problems
 
 # The paper's prompt asks to think step by step and to put the final answer in \boxed{}.
 MATH_PROMPT = "{problem}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -66,9 +66,9 @@ def prompt_template(task: str, own: str | None = None) -> str:
 
 
 def load_task(
-    task: str, data: str | Path | None, limit: int | None = None, min_steps: int = 2, max_steps: int = 8, seed: int = 0
+    task: str, data: str | Path | None, limit: int | None = None, sizes: ChainSizes | None = None, seed: int = 0
 ) -> list[Problem]:
-    """The first `limit` problems of a task; of chain, that many held-out ones of `min_steps` to `max_steps`.
+    """The first `limit` problems of a task; of chain, that many held-out ones of these sizes.
 
     Args:
         data: a JSONL file, or a data set as `datasets.load_dataset` takes it: org/name[/config][:split] of the Hub
@@ -81,7 +81,7 @@ def load_task(
     if limit is not None and limit < 1:
         raise UserError(f"limit={limit}: need at least one problem")
     if task == "chain" and data is None:
-        found = chain_problems(limit or 200, min_steps, max_steps, "test", seed)
+        found = chain_problems(limit or 200, sizes or ChainSizes(), "test", seed)
         return [Problem(f"chain/{i}", p.problem, (p.answer,)) for i, p in enumerate(found)]
     source = HUB[task] if data is None else str(data)
     rows = _rows(source, f"task {task!r} needs --data FILE.jsonl: " if data is None else "")

@@ -7,6 +7,7 @@ is replaced and costs one answer.
 
 import contextlib
 import json
+import math
 import os
 import re
 import select
@@ -260,8 +261,13 @@ class Grader:
             raise UserError(f"golds={golds!r}: give a list of texts")
         return any(self.equal(gold, answer) for gold in golds)
 
-    def equal(self, gold: str, answer: str) -> bool:
-        """Whether the answer has the gold's value. What can't be decided in time is unequal, and counted."""
+    def equal(self, gold: str, answer: str, within: float = math.inf) -> bool:
+        """Whether the answer has the gold's value. What can't be decided in time is unequal, and counted.
+
+        Args:
+            within: seconds that this call may take, a worker's start included. Where they are too few for an answer,
+                the pair isn't remembered as unequal.
+        """
         gold, answer = normalize(gold), normalize(answer)
         if gold == answer:
             return bool(gold)
@@ -269,7 +275,11 @@ class Grader:
             return False
         if (gold, answer) not in self._known:
             decided = _decide(gold, answer)
-            self._known[gold, answer] = self._ask_worker(gold, answer) if decided is None else decided
+            if decided is None:
+                decided = self._ask_worker(gold, answer, within)
+            if decided is None:
+                return False
+            self._known[gold, answer] = decided
         return self._known[gold, answer]
 
     def cluster(self, answers: Sequence[str | None]) -> dict[str, list[int]]:
@@ -291,36 +301,43 @@ class Grader:
         """Starts the workers now, if they can be, so that the first hard pair doesn't wait for one."""
 
         def started(_: int) -> "_Worker | None":
+            worker = None
             try:
-                return _Worker()
+                worker = _Worker()
+                worker.wait(STARTUP_SECONDS)
+                return worker
             except (TimeoutError, EOFError, OSError):  # the first hard pair will meet and count it
+                if worker:
+                    worker.kill()
                 return None
 
         with ThreadPoolExecutor(self.workers) as pool:
             self._idle += filter(None, pool.map(started, range(self.workers - len(self._idle))))
 
-    def _ask_worker(self, gold: str, answer: str) -> bool:
+    def _ask_worker(self, gold: str, answer: str, within: float) -> bool | None:
+        """None where `within` was too short to know."""
+        deadline = time.monotonic() + within
         with self._lock:
             self.counts["graded"] += 1
             worker = self._idle.pop() if self._idle else None
         reply = "crash"
         try:
             worker = worker or _Worker()
-            reply = worker.ask(gold, answer, self.timeout)
+            worker.wait(within)
+            reply = worker.ask(gold, answer, min(self.timeout, deadline - time.monotonic()))
         except TimeoutError:
             reply = "timeout"
         except (EOFError, OSError):
             pass
-        finally:  # after Ctrl-C, too, a worker that still owes a reply must not be asked again
-            keep = worker is not None and worker.asked < GRADINGS_PER_WORKER and reply not in ("timeout", "crash")
+        finally:
             with self._lock:
                 if reply in self.counts:
                     self.counts[reply] += 1
-                if worker and keep:
+                if worker and worker.usable:
                     self._idle.append(worker)
-            if worker and not keep:
+            if worker and not worker.usable:
                 worker.kill()
-        return reply == "equal"
+        return None if reply == "timeout" and time.monotonic() >= deadline else reply == "equal"
 
 
 class _Worker:
@@ -328,10 +345,15 @@ class _Worker:
 
     Raises TimeoutError where it hangs, EOFError or OSError where it dies or writes what isn't a reply. It ends by
     itself when its input does, so it doesn't outlive its parent.
+
+    Attributes:
+        usable: it may be asked: it is not broken, has not been asked too often, and owes no reply. After Ctrl-C, too,
+            a late reply would be taken for the next pair's.
     """
 
     def __init__(self) -> None:
-        self.asked = 0
+        self.usable = True
+        self._asked, self._ready, self._ready_by = 0, False, time.monotonic() + STARTUP_SECONDS
         script = Path(__file__).with_name("grading_worker.py")
         self.process = subprocess.Popen(
             [sys.executable, "-P", str(script)],
@@ -340,19 +362,28 @@ class _Worker:
             stderr=subprocess.DEVNULL,
             env={**os.environ, "PYTHONHASHSEED": "0"},  # sympy's order of sets, so its verdicts, could depend on it
         )
-        try:
-            self._read(STARTUP_SECONDS, "ready")
-        except BaseException:
-            self.kill()
-            raise
+
+    def wait(self, timeout: float) -> None:
+        """Until it has started. One that hasn't in time stays usable, for STARTUP_SECONDS in all."""
+        if not self._ready:
+            self.usable = False
+            try:
+                self._read(min(timeout, self._ready_by - time.monotonic()), "ready")
+                self._ready = self.usable = True
+            except TimeoutError:
+                self.usable = time.monotonic() < self._ready_by
+                raise
 
     def ask(self, gold: str, answer: str, timeout: float) -> str:
         """ "equal", "different" or "error"."""
         assert self.process.stdin
-        self.asked += 1
+        self.usable = False
+        self._asked += 1
         self.process.stdin.write(json.dumps([gold, answer, timeout]).encode() + b"\n")
         self.process.stdin.flush()
-        return self._read(timeout, "equal", "different", "error")
+        reply = self._read(timeout, "equal", "different", "error")
+        self.usable = self._asked < GRADINGS_PER_WORKER
+        return reply
 
     def kill(self) -> None:
         self.process.kill()

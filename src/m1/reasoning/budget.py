@@ -78,7 +78,8 @@ class Timer:
 
 
 class TimedGrader(Grader):
-    """A grader on a timer: no pair takes longer than is left, and when time is over, it asks its worker no more.
+    """A grader on a timer: no pair takes longer than is left, not even where a worker has to be started again, and when
+    time is over, none is asked any more.
 
     What it has found equal stays equal then; new pairs are compared as texts.
     """
@@ -88,13 +89,9 @@ class TimedGrader(Grader):
         self._grader, self._timer = grader, timer
         self._found: dict[tuple[str, str], bool] = {}
 
-    def equal(self, gold: str, answer: str) -> bool:
+    def equal(self, gold: str, answer: str, within: float = math.inf) -> bool:
         pair = normalize(gold), normalize(answer)
-        left = self._timer.left()
+        left = min(within, self._timer.left())
         if pair not in self._found and left > 0:
-            self._grader.timeout = min(self.timeout, left)
-            try:
-                self._found[pair] = self._grader.equal(*pair)
-            finally:
-                self._grader.timeout = self.timeout
+            self._found[pair] = self._grader.equal(*pair, left)
         return self._found.get(pair, pair[0] == pair[1])

@@ -52,7 +52,7 @@ def bucketed(rows: list[dict], size: int, seed: int) -> list[dict]:
 
 def _rows(data: Data) -> list[dict]:
     if data.task == "chain":
-        found = chain_problems(data.count, data.min_steps, data.max_steps, "train", data.seed, data.slip_rate)
+        found = chain_problems(data.count, data, "train", data.seed, data.slip_rate)
         return [{"problem": p.problem, "solution": p.solution, "answer": p.answer} for p in found]
     assert data.path is not None
     rows = list(read_jsonl(data.path))[: data.limit]
