@@ -247,11 +247,16 @@ def budget_command(
     limit: Annotated[int | None, typer.Option(help="Use the first problems only.")] = 32,
     min_steps: Annotated[int, typer.Option(help="Of the task chain's problems.")] = 2,
     max_steps: Annotated[int, typer.Option(help="Of the task chain's problems.")] = 8,
-    rounds: Annotated[int, typer.Option(help="In which the task chain's problems are gone through.")] = 1,
+    period: Annotated[
+        int | None, typer.Option(help="After at most so many steps the task chain's problems repeat themselves.")
+    ] = None,
     seeds: Annotated[int, typer.Option(help="Times that each problem is solved.")] = 3,
     max_new_tokens: int = 1024,
     temperature: float = 0.7,
     max_batch: Annotated[int, typer.Option(help="Samples of a problem decoded together.")] = 64,
+    vllm: Annotated[
+        list[str] | None, typer.Option(help="NAME of a --model that vLLM samples, too (see `make peers`).")
+    ] = None,
 ) -> None:
     """Measure the vote's accuracy against the seconds a problem may take, of models beside each other."""
     from m1.evaluation.budget import Settings, measure_budgets
@@ -263,11 +268,11 @@ def budget_command(
     if len(folders) != len(model):
         raise UserError(f"--model {' --model '.join(model)}: give each as NAME=FOLDER, under a name of its own")
     settings = Settings(task, seconds, seeds, max_new_tokens, temperature, max_batch, prompt_template(task))
-    sizes = ChainSizes(min_steps=min_steps, max_steps=max_steps, min_rounds=rounds, max_rounds=rounds)
+    sizes = ChainSizes(min_steps=min_steps, max_steps=max_steps, period=period)
     problems = load_task(task, data, limit, sizes)
     models = {name: load_model(folder) for name, folder in folders.items()}
     with progress_bar("budget", "runs") as on_progress:
-        result = measure_budgets(models, problems, settings, out, on_progress)
+        result = measure_budgets(models, problems, settings, out, vllm or (), on_progress)
     for name, measured in result["models"].items():
         last = measured["points"][-1]
         console.print(

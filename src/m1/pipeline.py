@@ -145,7 +145,7 @@ def _measure_budgets(stage: BudgetStage) -> None:
     settings = Settings(**{name: getattr(stage, name) for name in names}, prompt_template=template)
     models = {name: load_model(path) for name, path in stage.models.items()}
     with progress_bar("budget", "runs") as on_progress:
-        measure_budgets(models, problems, settings, Path(stage.out), on_progress)
+        measure_budgets(models, problems, settings, Path(stage.out), stage.vllm, on_progress)
     write_manifest(stage.out, stage, time.monotonic() - started)
 
 

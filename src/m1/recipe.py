@@ -134,6 +134,7 @@ class BudgetStage(MeasuredStage):
     seeds: int = 1
     limit: int = 32
     max_batch: int = 64
+    vllm: list[str] = field(default_factory=list)  # names of models that vLLM samples, too (see `make peers`)
 
 
 Stage = ConvertStage | SFTStage | DistillStage | GRPOStage | EvalStage | BudgetStage

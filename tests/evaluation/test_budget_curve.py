@@ -1,6 +1,8 @@
 """Accuracy against seconds: the curve by hand, and real runs that go on where they were cut off."""
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 from checkpoints import save_checkpoint, tiny_teacher
@@ -11,6 +13,8 @@ from m1.errors import UserError
 from m1.evaluation.budget import POINTS, SHORTEST, Settings, curve
 from m1.evaluation.tasks import Problem
 from m1.jsonl import read_jsonl
+from m1.model.tokenizer import byte_tokenizer
+from m1.peers import vllm_client
 from m1.reasoning.answers import Grader
 
 SETTINGS = Settings("chain", seconds=64.0, seeds=2, max_new_tokens=8, temperature=1.0, max_batch=2)
@@ -18,7 +22,7 @@ PROBLEMS = [Problem("a", "?", ("7",)), Problem("b", "?", ("3",))]
 
 
 def run(problem, seed, *samples, model="m"):
-    return {"model": model, "problem": problem, "seed": seed, "tokens": 10, "seconds": 64.0, "samples": samples}
+    return {"model": model, "problem": problem, "seed": seed, "seconds": 64.0, "samples": samples}
 
 
 def test_curve_by_hand():
@@ -37,13 +41,11 @@ def test_curve_by_hand():
     assert (last["accuracy"], last["of_seeds"], last["samples"]) == (0.75, [1.0, 0.5], 7 / 4)
     at_3 = next(p for p in result["points"] if 3 <= p["seconds"] < 4)
     assert at_3["accuracy"] == 0.25
-    assert result["tokens_per_second"] == 40 / 256 and result["tokens_per_sample"] == 4
+    assert result["tokens_per_second"] == 28 / 256 and result["tokens_per_sample"] == 4
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    from m1.model.tokenizer import byte_tokenizer
-
     folder = save_checkpoint(tiny_teacher(), tmp_path_factory.mktemp("model"))
     byte_tokenizer().save_pretrained(folder)
     return ["--model", f"one={folder}", "--model", f"two={folder}"]
@@ -95,6 +97,38 @@ def test_runs_go_on_where_they_were_cut_off(models, tmp_path):
 def test_impossible_models_are_refused(arguments, message, tmp_path):
     out = budget(*arguments, "--out", tmp_path)
     assert isinstance(out.exception, UserError) and message in str(out.exception)
+
+
+WORKER = """
+import json, sys
+print(json.dumps({"ready": True, "versions": {}}), flush=True)
+for line in sys.stdin:
+    work = json.loads(line)
+    assert work["tokens"][-1] < 300 and (work["new_tokens"], work["temperature"]) in ((2, 0.7), (8, 0.7))
+    samples = [{"seconds": work["seconds"] / 2, "token_ids": TOKENS}]
+    print(json.dumps({"seconds": work["seconds"], "samples": samples}), flush=True)
+"""
+
+
+def test_vllm_samples_too(models, tmp_path, monkeypatch):
+    tokens = byte_tokenizer()(r"\boxed{7}").input_ids
+    (tmp_path / "worker.py").write_text(WORKER.replace("TOKENS", str(tokens)))
+    monkeypatch.setattr(vllm_client, "PYTHON", Path(sys.executable))
+    monkeypatch.setattr(vllm_client, "WORKER", tmp_path / "worker.py")
+    out = budget(*models, "--vllm", "one", "--out", tmp_path / "out")
+    assert out.exit_code == 0, out.output
+    rows = [row for row in read_jsonl(tmp_path / "out/runs.jsonl") if row["model"] == "one, vLLM"]
+    assert [row["samples"] for row in rows] == [[[0.1, "7", len(tokens)]]] * 4
+    result = json.loads((tmp_path / "out/budget.json").read_text())
+    assert list(result["models"]) == ["one", "one, vLLM", "two"]
+    assert result["models"]["one, vLLM"]["tokens_per_second"] == pytest.approx(len(tokens) / 0.2)
+    without = budget(*models, "--out", tmp_path / "out")
+    assert isinstance(without.exception, UserError) and "other models" in str(without.exception)
+
+
+def test_vllm_of_no_model(models, tmp_path):
+    out = budget(*models, "--vllm", "three", "--out", tmp_path)
+    assert isinstance(out.exception, UserError) and "one of the models, one, two" in str(out.exception)
 
 
 def test_other_settings_are_not_mixed_in(models, tmp_path):

@@ -15,16 +15,16 @@ def test_by_hand():
     assert problem.answer == "2"
 
 
-def test_rounds_by_hand():
-    problem = solve_chain(7, [("+", 5), ("*", 3)], rounds=2)
-    assert problem.problem == "7+5*3 mod 10, 2 rounds"
-    assert problem.solution == "2:\n7+5=2\n2*3=6\n1:\n6+5=1\n1*3=3\n\\boxed{3}"
-    assert problem.answer == "3"
+def test_repetition_by_hand():
+    problem = solve_chain(7, [("+", 5), ("*", 3)], total=5)
+    assert problem.problem == "7+5*3 mod 10, 5 steps"
+    assert problem.solution == "5:7+5=2\n4:2*3=6\n3:6+5=1\n2:1*3=3\n1:3+5=8\n\\boxed{8}"
+    assert problem.answer == "8"
 
 
-def test_a_slip_in_a_later_round():
-    problem = solve_chain(7, [("+", 5), ("*", 3)], 2, slips=[0, 0, 4, 0])
-    assert problem.solution == "2:\n7+5=2\n2*3=6\n1:\n6+5=5\n5*3=5\n\\boxed{5}"
+def test_a_slip_in_a_repetition():
+    problem = solve_chain(7, [("+", 5), ("*", 3)], 4, slips=[0, 0, 4, 0])
+    assert problem.solution == "4:7+5=2\n3:2*3=6\n2:6+5=5\n1:5*3=5\n\\boxed{5}"
     assert problem.answer == "3"
 
 
@@ -62,19 +62,24 @@ def test_splits_are_disjoint_and_without_duplicates():
     assert len(set(test)) == 200
 
 
-def test_a_chain_is_of_one_split_in_however_many_rounds():
-    sizes = ChainSizes(min_steps=1, max_steps=2, min_rounds=2, max_rounds=9)
+def test_a_chain_is_of_one_split_for_however_many_steps():
+    sizes = ChainSizes(min_steps=3, max_steps=9, period=2)
     problems = [p.problem for p in chain_problems(300, sizes, "test", 0)]
-    trained = {p.problem for p in chain_problems(3000, ChainSizes(min_steps=1, max_steps=2), "train", 0)}
-    assert {int(p.split(", ")[1].removesuffix(" rounds")) for p in problems} == set(range(2, 10))
+    trained = {p.problem for p in chain_problems(3000, ChainSizes(min_steps=2, max_steps=2), "train", 0)}
+    assert {int(p.split(", ")[1].removesuffix(" steps")) for p in problems} == set(range(3, 10))
     assert not trained & {p.split(", ")[0] for p in problems}
 
 
-@pytest.mark.parametrize(
-    "sizes", [{"min_steps": 0}, {"min_steps": 3, "max_steps": 2}, {"min_rounds": 0}, {"min_rounds": 2}]
-)
+def test_a_period_bounds_the_chain_and_no_step_stands_twice_in_it():
+    for p in chain_problems(200, ChainSizes(min_steps=20, max_steps=30, period=8), "train", 0):
+        steps = re.findall(r"[+*-]\d", p.problem.split(" mod")[0])
+        assert 2 <= len(steps) <= 8 and len(set(steps)) == len(steps)
+        assert 20 <= len(p.solution.split("\n")) - 1 <= 30
+
+
+@pytest.mark.parametrize("sizes", [{"min_steps": 0}, {"min_steps": 3, "max_steps": 2}, {"period": 1}, {"period": 31}])
 def test_impossible_sizes(sizes):
-    with pytest.raises(UserError, match="need 1 <= min <= max"):
+    with pytest.raises(UserError, match=next(reversed(sizes))):
         ChainSizes(**sizes)
 
 

@@ -4,15 +4,11 @@ A decoder warms up when it first meets a batch: what compiles, captures or alloc
 """
 
 import gc
-import json
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +20,7 @@ from m1.engine.state import slots_that_fit
 from m1.errors import UserError
 from m1.model import M1Config, M1ForCausalLM
 from m1.model.configuration import ATTENTION, MAMBA
+from m1.peers.vllm_client import start_vllm
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": dict(
@@ -45,7 +42,6 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 OURS = ("ours-hybrid", "ours-transformer", "ours-hybrid-int8", "ours-transformer-int8")
 ENGINES = (*OURS, "transformers", "vllm")
-PEERS_PYTHON = Path(".venv-peers/bin/python")
 STEPS, WARMUPS = 24, 4  # timed at each context, and before them
 
 
@@ -125,7 +121,7 @@ def clock(options: DecodeOptions) -> float:
 def start(name: str, options: DecodeOptions) -> Iterator[Decoder]:
     match name:
         case "vllm":
-            with start_vllm(options) as decoder:
+            with vllm(options) as decoder:
                 yield decoder
         case "transformers":
             yield transformers_generate(options)
@@ -247,39 +243,18 @@ def transformers_generate(options: DecodeOptions) -> Decoder:
 
 
 @contextmanager
-def start_vllm(options: DecodeOptions) -> Iterator[Decoder]:
-    """In its own environment, on a checkpoint of the transformer."""
-    worker = Path(__file__).with_name("vllm_worker.py")
-    with tempfile.TemporaryDirectory() as folder:
-        model_on_device(options, hybrid=False).save_pretrained(folder)
-        command = [str(PEERS_PYTHON), str(worker), folder, "--dtype", options.dtype]
-        most = max(batch for batch, _ in options.cells)
-        command += ["--max-len", str(options.max_len), "--max-seqs", str(most)]
-        with open(Path(folder) / "log", "w+") as log:
-            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
-            assert process.stdin and process.stdout
+def vllm(options: DecodeOptions) -> Iterator[Decoder]:
+    """The transformer under vLLM."""
+    most = max(batch for batch, _ in options.cells)
+    with start_vllm(model_on_device(options, hybrid=False), options.max_len, most) as (ask, versions):
+        print(f"vllm: {versions}", file=sys.stderr)
+        warm: set[int] = set()
 
-            def ask(work: dict[str, int] | None) -> dict[str, Any]:
-                if work:
-                    print(json.dumps(work), file=process.stdin, flush=True)
-                line = process.stdout.readline() if process.stdout else ""
-                answer = json.loads(line) if line else {"error": "it ended without an answer"}
-                if "error" in answer:
-                    raise UserError(f"vllm: {answer['error']}")
-                return answer
+        def run(batch: int, new: int) -> Run:
+            work = {"batch": batch, "prompt": options.prompt, "new_tokens": new, "seed": 0}
+            if batch not in warm:
+                ask(work | {"new_tokens": 2})
+                warm.add(batch)
+            return Run(ask(work)["seconds"], batch)
 
-            warm: set[int] = set()
-
-            def run(batch: int, new: int) -> Run:
-                work = {"batch": batch, "prompt": options.prompt, "new_tokens": new, "seed": 0}
-                if batch not in warm:
-                    ask(work | {"new_tokens": 2})
-                    warm.add(batch)
-                return Run(ask(work)["seconds"], batch)
-
-            try:
-                print(f"vllm: {ask(None)['versions']}", file=sys.stderr)
-                yield run
-            finally:
-                process.stdin.close()
-                process.wait(timeout=60)
+        yield run

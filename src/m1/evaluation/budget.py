@@ -7,30 +7,31 @@
 
 A problem gets as many samples as fit into the longest budget. What a shorter one would have answered is the vote of the
 samples that had ended by then: until its end a run doesn't depend on how long it may last. Models take turns on each
-problem, so a disturbance hits all.
+problem, so a disturbance hits all. Solvers.py says what solves a problem.
 """
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from m1.engine import Engine, SamplingParams, max_len_for, stop_tokens
+from m1.engine import SamplingParams
 from m1.engine.sampling import stream_of
 from m1.errors import UserError
 from m1.evaluation.folder import SETTINGS, refuse_other_settings
-from m1.evaluation.generators import weights_hash
 from m1.evaluation.metrics import estimate
+from m1.evaluation.solvers import Solver, engine_solver, vllm_solver
 from m1.evaluation.tasks import Problem
 from m1.jsonl import append_jsonl, drop_torn_line, read_jsonl, write_json
 from m1.plots import save_figure
 from m1.reasoning.answers import Grader
 from m1.reasoning.budget import Budget
-from m1.reasoning.solve import chat_prompt, solve
+from m1.reasoning.solve import chat_prompt
 from m1.reasoning.voting import vote
 
 POINTS = 16  # budgets at which accuracy is given, each a fixed factor above the one before
@@ -41,7 +42,11 @@ Models = dict[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]]
 
 @dataclass(frozen=True)
 class Settings:
-    """What the runs depend on beside models and problems. `max_batch`: samples of a problem decoded together."""
+    """What the runs depend on beside models and problems. `max_batch`: samples of a problem decoded together.
+
+    Raises:
+        UserError: seconds or seeds that can't be.
+    """
 
     task: str
     seconds: float
@@ -51,46 +56,49 @@ class Settings:
     max_batch: int
     prompt_template: str = "{problem}"
 
+    def __post_init__(self) -> None:
+        Budget(seconds=self.seconds)
+        if self.seeds < 1:
+            raise UserError(f"seeds={self.seeds}: need at least one")
+
 
 def measure_budgets(
     models: Models,
     problems: Sequence[Problem],
     settings: Settings,
     out: Path,
+    vllm: Sequence[str] = (),
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Returns what it writes to OUT/budget.json. A run that was cut off measures only what is missing.
 
+    Args:
+        vllm: names of models that vLLM samples, too; its results are under "NAME, vLLM".
+
     Raises:
-        UserError: a prompt the engine refuses, an impossible setting, or an OUT with runs of other settings.
+        UserError: a prompt the engine refuses, a model that vLLM can't run, or an OUT with runs of other settings.
     """
-    budget = Budget(seconds=settings.seconds, rule="none")
-    if settings.seeds < 1:
-        raise UserError(f"seeds={settings.seeds}: need at least one")
-    _check(out, settings, models, problems)
-    drop_torn_line(out / "runs.jsonl")
-    runs = list(read_jsonl(out / "runs.jsonl")) if (out / "runs.jsonl").exists() else []
-    done = {(run["model"], run["problem"], run["seed"]) for run in runs}
     texts = [settings.prompt_template.replace("{problem}", problem.text) for problem in problems]
-    engines = {name: _engine(*pair, texts, settings) for name, pair in models.items()}
-    params = SamplingParams(max_tokens=settings.max_new_tokens, temperature=settings.temperature)
-    total = len(models) * len(problems) * settings.seeds
-    with Grader() as grader:
+    with Grader() as grader, ExitStack() as stack:
+        solvers = _solvers(models, texts, settings, vllm, grader, stack)
+        _check(out, settings, solvers, problems)
+        drop_torn_line(out / "runs.jsonl")
+        runs = list(read_jsonl(out / "runs.jsonl")) if (out / "runs.jsonl").exists() else []
+        done = {(run["model"], run["problem"], run["seed"]) for run in runs}
+        total = len(solvers) * len(problems) * settings.seeds
         for seed in range(settings.seeds):
             for i, (problem, text) in enumerate(zip(problems, texts, strict=True)):
-                for name, (_, tokenizer) in models.items():
+                for name, solver in solvers.items():
                     on_progress(len(runs), total)
                     if (name, problem.id, seed) in done:
                         continue
-                    seeded = replace(params, seed=stream_of(seed, i))
-                    solution = solve(text, engines[name], tokenizer, grader, seeded, budget)
-                    samples = [[s.seconds, s.answer, s.tokens] for s in solution.samples]
-                    run = {"model": name, "problem": problem.id, "seed": seed, "tokens": solution.tokens}
-                    runs.append(run | {"seconds": solution.seconds, "samples": samples})
-                    append_jsonl(out / "runs.jsonl", runs[-1:])
+                    seconds, samples = solver.solve(text, stream_of(seed, i), settings.seconds)
+                    run = {"model": name, "problem": problem.id, "seed": seed, "seconds": seconds, "samples": samples}
+                    runs.append(run)
+                    append_jsonl(out / "runs.jsonl", [run])
         on_progress(total, total)
         result = {"settings": asdict(settings), "problems": len(problems)}
-        result["models"] = {name: curve(runs, name, problems, settings, grader) for name in models}
+        result["models"] = {name: curve(runs, name, problems, settings, grader) for name in solvers}
         result["grading"] = dict(grader.counts)
     save_figure(draw(result), out / "budget.png")
     write_json(out / "budget.json", result)
@@ -101,7 +109,7 @@ def curve(
     runs: Sequence[dict[str, Any]], model: str, problems: Sequence[Problem], settings: Settings, grader: Grader
 ) -> dict[str, Any]:
     """Of one model, at each budget: the share of problems whose vote is right, with its interval over problems; that of
-    each seed alone; and the mean number of samples behind a vote."""
+    each seed alone; and the mean number of samples behind a vote. Tokens are those of samples that ended."""
     golds = {problem.id: problem.answers for problem in problems}
     own = [run for run in runs if run["model"] == model]
     points = []
@@ -122,10 +130,9 @@ def curve(
             | {"samples": sum(counts) / len(counts)}
         )
     ended = [tokens for run in own for _, _, tokens in run["samples"]]
-    spent = sum(run["seconds"] for run in own)
     return {
         "points": points,
-        "tokens_per_second": sum(run["tokens"] for run in own) / spent,
+        "tokens_per_second": sum(ended) / sum(run["seconds"] for run in own),
         "tokens_per_sample": sum(ended) / max(1, len(ended)),
     }
 
@@ -150,19 +157,26 @@ def draw(result: dict[str, Any]) -> Figure:
     return figure
 
 
-def _engine(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], settings: Settings
-) -> Engine:
-    prompts = [chat_prompt(tokenizer, text) for text in texts]
-    max_len = max_len_for(model, prompts, settings.max_new_tokens)
-    engine = Engine(model, stop_tokens(model, tokenizer), settings.max_batch, max_len, snapshots=0)
-    engine.generate(prompts[:1], SamplingParams(max_tokens=2), settings.max_batch)  # compiles, captures, allocates
-    return engine
+def _solvers(
+    models: Models, texts: Sequence[str], settings: Settings, vllm: Sequence[str], grader: Grader, stack: ExitStack
+) -> dict[str, Solver]:
+    """All ready to be measured; those that have to be ended are on the stack."""
+    params = SamplingParams(max_tokens=settings.max_new_tokens, temperature=settings.temperature)
+    if unknown := [name for name in vllm if name not in models]:
+        raise UserError(f"vllm {unknown[0]!r}: give the name of one of the models, {', '.join(models)}")
+    solvers: dict[str, Solver] = {}
+    for name, (model, tokenizer) in models.items():
+        prompts = [chat_prompt(tokenizer, text) for text in texts]
+        solvers[name] = engine_solver(model, tokenizer, prompts, params, settings.max_batch, grader)
+        if name in vllm:
+            peer = vllm_solver(model, tokenizer, prompts, params, settings.max_batch)
+            solvers[f"{name}, vLLM"] = stack.enter_context(peer)
+    return solvers
 
 
-def _check(out: Path, settings: Settings, models: Models, problems: Sequence[Problem]) -> None:
+def _check(out: Path, settings: Settings, solvers: Mapping[str, Solver], problems: Sequence[Problem]) -> None:
     """Runs of other settings, models or problems would be mixed into the curve."""
-    current = asdict(settings) | {"models": {name: weights_hash(model) for name, (model, _) in models.items()}}
+    current = asdict(settings) | {"models": {name: solver.identity() for name, solver in solvers.items()}}
     current = json.loads(json.dumps(current | {"problems": [asdict(problem) for problem in problems]}))
     refuse_other_settings(out, current, "runs", {"models": "other models", "problems": "other problems"})
     try:

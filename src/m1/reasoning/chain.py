@@ -5,18 +5,17 @@ r"""Chain problems: left-to-right arithmetic modulo 10, worked out a step at a t
                           6-4=2
                           \boxed{2}
 
-Gone through several times, a short problem needs a long chain of thought, each round under the number of rounds left:
+A chain that is gone through again and again makes a short problem need a long chain of thought. Its steps count down:
 
-    7+5*3 mod 10, 2 rounds   ->   2:
-                                  7+5=2
-                                  2*3=6
-                                  1:
-                                  6+5=1
-                                  1*3=3
-                                  \boxed{3}
+    7+5*3 mod 10, 5 steps   ->   5:7+5=2
+                                 4:2*3=6
+                                 3:6+5=1
+                                 2:1*3=3
+                                 1:3+5=8
+                                 \boxed{8}
 
-Training and held-out problems are disjoint by construction: a hash of the chain's text says where it belongs, in however
-many rounds.
+Training and held-out problems are disjoint by construction: a hash of the chain's text says where it belongs, however
+many steps it is gone through for.
 """
 
 import random
@@ -28,6 +27,8 @@ from typing import Literal
 from m1.errors import UserError
 
 MODULUS = 10
+OPERATORS = "+-*"
+STEPS = [(operator, digit) for operator in OPERATORS for digit in range(MODULUS)]
 HELD_OUT_SHARE = 16  # one problem in 16 is held out
 
 Split = Literal["train", "test"]
@@ -35,19 +36,21 @@ Split = Literal["train", "test"]
 
 @dataclass(frozen=True, kw_only=True)
 class ChainSizes:
-    """Steps of a chain, and the rounds in which it is gone through: both uniform between their ends."""
+    """Steps worked out, uniform between their ends.
+
+    With a `period` the chain itself has two to `period` steps, and is gone through until that many are worked out. None
+    of them stands twice in it: each tells which one comes next.
+    """
 
     min_steps: int = 2
     max_steps: int = 8
-    min_rounds: int = 1
-    max_rounds: int = 1
+    period: int | None = None
 
     def __post_init__(self) -> None:
-        if not (1 <= self.min_steps <= self.max_steps and 1 <= self.min_rounds <= self.max_rounds):
-            raise UserError(
-                f"chains of min_steps={self.min_steps}, max_steps={self.max_steps}, min_rounds={self.min_rounds}, "
-                f"max_rounds={self.max_rounds}: need 1 <= min <= max"
-            )
+        if not 1 <= self.min_steps <= self.max_steps:
+            raise UserError(f"chains of min_steps={self.min_steps} to max_steps={self.max_steps}: need 1 <= min <= max")
+        if self.period is not None and not 2 <= self.period <= len(STEPS):
+            raise UserError(f"period={self.period}: a chain that repeats has from 2 to {len(STEPS)} steps of its own")
 
 
 @dataclass(frozen=True)
@@ -57,25 +60,26 @@ class ChainProblem:
     answer: str
 
 
-def solve_chain(first: int, steps: list[tuple[str, int]], rounds: int = 1, slips: Sequence[int] = ()) -> ChainProblem:
+def solve_chain(
+    first: int, steps: list[tuple[str, int]], total: int | None = None, slips: Sequence[int] = ()
+) -> ChainProblem:
     """The problem, a worked solution and the true answer. Steps are (operator, digit).
 
-    `slips` are added to the results of all rounds' steps: a nonzero one is a slip, from which the solution goes on as
-    if nothing had happened. The answer is always the true one.
+    Args:
+        total: steps to work out, by going through `steps` again and again; each once when None.
+        slips: added to the results of the steps worked out: a nonzero one is a slip, from which the solution goes on as
+            if nothing had happened. The answer is always the true one.
     """
     true, value, lines = first, first, []
-    for number, (operator, digit) in enumerate(steps * rounds):
-        left, begins = rounds - number // len(steps), number % len(steps) == 0
-        if rounds > 1 and begins:
-            lines.append(f"{left}:")
-        slip = slips[number] if slips else 0
+    for i in range(total or len(steps)):
+        operator, digit = steps[i % len(steps)]
         true = _apply(true, operator, digit)
-        result = (_apply(value, operator, digit) + slip) % MODULUS
-        lines.append(f"{value}{operator}{digit}={result}")
+        result = (_apply(value, operator, digit) + (slips[i] if slips else 0)) % MODULUS
+        lines.append((f"{total - i}:" if total else "") + f"{value}{operator}{digit}={result}")
         value = result
     text = f"{first}" + "".join(f"{operator}{digit}" for operator, digit in steps) + f" mod {MODULUS}"
-    if rounds > 1:
-        text += f", {rounds} rounds"
+    if total:
+        text += f", {total} steps"
     return ChainProblem(text, "\n".join([*lines, rf"\boxed{{{value}}}"]), str(true))
 
 
@@ -109,16 +113,16 @@ def chain_problems(
         attempts += 1
         if attempts > 20 * count * HELD_OUT_SHARE:
             raise UserError(
-                f"only {len(found)} of {count} different {split} problems of {sizes.min_steps} to {sizes.max_steps} "
-                f"steps and {sizes.min_rounds} to {sizes.max_rounds} rounds"
+                f"only {len(found)} of {count} different {split} problems of "
+                f"{sizes.min_steps} to {sizes.max_steps} steps"
             )
-        length = rng.randint(sizes.min_steps, sizes.max_steps)
-        steps = [(rng.choice("+-*"), rng.randrange(MODULUS)) for _ in range(length)]
-        rounds = sizes.min_rounds
-        if sizes.max_rounds > sizes.min_rounds:  # no draw where there is no choice
-            rounds = rng.randint(sizes.min_rounds, sizes.max_rounds)
-        slips = [rng.randrange(1, MODULUS) if rng.random() < slip_rate else 0 for _ in range(rounds * length)]
-        problem = solve_chain(rng.randrange(MODULUS), steps, rounds, slips)
+        length, total = rng.randint(sizes.min_steps, sizes.max_steps), None
+        if sizes.period is None:
+            steps = [(rng.choice(OPERATORS), rng.randrange(MODULUS)) for _ in range(length)]
+        else:
+            steps, total = rng.sample(STEPS, rng.randint(2, sizes.period)), length
+        slips = [rng.randrange(1, MODULUS) if rng.random() < slip_rate else 0 for _ in range(length)]
+        problem = solve_chain(rng.randrange(MODULUS), steps, total, slips)
         if split_of(problem.problem) == split:
             found.setdefault(problem.problem, problem)
     return list(found.values())

