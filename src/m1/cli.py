@@ -46,6 +46,9 @@ AlignmentOption = Annotated[
     str, typer.Option("--head-alignment", help='"official" (the released code\'s order) or "attention".')
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of this stage.")]
+MinSteps = Annotated[int, typer.Option(help="Steps of the task chain's problems, at least.")]
+MaxSteps = Annotated[int, typer.Option(help="And at most.")]
+Period = Annotated[int | None, typer.Option(help="After at most so many steps chain's problems repeat themselves.")]
 Quantize = Annotated[str | None, typer.Option(help="int8: round the weights of linear layers (on a CPU).")]
 
 
@@ -169,6 +172,9 @@ def evaluate(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Result folder; MODEL/eval/TASK when not given.")] = None,
     limit: Annotated[int | None, typer.Option(help="Use the first problems only.")] = None,
+    min_steps: MinSteps = 2,
+    max_steps: MaxSteps = 8,
+    period: Period = None,
     n: Annotated[int, typer.Option(help="Samples a problem.")] = 16,
     max_new_tokens: int = 1024,
     temperature: float = 0.7,
@@ -195,13 +201,15 @@ def evaluate(
     from m1.evaluation.tasks import load_task
     from m1.evaluation.tasks import prompt_template as template_of
     from m1.model.checkpoint import load_model
+    from m1.reasoning.chain import ChainSizes
 
     if generator not in LOCAL or (endpoint and generator != "engine"):
         raise UserError(f"--generator {generator}: give one of {', '.join(LOCAL)}, or --endpoint instead")
     if quantize and (endpoint or generator != "engine"):
         raise UserError(f"--quantize {quantize}: only this project's engine does that")
     settings = Settings(task, n, max_new_tokens, temperature, seed, template_of(task, prompt_template))
-    problems = load_task(task, data, limit, seed=seed)
+    sizes = ChainSizes(min_steps=min_steps, max_steps=max_steps, period=period)
+    problems = load_task(task, data, limit, sizes, seed)
     source: Generator
     if endpoint:
         from m1.evaluation.endpoint import EndpointGenerator
@@ -245,11 +253,9 @@ def budget_command(
     task: Annotated[str, typer.Option(help="As of `m1 eval`.")] = "chain",
     data: Annotated[str | None, typer.Option(help="As of `m1 eval`.")] = None,
     limit: Annotated[int | None, typer.Option(help="Use the first problems only.")] = 32,
-    min_steps: Annotated[int, typer.Option(help="Of the task chain's problems.")] = 2,
-    max_steps: Annotated[int, typer.Option(help="Of the task chain's problems.")] = 8,
-    period: Annotated[
-        int | None, typer.Option(help="After at most so many steps the task chain's problems repeat themselves.")
-    ] = None,
+    min_steps: MinSteps = 2,
+    max_steps: MaxSteps = 8,
+    period: Period = None,
     seeds: Annotated[int, typer.Option(help="Times that each problem is solved.")] = 3,
     max_new_tokens: int = 1024,
     temperature: float = 0.7,
@@ -278,6 +284,12 @@ def budget_command(
         console.print(
             f"{name}: {100 * last['accuracy']:.1f} ± {100 * last['ci95']:.1f} % at {last['seconds']:g} s, "
             f"{last['samples']:.1f} samples a problem, {measured['tokens_per_second']:,.0f} tokens/s"
+        )
+    for name, lead in result["leads"].items():
+        first = next(iter(result["models"]))
+        console.print(
+            f"{name} is right {100 * lead['value']:+.1f} ± {100 * lead['ci95']:.1f} points more often than {first}, "
+            "mean over the budgets"
         )
     console.print(f"written to {out / 'budget.json'} and budget.png", soft_wrap=True)
 

@@ -10,14 +10,13 @@ from typer.testing import CliRunner
 
 from m1.cli import app
 from m1.errors import UserError
-from m1.evaluation.budget import POINTS, SHORTEST, Settings, curve
+from m1.evaluation.budget_curve import POINTS, SHORTEST, summarize
 from m1.evaluation.tasks import Problem
 from m1.jsonl import read_jsonl
 from m1.model.tokenizer import byte_tokenizer
 from m1.peers import vllm_client
 from m1.reasoning.answers import Grader
 
-SETTINGS = Settings("chain", seconds=64.0, seeds=2, max_new_tokens=8, temperature=1.0, max_batch=2)
 PROBLEMS = [Problem("a", "?", ("7",)), Problem("b", "?", ("3",))]
 
 
@@ -32,8 +31,12 @@ def test_curve_by_hand():
         run("b", 0, [1.0, "3", 4]),
         run("b", 1, [1.0, None, 4], [60.0, "4", 4]),
         run("a", 0, [1.0, "7", 4], model="other"),
+        run("a", 1, [1.0, "7", 4], model="other"),
+        run("b", 0, [1.0, "4", 4], model="other"),
+        run("b", 1, [1.0, "4", 4], model="other"),
     ]
-    result = curve(runs, "m", PROBLEMS, SETTINGS, Grader())
+    summary = summarize(runs, ["m", "other"], PROBLEMS, 64.0, Grader())
+    result = summary["models"]["m"]
     points = {round(p["seconds"], 2): p for p in result["points"]}
     assert len(points) == POINTS and min(points) == 64 * SHORTEST and max(points) == 64
     first, last = points[1.0], points[64.0]
@@ -42,6 +45,13 @@ def test_curve_by_hand():
     at_3 = next(p for p in result["points"] if 3 <= p["seconds"] < 4)
     assert at_3["accuracy"] == 0.25
     assert result["tokens_per_second"] == 28 / 256 and result["tokens_per_sample"] == 4
+    assert result["sample_accuracy"] == 4 / 7
+    lead = summary["leads"]["other"]
+    at = {round(p["seconds"], 2): p for p in lead["points"]}
+    assert at[1.0]["value"] == 0.25 and at[64.0]["value"] == -0.25
+    # differences of 0 and -1/2: mean -1/4, deviation 0.3536 over the root of 2
+    assert at[64.0]["ci95"] == pytest.approx(1.96 * 0.25)
+    assert lead["value"] == pytest.approx(sum(p["value"] for p in lead["points"]) / POINTS)
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from m1.engine import SamplingParams
 from m1.errors import UserError
@@ -32,18 +33,29 @@ def test_every_round_of_every_ask(hybrid, tokenizer, kind):
     assert sorted((s.problem, s.round) for s in samples) == [(f"p{i}", r) for i in range(3) for r in (2, 5)]
     assert all(1 <= s.tokens <= 6 and (s.finish_reason == "length") <= (s.tokens == 6) for s in samples)
     assert all(s.seconds > 0 for s in samples)
-    logprobs = [s.logprob for s in samples]
-    assert all(value < 0 for value in logprobs) if kind is EngineGenerator else set(logprobs) == {None}
+    assert all(s.logprob < 0 for s in samples)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 8])
 def test_greedy_samples_of_both_are_the_same(hybrid, tokenizer, batch):
     """Batches of prompts of different lengths: padding leaves no trace."""
     params = SamplingParams(max_tokens=6, temperature=0)
-    texts = [
-        {s.problem: (s.text, s.tokens) for s in k(hybrid, tokenizer, batch).generate(asks(5), params)} for k in LOCAL
-    ]
-    assert texts[0] == texts[1] and len(set(texts[0].values())) > 1
+    samples = [{s.problem: s for s in kind(hybrid, tokenizer, batch).generate(asks(5), params)} for kind in LOCAL]
+    for own, other in ((samples[0][name], samples[1][name]) for name in samples[0]):
+        assert (own.text, own.tokens) == (other.text, other.tokens)
+        assert own.logprob == pytest.approx(other.logprob, abs=1e-4)
+    assert len({sample.text for sample in samples[0].values()}) > 1
+
+
+def test_transformers_logprobs_are_of_the_sampling_temperature(hybrid, tokenizer):
+    config = GenerationConfig(max_new_tokens=5, do_sample=True, temperature=0.5, top_k=0, pad_token_id=0)
+    prompts = [[5, 6, 7], [8]]
+    generator = TransformersGenerator(hybrid, tokenizer)
+    for prompt, tokens, logprobs in zip(prompts, *generator._sample(prompts, config, seed=0), strict=True):
+        with torch.no_grad():
+            logits = hybrid(input_ids=torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+        expected = (logits / 0.5).log_softmax(-1)[range(5), tokens]
+        torch.testing.assert_close(torch.tensor(logprobs), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", LOCAL)

@@ -17,14 +17,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from m1.engine import SamplingParams
 from m1.engine.sampling import stream_of
 from m1.errors import UserError
+from m1.evaluation.budget_curve import draw, summarize
 from m1.evaluation.folder import SETTINGS, refuse_other_settings
-from m1.evaluation.metrics import estimate
 from m1.evaluation.solvers import Solver, engine_solver, vllm_solver
 from m1.evaluation.tasks import Problem
 from m1.jsonl import append_jsonl, drop_torn_line, read_jsonl, write_json
@@ -32,10 +31,6 @@ from m1.plots import save_figure
 from m1.reasoning.answers import Grader
 from m1.reasoning.budget import Budget
 from m1.reasoning.solve import chat_prompt
-from m1.reasoning.voting import vote
-
-POINTS = 16  # budgets at which accuracy is given, each a fixed factor above the one before
-SHORTEST = 1 / 64  # of the longest
 
 Models = dict[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]]
 
@@ -98,63 +93,11 @@ def measure_budgets(
                     append_jsonl(out / "runs.jsonl", [run])
         on_progress(total, total)
         result = {"settings": asdict(settings), "problems": len(problems)}
-        result["models"] = {name: curve(runs, name, problems, settings, grader) for name in solvers}
+        result |= summarize(runs, list(solvers), problems, settings.seconds, grader)
         result["grading"] = dict(grader.counts)
     save_figure(draw(result), out / "budget.png")
     write_json(out / "budget.json", result)
     return result
-
-
-def curve(
-    runs: Sequence[dict[str, Any]], model: str, problems: Sequence[Problem], settings: Settings, grader: Grader
-) -> dict[str, Any]:
-    """Of one model, at each budget: the share of problems whose vote is right, with its interval over problems; that of
-    each seed alone; and the mean number of samples behind a vote. Tokens are those of samples that ended."""
-    golds = {problem.id: problem.answers for problem in problems}
-    own = [run for run in runs if run["model"] == model]
-    points = []
-    for i in range(POINTS):
-        seconds = settings.seconds * SHORTEST ** (1 - i / (POINTS - 1))
-        right: dict[tuple[str, int], bool] = {}
-        counts = []
-        for run in own:
-            answers = [answer for ended, answer, _ in run["samples"] if ended <= seconds]
-            counts.append(len(answers))
-            winner = vote(answers, grader).answer
-            right[run["problem"], run["seed"]] = winner is not None and grader.grade(winner, golds[run["problem"]])
-        of_problems = [sum(right[p.id, s] for s in range(settings.seeds)) / settings.seeds for p in problems]
-        of_seeds = [sum(right[p.id, s] for p in problems) / len(problems) for s in range(settings.seeds)]
-        accuracy = estimate(of_problems)
-        points.append(
-            {"seconds": seconds, "accuracy": accuracy.value, "ci95": accuracy.ci95, "of_seeds": of_seeds}
-            | {"samples": sum(counts) / len(counts)}
-        )
-    ended = [tokens for run in own for _, _, tokens in run["samples"]]
-    return {
-        "points": points,
-        "tokens_per_second": sum(ended) / sum(run["seconds"] for run in own),
-        "tokens_per_sample": sum(ended) / max(1, len(ended)),
-    }
-
-
-def draw(result: dict[str, Any]) -> Figure:
-    """Accuracy, and the samples behind a vote, against seconds."""
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    accuracy, samples = figure.subplots(1, 2)
-    for name, model in result["models"].items():
-        points = model["points"]
-        seconds = [point["seconds"] for point in points]
-        middle = [point["accuracy"] for point in points]
-        accuracy.plot(seconds, middle, marker=".", label=name)
-        low, high = ([m + sign * p["ci95"] for m, p in zip(middle, points, strict=True)] for sign in (-1, 1))
-        accuracy.fill_between(seconds, low, high, alpha=0.15)
-        samples.plot(seconds, [point["samples"] for point in points], marker=".", label=name)
-    accuracy.set(xscale="log", xlabel="seconds a problem, measured", ylabel="accuracy of the vote", ylim=(0, 1.02))
-    samples.set(xscale="log", xlabel="seconds a problem, measured", ylabel="samples behind the vote")
-    for axes in (accuracy, samples):
-        axes.grid(alpha=0.3)
-        axes.legend()
-    return figure
 
 
 def _solvers(

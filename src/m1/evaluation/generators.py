@@ -12,7 +12,14 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from m1.engine import Engine, SamplingParams, max_len_for, stop_tokens
 from m1.errors import UserError
@@ -183,27 +190,55 @@ class TransformersGenerator:
             batch = jobs[first : first + self.max_batch]
             outputs = self._sample([prompts[ask.problem] for ask, _ in batch], config, batch[0][0].seed + first)
             now = time.monotonic()
-            for (ask, round_), tokens in zip(batch, outputs, strict=True):
+            for (ask, round_), tokens, logprobs in zip(batch, *outputs, strict=True):
                 end = next((i for i, token in enumerate(tokens, start=1) if token in stop), None)
                 text = self.tokenizer.decode(tokens[:end], skip_special_tokens=True)
-                reason = "stop" if end else "length"
-                yield Sample(ask.problem, round_, text, end or len(tokens), None, reason, now - started)
+                reason, logprob = "stop" if end else "length", sum(logprobs[:end])
+                yield Sample(ask.problem, round_, text, end or len(tokens), logprob, reason, now - started)
             started += time.monotonic() - now
 
     @torch.inference_mode()
-    def _sample(self, prompts: list[list[int]], config: GenerationConfig, seed: int) -> list[list[int]]:
-        """New tokens of each prompt, padded at their ends."""
+    def _sample(
+        self, prompts: list[list[int]], config: GenerationConfig, seed: int
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """New tokens of each prompt, padded at their ends, and their log-probabilities."""
         longest = max(map(len, prompts))
         pad = config.pad_token_id
         ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=self.model.device)
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.model.device)
         torch.manual_seed(seed % 2**63)
         own, self.model.generation_config = self.model.generation_config, config
+        scores = _Logprobs(config.temperature or 1.0)
         try:
-            output = self.model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+            output = self.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=config,
+                logits_processor=LogitsProcessorList([scores]),
+            )
         finally:
             self.model.generation_config = own
-        return output[:, longest:].tolist()
+        scores.see(output)
+        return output[:, longest:].tolist(), torch.cat(scores.columns, dim=1).tolist()
+
+
+class _Logprobs(LogitsProcessor):
+    """Leaves the logits as they are and keeps the log-probabilities, at the sampling temperature, of what is drawn."""
+
+    def __init__(self, temperature: float):
+        self.temperature = temperature
+        self.columns: list[Tensor] = []  # [b, 1] for each new token
+        self._scores: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """[b, tokens so far], [b, V]: the next token's logits, before transformers divides them by the temperature."""
+        self.see(input_ids)
+        self._scores = (scores.float() / self.temperature).log_softmax(dim=-1)
+        return scores
+
+    def see(self, input_ids: Tensor) -> None:
+        if self._scores is not None:
+            self.columns.append(self._scores.gather(1, input_ids[:, -1:]))
 
 
 LOCAL: dict[str, type[EngineGenerator] | type[TransformersGenerator]] = {

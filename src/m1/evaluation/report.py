@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from m1.evaluation.budget import draw
+from m1.evaluation.budget_curve import draw
 from m1.jsonl import read_jsonl, write_json
 
 PAGE = Path(__file__).with_name("report.html")
