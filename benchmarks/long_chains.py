@@ -1,19 +1,41 @@
 """Hybrid and transformer of one size at the same measured seconds, on chains of thought of growing length.
 
-    python benchmarks/long_chains.py train SEED    # recipes/long's models, in runs/long-chains/seed-SEED
+    python benchmarks/long_chains.py train SEED    # recipes/long's models, in runs/long-chains/seed-SEED: 0, 1 and 2
+    python benchmarks/long_chains.py measure       # both models' votes at each length: results/long-chains.json, .png
+    python benchmarks/long_chains.py vllm          # the first transformer, in this engine and in vLLM (`make peers`):
+                                                   # results/long-chains-vllm.json
 
-Run again, it goes on where it was cut off.
+Run again, all go on where they were cut off. Training takes half an hour a seed on two cores, 5 minutes for all three
+on an H100; measuring takes half an hour and wants a quiet machine.
 """
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from m1.pipeline import finished, run_stage
+import torch
+from matplotlib.figure import Figure
+
+from m1.bench.roofline import describe_machine
+from m1.evaluation.budget import Settings, measure_budgets
+from m1.evaluation.budget_curve import draw_accuracy, summarize
+from m1.evaluation.tasks import Problem, load_task
+from m1.jsonl import read_jsonl, write_json
+from m1.model.checkpoint import load_model
+from m1.pipeline import finished, progress_bar, run_stage
+from m1.plots import save_figure
+from m1.reasoning.answers import Grader
+from m1.reasoning.chain import ChainSizes
 from m1.recipe import ConvertStage, DistillStage, SFTStage, Stage, load_pipeline
 
 ROOT = Path(__file__).parents[1]
 SEEDS = range(3)
+MAX_BATCH = 32
+PROBLEMS, PROBLEMS_FOR_VLLM = 16, 4
+# Steps of a chain, and seconds a problem may take: about twice what the transformer's first 32 samples take.
+BUDGETS = {8: 0.4, 16: 0.8, 32: 1.8, 64: 4.5, 128: 12.0}
+MODELS = {"transformer": "teacher", "hybrid": "distilled"}
 
 
 def train(seed: int) -> None:
@@ -37,6 +59,66 @@ def seeded(stage: Stage, recipe_out: str, seed: int) -> Stage:
     return dataclasses.replace(stage, data=data, trainer=stage.trainer | {"seed": seed}, **changes)
 
 
+def measure() -> None:
+    """Every length with every seed's models: a problem has a run with each."""
+    result = about(PROBLEMS) | {"seeds": len(SEEDS), "lengths": {}}
+    for steps, seconds in BUDGETS.items():
+        problems = problems_of(steps, PROBLEMS)
+        runs = []
+        for seed in SEEDS:
+            models = {name: folder(seed) / stage for name, stage in MODELS.items()}
+            out = folder(seed) / f"budget-{steps}"
+            runs += [{**run, "seed": seed} for run in runs_of(models, problems, steps, seconds, out)]
+        with Grader() as grader:
+            measured = summarize(runs, list(MODELS), problems, seconds, grader)
+        result["lengths"][str(steps)] = {"seconds": seconds, **measured}
+    write_json(ROOT / "results/long-chains.json", result)
+    save_figure(draw(result), ROOT / "results/long-chains.png")
+
+
+def vllm() -> None:
+    """vLLM is slower here, so it has twice the time."""
+    result = about(PROBLEMS_FOR_VLLM) | {"lengths": {}}
+    for steps, seconds in BUDGETS.items():
+        problems = problems_of(steps, PROBLEMS_FOR_VLLM)
+        models = {"transformer": folder(0) / MODELS["transformer"]}
+        out = folder(0) / f"vllm-{steps}"
+        runs = runs_of(models, problems, steps, 2 * seconds, out, vllm=["transformer"])
+        with Grader() as grader:
+            measured = summarize(runs, ["transformer", "transformer, vLLM"], problems, 2 * seconds, grader)
+        result["lengths"][str(steps)] = {"seconds": 2 * seconds, **measured}
+    write_json(ROOT / "results/long-chains-vllm.json", result)
+
+
+def about(problems: int) -> dict:
+    return {"machine": describe_machine(torch.device("cpu")), "max_batch": MAX_BATCH, "problems": problems}
+
+
+def problems_of(steps: int, count: int) -> list[Problem]:
+    return load_task("chain", None, count, ChainSizes(min_steps=steps, max_steps=steps, period=8))
+
+
+def runs_of(
+    models: dict[str, Path], problems: list[Problem], steps: int, seconds: float, out: Path, vllm: Sequence[str] = ()
+) -> list[dict]:
+    settings = Settings("chain", seconds, 1, max_new_tokens=10 * steps + 32, temperature=1.0, max_batch=MAX_BATCH)
+    loaded = {name: load_model(path) for name, path in models.items()}
+    with progress_bar(f"{out.parent.name}, {out.name}", "runs") as on_progress:
+        measure_budgets(loaded, problems, settings, out, vllm, on_progress)
+    return list(read_jsonl(out / "runs.jsonl"))
+
+
+def draw(result: dict) -> Figure:
+    """Accuracy against seconds at each length."""
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    panels = figure.subplots(2, -(-len(result["lengths"]) // 2)).flat
+    for axes, (steps, measured) in zip(panels, result["lengths"].items(), strict=False):
+        draw_accuracy(axes, measured["models"])
+        tokens = measured["models"]["hybrid"]["tokens_per_sample"]
+        axes.set_title(f"{steps} steps, {tokens:,.0f} tokens", fontsize="medium")
+    return figure
+
+
 def folder(seed: int) -> Path:
     return ROOT / f"runs/long-chains/seed-{seed}"
 
@@ -45,5 +127,9 @@ if __name__ == "__main__":
     match sys.argv[1:]:
         case ["train", seed]:
             train(int(seed))
+        case ["measure"]:
+            measure()
+        case ["vllm"]:
+            vllm()
         case _:
             sys.exit(__doc__)

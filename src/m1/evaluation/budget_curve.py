@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from m1.evaluation.metrics import estimate
@@ -13,6 +14,7 @@ from m1.reasoning.voting import vote
 
 POINTS = 16  # budgets at which accuracy is given, each a fixed factor above the one before
 SHORTEST = 1 / 64  # of the longest
+SECONDS_AXIS = "seconds a problem, measured"
 
 Run = Mapping[str, Any]  # a line of runs.jsonl (see budget.py)
 
@@ -111,17 +113,22 @@ def draw(result: Mapping[str, Any]) -> Figure:
     """Accuracy, and the samples behind a vote, against seconds."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     accuracy, samples = figure.subplots(1, 2)
+    draw_accuracy(accuracy, result["models"])
     for name, model in result["models"].items():
         points = model["points"]
-        seconds = [point["seconds"] for point in points]
-        middle = [point["accuracy"] for point in points]
-        accuracy.plot(seconds, middle, marker=".", label=name)
-        low, high = ([m + sign * p["ci95"] for m, p in zip(middle, points, strict=True)] for sign in (-1, 1))
-        accuracy.fill_between(seconds, low, high, alpha=0.15)
-        samples.plot(seconds, [point["samples"] for point in points], marker=".", label=name)
-    accuracy.set(xscale="log", xlabel="seconds a problem, measured", ylabel="accuracy of the vote", ylim=(0, 1.02))
-    samples.set(xscale="log", xlabel="seconds a problem, measured", ylabel="samples behind the vote")
-    for axes in (accuracy, samples):
-        axes.grid(alpha=0.3)
-        axes.legend()
+        samples.plot([p["seconds"] for p in points], [p["samples"] for p in points], marker=".", label=name)
+    samples.set(xscale="log", xlabel=SECONDS_AXIS, ylabel="samples behind the vote")
+    samples.grid(alpha=0.3)
+    samples.legend()
     return figure
+
+
+def draw_accuracy(axes: Axes, models: Mapping[str, Any]) -> None:
+    for name, model in models.items():
+        seconds, middle, half = ([p[key] for p in model["points"]] for key in ("seconds", "accuracy", "ci95"))
+        axes.plot(seconds, middle, marker=".", label=name)
+        low, high = ([m + sign * h for m, h in zip(middle, half, strict=True)] for sign in (-1, 1))
+        axes.fill_between(seconds, low, high, alpha=0.15)
+    axes.set(xscale="log", xlabel=SECONDS_AXIS, ylabel="accuracy of the vote", ylim=(0, 1.02))
+    axes.grid(alpha=0.3)
+    axes.legend()
