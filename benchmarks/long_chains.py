@@ -23,6 +23,7 @@ from m1.evaluation.budget_curve import draw_accuracy, summarize
 from m1.evaluation.tasks import Problem, load_task
 from m1.jsonl import read_jsonl, write_json
 from m1.model.checkpoint import load_model
+from m1.peers.vllm_client import version
 from m1.pipeline import finished, progress_bar, run_stage
 from m1.plots import save_figure
 from m1.reasoning.answers import Grader
@@ -34,7 +35,7 @@ SEEDS = range(3)
 MAX_BATCH = 32
 PROBLEMS, PROBLEMS_FOR_VLLM = 16, 4
 # Steps of a chain, and seconds a problem may take: about twice what the transformer's first 32 samples take.
-BUDGETS = {8: 0.4, 16: 0.8, 32: 1.8, 64: 4.5, 128: 12.0}
+BUDGETS = {2: 0.12, 4: 0.24, 8: 0.4, 16: 0.8, 32: 1.8, 64: 4.5, 128: 12.0}
 MODELS = {"transformer": "teacher", "hybrid": "distilled"}
 
 
@@ -78,7 +79,7 @@ def measure() -> None:
 
 def vllm() -> None:
     """vLLM is slower here, so it has twice the time."""
-    result = about(PROBLEMS_FOR_VLLM) | {"lengths": {}}
+    result = about(PROBLEMS_FOR_VLLM) | {"vllm": version(), "lengths": {}}
     for steps, seconds in BUDGETS.items():
         problems = problems_of(steps, PROBLEMS_FOR_VLLM)
         models = {"transformer": folder(0) / MODELS["transformer"]}
@@ -103,6 +104,7 @@ def runs_of(
 ) -> list[dict]:
     settings = Settings("chain", seconds, 1, max_new_tokens=10 * steps + 32, temperature=1.0, max_batch=MAX_BATCH)
     loaded = {name: load_model(path) for name, path in models.items()}
+    loaded = {name: (model.to("cpu"), tokenizer) for name, (model, tokenizer) in loaded.items()}
     with progress_bar(f"{out.parent.name}, {out.name}", "runs") as on_progress:
         measure_budgets(loaded, problems, settings, out, vllm, on_progress)
     return list(read_jsonl(out / "runs.jsonl"))
@@ -111,7 +113,9 @@ def runs_of(
 def draw(result: dict) -> Figure:
     """Accuracy against seconds at each length."""
     figure = Figure(figsize=(11, 6), layout="constrained")
-    panels = figure.subplots(2, -(-len(result["lengths"]) // 2)).flat
+    panels = figure.subplots(2, -(-len(result["lengths"]) // 2)).flatten()
+    for axes in panels[len(result["lengths"]) :]:
+        axes.set_axis_off()
     for axes, (steps, measured) in zip(panels, result["lengths"].items(), strict=False):
         draw_accuracy(axes, measured["models"])
         tokens = measured["models"]["hybrid"]["tokens_per_sample"]

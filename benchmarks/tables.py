@@ -104,6 +104,72 @@ def grading() -> str:
     return markdown(["labelled answers", "rows", "agreement", "precision", "recall", "audit's agreement"], rows)
 
 
+def long_chains() -> str:
+    """`benchmarks/long_chains.py measure`."""
+    bench = result("long-chains")
+    both = ("transformer", "hybrid")
+    rows = []
+    for steps, measured in bench["lengths"].items():
+        transformer, hybrid = (measured["models"][name] for name in both)
+        right = [f"{100 * m['sample_accuracy']:.0f} %" for m in (transformer, hybrid)]
+        ended = [f"{m['points'][-1]['samples']:.0f}" for m in (transformer, hybrid)]
+        lead = measured["leads"]["hybrid"]
+        row = [f"{steps} ({hybrid['tokens_per_sample']:,.0f})", *right, f"{measured['seconds']:g} s", *ended]
+        row += [*after_16(transformer, hybrid), f"{100 * lead['value']:+.1f} ± {100 * lead['ci95']:.1f}"]
+        rows.append([*row, ", ".join(f"{100 * value:+.1f}" for value in leads_of_seeds(transformer, hybrid))])
+    columns = ["steps (tokens)", *(f"one sample right, {m}" for m in both), "budget", *(f"samples, {m}" for m in both)]
+    columns += [*(f"16 samples after, {m}" for m in both), "ratio", "lead of the hybrid, points", "of each training"]
+    return markdown(columns, rows) + (
+        f"\n{processor(bench['machine'])}; {bench['problems']} problems, each with the models of {bench['seeds']} "
+        f"trainings, up to {bench['max_batch']} samples decoded together. Lead: how much more often the hybrid's vote "
+        "is right, mean over budgets from a 64th of the longest up to it, with a normal 95 % interval over problems "
+        "for these trainings.\n"
+    )
+
+
+def short_long_chains() -> str:
+    """Some columns of it."""
+    both = ("transformer", "hybrid")
+    rows = []
+    for steps, measured in result("long-chains")["lengths"].items():
+        transformer, hybrid = (measured["models"][name] for name in both)
+        lead = measured["leads"]["hybrid"]
+        tokens = f"{hybrid['tokens_per_sample']:,.0f}"
+        row = [f"{steps} ({tokens})", *after_16(transformer, hybrid)]
+        rows.append([*row, f"{100 * lead['value']:+.1f} ± {100 * lead['ci95']:.1f}"])
+    return markdown(
+        ["steps (tokens)", *(f"16 votes after, {m}" for m in both), "ratio", "the hybrid's vote is right more often"],
+        rows,
+    )
+
+
+def after_16(slow: dict, fast: dict) -> list[str]:
+    """Median seconds after which 16 samples had ended, and their ratio; empty where a budget was too short for it."""
+    waits = [model["seconds_to_samples"]["16"] for model in (slow, fast)]
+    return [*(f"{wait:.2f} s" if wait else "" for wait in waits), f"{waits[0] / waits[1]:.2f}" if all(waits) else ""]
+
+
+def leads_of_seeds(other: dict, own: dict) -> list[float]:
+    pairs = [(b["of_seeds"], a["of_seeds"]) for a, b in zip(other["points"], own["points"], strict=True)]
+    return [sum(own[i] - other[i] for own, other in pairs) / len(pairs) for i in range(len(pairs[0][0]))]
+
+
+def long_chains_vllm() -> str:
+    """`benchmarks/long_chains.py vllm`."""
+    bench = result("long-chains-vllm")
+    rows = []
+    for steps, measured in bench["lengths"].items():
+        own, vllm = (measured["models"][name] for name in ("transformer", "transformer, vLLM"))
+        ended = [f"{m['points'][-1]['samples']:.0f}" for m in (vllm, own)]
+        rows.append([steps, f"{measured['seconds']:g} s", *ended, *after_16(vllm, own)])
+    both = ("vLLM", "this engine")
+    columns = ["steps", "budget", *(f"samples, {m}" for m in both), *(f"16 samples after, {m}" for m in both), "ratio"]
+    return markdown(columns, rows) + (
+        f"\nvLLM {bench['vllm']}, {bench['problems']} problems, the transformer of the first training; means of "
+        "samples, medians of seconds.\n"
+    )
+
+
 # Speed against the transformer of the same size, by (batch, new tokens): arXiv 2504.10449, on an H100 under vLLM 0.6.3.
 PAPER = {
     (8, 4096): 1.11, (16, 4096): 1.27, (32, 4096): 1.43, (64, 4096): 1.73, (128, 4096): 2.15, (256, 4096): 2.64,
@@ -146,11 +212,12 @@ def short_h200() -> str:
 
 
 TABLES: dict[str, list[Callable[[], str]]] = {
-    "README.md": [pocket, short_h200],
+    "README.md": [pocket, short_h200, short_long_chains],
     "docs/engine.md": [decode, decode_step],
     "docs/kernels.md": [kernels],
     "docs/grading.md": [grading],
     "docs/results.md": [h200],
+    "docs/test-time-compute.md": [long_chains, long_chains_vllm],
 }
 
 

@@ -11,12 +11,14 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "src" / "m1"
+ABOVE_ENGINE = ("trl", "datasets", "m1.train", "m1.evaluation", "m1.bench", "m1.peers")
 FORBIDDEN = {
-    "ops": ("transformers", "trl", "datasets", "m1.model", "m1.engine", "m1.train", "m1.evaluation", "m1.reasoning"),
-    "model": ("trl", "datasets", "m1.engine", "m1.train", "m1.evaluation", "m1.reasoning"),
-    "engine": ("trl", "datasets", "m1.train", "m1.evaluation", "m1.reasoning"),
-    "reasoning": ("trl", "datasets", "m1.train", "m1.evaluation"),
-    "evaluation": ("trl", "m1.train"),
+    "ops": (*ABOVE_ENGINE, "transformers", "m1.model", "m1.engine", "m1.reasoning"),
+    "model": (*ABOVE_ENGINE, "m1.engine", "m1.reasoning"),
+    "engine": (*ABOVE_ENGINE, "m1.reasoning"),
+    "reasoning": ABOVE_ENGINE,
+    "peers": ("trl", "datasets", "m1.engine", "m1.train", "m1.evaluation", "m1.bench"),
+    "evaluation": ("trl", "m1.train", "m1.bench"),
 }
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 
 from m1.errors import UserError
 from m1.model.layer_choice import check_choice
+from m1.reasoning.budget import Budget
 from m1.reasoning.chain import ChainSizes
 
 T = TypeVar("T")
@@ -135,6 +136,14 @@ class BudgetStage(MeasuredStage):
     limit: int = 32
     max_batch: int = 64
     vllm: list[str] = field(default_factory=list)  # names of models that vLLM samples, too (see `make peers`)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        Budget(seconds=self.seconds)
+        if self.seeds < 1:
+            raise UserError(f"seeds={self.seeds}: need at least one")
+        if unknown := [name for name in self.vllm if name not in self.models]:
+            raise UserError(f"vllm {unknown[0]!r}: give the name of one of the models, {', '.join(self.models)}")
 
 
 Stage = ConvertStage | SFTStage | DistillStage | GRPOStage | EvalStage | BudgetStage

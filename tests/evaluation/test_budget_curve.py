@@ -46,6 +46,8 @@ def test_curve_by_hand():
     assert at_3["accuracy"] == 0.25
     assert result["tokens_per_second"] == 28 / 256 and result["tokens_per_sample"] == 4
     assert result["sample_accuracy"] == 4 / 7
+    # the first ends after 2, 50, 1 and 1 seconds; four have ended in none of them
+    assert result["seconds_to_samples"] == {"1": 1.5, "4": None, "16": None, "64": None}
     lead = summary["leads"]["other"]
     at = {round(p["seconds"], 2): p for p in lead["points"]}
     assert at[1.0]["value"] == 0.25 and at[64.0]["value"] == -0.25
@@ -134,6 +136,13 @@ def test_vllm_samples_too(models, tmp_path, monkeypatch):
     assert result["models"]["one, vLLM"]["tokens_per_second"] == pytest.approx(len(tokens) / 0.2)
     without = budget(*models, "--out", tmp_path / "out")
     assert isinstance(without.exception, UserError) and "other models" in str(without.exception)
+
+
+def test_chains_that_repeat_themselves(models, tmp_path):
+    out = budget(*models, "--min-steps", "9", "--max-steps", "9", "--period", "3", "--out", tmp_path)
+    assert out.exit_code == 0, out.output
+    problems = json.loads((tmp_path / "settings.json").read_text())["problems"]
+    assert all(problem["text"].endswith(" mod 10, 9 steps") for problem in problems)
 
 
 def test_vllm_of_no_model(models, tmp_path):

@@ -1,6 +1,8 @@
 """What a worker says, and what becomes of it: with a stand-in, which speaks the protocol and needs no environment."""
 
+import os
 import sys
+import time
 
 import pytest
 from checkpoints import tiny_teacher
@@ -28,8 +30,7 @@ def test_work_goes_out_and_comes_back(stand_in):
     stand_in(
         START + 'for line in sys.stdin: print(json.dumps({"work": json.loads(line), "of": sys.argv[2:]}), flush=True)'
     )
-    with start_vllm(tiny_teacher(), 64, 4) as (ask, versions):
-        assert versions == {"vllm": "0"}
+    with start_vllm(tiny_teacher(), 64, 4) as ask:
         answer = ask({"batch": 3})
         assert answer["work"] == {"batch": 3}
         assert answer["of"] == ["--dtype", "float32", "--max-len", "64", "--max-seqs", "4"]
@@ -39,15 +40,32 @@ def test_work_goes_out_and_comes_back(stand_in):
     ("code", "message"),
     [
         ('print(\'{"error": "no such model"}\')', "vllm: no such model"),
-        ("raise SystemExit(1)", "it ended without an answer"),
-        (START, "it ended without an answer"),
+        ("raise SystemExit('out of memory')", "it ended without an answer: out of memory"),
+        (START + "print('gone', file=sys.stderr)", "it ended without an answer: gone"),
         (START + 'for line in sys.stdin: print(json.dumps({"error": "too long"}), flush=True)', "vllm: too long"),
     ],
 )
 def test_what_it_cannot_do_is_one_line(stand_in, code, message):
     stand_in(code)
-    with pytest.raises(UserError, match=message), start_vllm(tiny_teacher(), 64, 4) as (ask, _):
+    with pytest.raises(UserError, match=message), start_vllm(tiny_teacher(), 64, 4) as ask:
         ask({"batch": 3})
+
+
+def test_one_that_died_while_idle(stand_in):
+    stand_in(START)
+    with pytest.raises(UserError, match="it ended without an answer"), start_vllm(tiny_teacher(), 64, 4) as ask:
+        time.sleep(0.5)
+        ask({"batch": 3})
+
+
+def test_one_that_does_not_end_is_killed(stand_in, monkeypatch, tmp_path):
+    monkeypatch.setattr(vllm_client, "ENDS_WITHIN", 0.2)
+    stand_in(START + f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\ntime.sleep(600)")
+    with start_vllm(tiny_teacher(), 64, 4):
+        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+            time.sleep(0.01)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
 def test_it_is_not_installed(monkeypatch, tmp_path):

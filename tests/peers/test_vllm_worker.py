@@ -26,6 +26,10 @@ PYTHON = ROOT / PEERS_PYTHON
         '{"batch": 1, "prompt": 8.0, "new_tokens": 5, "seed": 0}',
         '{"batch": 0, "prompt": 8, "new_tokens": 5, "seed": 0}',
         '{"tokens": [1], "new_tokens": 5, "seconds": 1.0}',
+        '{"tokens": "x", "new_tokens": 5, "temperature": 1.0, "stop": [], "seconds": 1.0}',
+        '{"tokens": [1], "new_tokens": "5", "temperature": 1.0, "stop": [], "seconds": 1.0}',
+        '{"tokens": [1], "new_tokens": 5, "temperature": -1, "stop": [], "seconds": 1.0}',
+        '{"tokens": [1], "new_tokens": 5, "temperature": 1.0, "stop": [], "seconds": Infinity}',
     ],
 )
 def test_bad_work_is_refused(line):

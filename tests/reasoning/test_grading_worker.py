@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from m1.reasoning import answers
-from m1.reasoning.answers import Grader, _Worker
+from m1.reasoning import grading_process
+from m1.reasoning.answers import Grader
+from m1.reasoning.grading_process import GradingProcess
 
-REAL = Path(answers.__file__).with_name("grading_worker.py")
+REAL = Path(grading_process.__file__).with_name("grading_worker.py")
 PAIR = (r"\frac{1}{2}", "x")
 OTHER = (r"\frac{1}{3}", "x")
 FIRST_TIME = """
@@ -79,7 +80,7 @@ def test_a_tower_of_powers_costs_its_timeout():
 
 
 def test_a_worker_that_cannot_start_costs_one_answer(monkeypatch):
-    monkeypatch.setattr(answers.sys, "executable", "/bin/false")
+    monkeypatch.setattr(grading_process.sys, "executable", "/bin/false")
     with Grader() as grader:
         grader.start()
         assert not grader.equal(*PAIR)
@@ -105,7 +106,7 @@ def test_an_interrupted_worker_is_not_asked_again(stand_in, monkeypatch):
     with Grader() as grader:
         grader.start()
         process = grader._idle[0].process
-        monkeypatch.setattr(_Worker, "_read", interrupt)
+        monkeypatch.setattr(GradingProcess, "_read", interrupt)
         with pytest.raises(KeyboardInterrupt):
             grader.equal(*PAIR)
         assert not grader._idle and process.poll() is not None
@@ -134,7 +135,7 @@ def test_a_pair_that_had_too_little_time_is_asked_again(stand_in):
 
 
 def test_a_worker_that_never_starts_is_given_up(stand_in, monkeypatch):
-    monkeypatch.setattr(answers, "STARTUP_SECONDS", 0.3)
+    monkeypatch.setattr(grading_process, "STARTUP_SECONDS", 0.3)
     stand_in("import time; time.sleep(600)")
     with Grader() as grader:
         assert not grader.equal(*PAIR) and not grader._idle
@@ -143,7 +144,7 @@ def test_a_worker_that_never_starts_is_given_up(stand_in, monkeypatch):
 
 def test_workers_are_replaced_after_some_gradings(stand_in, monkeypatch):
     stand_in("print('ready', flush=True)\nfor _ in open(0): print('equal', flush=True)")
-    monkeypatch.setattr(answers, "GRADINGS_PER_WORKER", 2)
+    monkeypatch.setattr(grading_process, "GRADINGS_PER_WORKER", 2)
     with Grader() as grader:
         grader.start()
         first = grader._idle[0].process

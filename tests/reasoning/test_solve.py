@@ -21,7 +21,7 @@ from m1.reasoning.budget import Budget
 from m1.reasoning.solve import solve
 
 GRADER = Grader()
-GRADER.start = lambda: None  # the answers here are decided without a worker
+GRADER.start = lambda within: None  # the answers here are decided without a worker
 TOKENIZER = byte_tokenizer()
 RULES = ["none", "decided", "confident"]
 
@@ -161,7 +161,7 @@ def test_grading_is_on_the_clock():
     """A pair takes the worker 3 seconds, or as long as is left."""
 
     class Slow(Grader):
-        def start(self):
+        def start(self, within):
             engine.now += 1
 
         def _ask_worker(self, gold, answer, within):

@@ -20,7 +20,7 @@ from m1.bench.decoders import DecodeOptions, Decoder, Run, is_hybrid, make_model
 from m1.bench.options import DTYPES
 from m1.bench.roofline import Limits
 from m1.model.configuration import ATTENTION, layer_cache_bytes, layer_kinds
-from m1.peers.vllm_client import installed
+from m1.peers.vllm_client import version
 
 
 def run(options: DecodeOptions, on_row: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def run(options: DecodeOptions, on_row: Callable[[str], None] = lambda line: Non
     with ExitStack() as stack:
         decoders: dict[str, Decoder] = {}
         for name in options.engines:
-            if name == "vllm" and (options.device != "cpu" or not installed()):
+            if name == "vllm" and (options.device != "cpu" or version() is None):
                 result["skipped"].append("vllm: `make peers` installs it for CPUs; it isn't there")
                 continue
             decoders[name] = stack.enter_context(start(name, options))

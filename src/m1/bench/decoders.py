@@ -20,7 +20,7 @@ from m1.engine.state import slots_that_fit
 from m1.errors import UserError
 from m1.model import M1Config, M1ForCausalLM
 from m1.model.configuration import ATTENTION, MAMBA
-from m1.peers.vllm_client import start_vllm
+from m1.peers.vllm_client import start_vllm, version
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": dict(
@@ -246,8 +246,8 @@ def transformers_generate(options: DecodeOptions) -> Decoder:
 def vllm(options: DecodeOptions) -> Iterator[Decoder]:
     """The transformer under vLLM."""
     most = max(batch for batch, _ in options.cells)
-    with start_vllm(model_on_device(options, hybrid=False), options.max_len, most) as (ask, versions):
-        print(f"vllm: {versions}", file=sys.stderr)
+    with start_vllm(model_on_device(options, hybrid=False), options.max_len, most) as ask:
+        print(f"vllm {version()}", file=sys.stderr)
         warm: set[int] = set()
 
         def run(batch: int, new: int) -> Run:

@@ -7,11 +7,11 @@
 
 A problem gets as many samples as fit into the longest budget. What a shorter one would have answered is the vote of the
 samples that had ended by then: until its end a run doesn't depend on how long it may last. Models take turns on each
-problem, so a disturbance hits all. Solvers.py says what solves a problem.
+problem, so a disturbance hits all. solvers.py says what solves a problem.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,9 +24,11 @@ from m1.engine.sampling import stream_of
 from m1.errors import UserError
 from m1.evaluation.budget_curve import draw, summarize
 from m1.evaluation.folder import SETTINGS, refuse_other_settings
+from m1.evaluation.generators import weights_hash
 from m1.evaluation.solvers import Solver, engine_solver, vllm_solver
 from m1.evaluation.tasks import Problem
 from m1.jsonl import append_jsonl, drop_torn_line, read_jsonl, write_json
+from m1.peers.vllm_client import version
 from m1.plots import save_figure
 from m1.reasoning.answers import Grader
 from m1.reasoning.budget import Budget
@@ -73,31 +75,41 @@ def measure_budgets(
     Raises:
         UserError: a prompt the engine refuses, a model that vLLM can't run, or an OUT with runs of other settings.
     """
+    if unknown := [name for name in vllm if name not in models]:
+        raise UserError(f"vllm {unknown[0]!r}: give the name of one of the models, {', '.join(models)}")
+    names = [own for name in models for own in (name, *([_under_vllm(name)] if name in vllm else []))]
+    _check(out, settings, _identities(models, vllm), problems)
+    drop_torn_line(out / "runs.jsonl")
+    runs = list(read_jsonl(out / "runs.jsonl")) if (out / "runs.jsonl").exists() else []
+    done = {(run["model"], run["problem"], run["seed"]) for run in runs}
+    jobs = [(seed, i, name) for seed in range(settings.seeds) for i in range(len(problems)) for name in names]
+    missing = [(seed, i, name) for seed, i, name in jobs if (name, problems[i].id, seed) not in done]
     texts = [settings.prompt_template.replace("{problem}", problem.text) for problem in problems]
     with Grader() as grader, ExitStack() as stack:
-        solvers = _solvers(models, texts, settings, vllm, grader, stack)
-        _check(out, settings, solvers, problems)
-        drop_torn_line(out / "runs.jsonl")
-        runs = list(read_jsonl(out / "runs.jsonl")) if (out / "runs.jsonl").exists() else []
-        done = {(run["model"], run["problem"], run["seed"]) for run in runs}
-        total = len(solvers) * len(problems) * settings.seeds
-        for seed in range(settings.seeds):
-            for i, (problem, text) in enumerate(zip(problems, texts, strict=True)):
-                for name, solver in solvers.items():
-                    on_progress(len(runs), total)
-                    if (name, problem.id, seed) in done:
-                        continue
-                    seconds, samples = solver.solve(text, stream_of(seed, i), settings.seconds)
-                    run = {"model": name, "problem": problem.id, "seed": seed, "seconds": seconds, "samples": samples}
-                    runs.append(run)
-                    append_jsonl(out / "runs.jsonl", [run])
-        on_progress(total, total)
+        solvers = _solvers(models, texts, settings, vllm, grader, stack) if missing else {}
+        for seed, i, name in missing:
+            on_progress(len(runs), len(jobs))
+            seconds, samples = solvers[name].solve(texts[i], stream_of(seed, i), settings.seconds)
+            run = {"model": name, "problem": problems[i].id, "seed": seed, "seconds": seconds, "samples": samples}
+            runs.append(run)
+            append_jsonl(out / "runs.jsonl", [run])
+        on_progress(len(jobs), len(jobs))
         result = {"settings": asdict(settings), "problems": len(problems)}
-        result |= summarize(runs, list(solvers), problems, settings.seconds, grader)
+        result |= summarize(runs, names, problems, settings.seconds, grader)
         result["grading"] = dict(grader.counts)
     save_figure(draw(result), out / "budget.png")
     write_json(out / "budget.json", result)
     return result
+
+
+def _under_vllm(name: str) -> str:
+    return f"{name}, vLLM"
+
+
+def _identities(models: Models, vllm: Sequence[str]) -> dict[str, str]:
+    """What each model's runs must have in common to be counted together."""
+    own = {name: weights_hash(model) for name, (model, _) in models.items()}
+    return own | {_under_vllm(name): f"vLLM {version()}, {own[name]}" for name in vllm}
 
 
 def _solvers(
@@ -105,21 +117,19 @@ def _solvers(
 ) -> dict[str, Solver]:
     """All ready to be measured; those that have to be ended are on the stack."""
     params = SamplingParams(max_tokens=settings.max_new_tokens, temperature=settings.temperature)
-    if unknown := [name for name in vllm if name not in models]:
-        raise UserError(f"vllm {unknown[0]!r}: give the name of one of the models, {', '.join(models)}")
     solvers: dict[str, Solver] = {}
     for name, (model, tokenizer) in models.items():
         prompts = [chat_prompt(tokenizer, text) for text in texts]
         solvers[name] = engine_solver(model, tokenizer, prompts, params, settings.max_batch, grader)
         if name in vllm:
             peer = vllm_solver(model, tokenizer, prompts, params, settings.max_batch)
-            solvers[f"{name}, vLLM"] = stack.enter_context(peer)
+            solvers[_under_vllm(name)] = stack.enter_context(peer)
     return solvers
 
 
-def _check(out: Path, settings: Settings, solvers: Mapping[str, Solver], problems: Sequence[Problem]) -> None:
+def _check(out: Path, settings: Settings, identities: dict[str, str], problems: Sequence[Problem]) -> None:
     """Runs of other settings, models or problems would be mixed into the curve."""
-    current = asdict(settings) | {"models": {name: solver.identity() for name, solver in solvers.items()}}
+    current = asdict(settings) | {"models": identities}
     current = json.loads(json.dumps(current | {"problems": [asdict(problem) for problem in problems]}))
     refuse_other_settings(out, current, "runs", {"models": "other models", "problems": "other problems"})
     try:

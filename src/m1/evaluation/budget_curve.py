@@ -1,11 +1,14 @@
 """What runs under a budget say: accuracy against seconds, and who leads."""
 
+import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from m1.evaluation.metrics import estimate
 from m1.evaluation.tasks import Problem
@@ -14,6 +17,7 @@ from m1.reasoning.voting import vote
 
 POINTS = 16  # budgets at which accuracy is given, each a fixed factor above the one before
 SHORTEST = 1 / 64  # of the longest
+VOTES = (1, 4, 16, 64)  # samples whose end is timed
 SECONDS_AXIS = "seconds a problem, measured"
 
 Run = Mapping[str, Any]  # a line of runs.jsonl (see budget.py)
@@ -73,6 +77,7 @@ def _curve(
 ) -> dict[str, Any]:
     """At each budget: the share of problems whose vote is right, with its interval over problems; that of each seed
     alone; and the mean number of samples behind a vote. Tokens, and the accuracy of a sample, are of those that ended.
+    `seconds_to_samples`: median time after which so many had; None where half of the runs had fewer.
     """
     points = []
     for i, seconds in enumerate(budgets):
@@ -87,10 +92,17 @@ def _curve(
     tokens = sum(tokens for _, _, tokens in ended)
     return {
         "points": points,
+        "seconds_to_samples": {str(votes): _seconds_to(runs, votes) for votes in VOTES},
         "sample_accuracy": right / max(1, len(ended)),
         "tokens_per_second": tokens / sum(run["seconds"] for run in runs),
         "tokens_per_sample": tokens / max(1, len(ended)),
     }
+
+
+def _seconds_to(runs: Sequence[Run], votes: int) -> float | None:
+    reached = [run["samples"][votes - 1][0] if len(run["samples"]) >= votes else math.inf for run in runs]
+    median = statistics.median(reached)
+    return median if math.isfinite(median) else None
 
 
 def _lead(own: Outcomes, other: Outcomes, budgets: Sequence[float]) -> dict[str, Any]:
@@ -130,5 +142,6 @@ def draw_accuracy(axes: Axes, models: Mapping[str, Any]) -> None:
         low, high = ([m + sign * h for m, h in zip(middle, half, strict=True)] for sign in (-1, 1))
         axes.fill_between(seconds, low, high, alpha=0.15)
     axes.set(xscale="log", xlabel=SECONDS_AXIS, ylabel="accuracy of the vote", ylim=(0, 1.02))
+    axes.xaxis.set_minor_formatter(NullFormatter())  # they would overlap
     axes.grid(alpha=0.3)
     axes.legend()

@@ -9,7 +9,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from m1.engine import Engine, SamplingParams, max_len_for, stop_tokens
 from m1.errors import UserError
-from m1.evaluation.generators import weights_hash
 from m1.peers.vllm_client import Ask, start_vllm
 from m1.reasoning.answers import Grader, extract_answer
 from m1.reasoning.budget import Budget
@@ -17,7 +16,7 @@ from m1.reasoning.solve import chat_prompt, solve
 
 
 class Ended(NamedTuple):
-    """A sample that ended in time: when, its answer and its tokens."""
+    """A sample that ended by itself: when, its answer and its tokens."""
 
     seconds: float
     answer: str | None
@@ -27,16 +26,13 @@ class Ended(NamedTuple):
 class Solver(Protocol):
     """Draws samples of a problem, as many as fit, each in a slot that another has left."""
 
-    def identity(self) -> str:
-        """What runs must have in common to be counted together."""
-
     def solve(self, text: str, seed: int, seconds: float) -> tuple[float, list[Ended]]:
         """How long it took, and the samples in the order they ended."""
 
 
 @dataclass
 class EngineSolver:
-    """This project's engine. Voting, after each sample, is on its clock."""
+    """This project's engine. Voting, after each sample, is on its clock; the start of a grading worker isn't."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -44,10 +40,8 @@ class EngineSolver:
     params: SamplingParams
     grader: Grader
 
-    def identity(self) -> str:
-        return weights_hash(self.model)
-
     def solve(self, text: str, seed: int, seconds: float) -> tuple[float, list[Ended]]:
+        self.grader.start()
         budget = Budget(seconds=seconds, rule="none")
         solution = solve(text, self.engine, self.tokenizer, self.grader, replace(self.params, seed=seed), budget)
         return solution.seconds, [Ended(s.seconds, s.answer, s.tokens) for s in solution.samples]
@@ -61,9 +55,6 @@ class VLLMSolver:
     tokenizer: PreTrainedTokenizerBase
     ask: Ask
     params: SamplingParams
-
-    def identity(self) -> str:
-        return f"vllm, {weights_hash(self.model)}"
 
     def solve(self, text: str, seed: int, seconds: float) -> tuple[float, list[Ended]]:
         stop = stop_tokens(self.model, self.tokenizer)
@@ -106,7 +97,7 @@ def vllm_solver(
     """
     if model.device.type != "cpu":
         raise UserError(f"vllm: `make peers` installs it for CPUs, and the model is on {model.device}")
-    with start_vllm(model, max_len_for(model, prompts, params.max_tokens), max_batch) as (ask, _):
+    with start_vllm(model, max_len_for(model, prompts, params.max_tokens), max_batch) as ask:
         solver = VLLMSolver(model, tokenizer, ask, params)
         ask({"tokens": prompts[0], "new_tokens": 2, "temperature": params.temperature, "stop": [], "seconds": 1.0})
         yield solver

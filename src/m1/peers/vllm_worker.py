@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import importlib.metadata
 import json
+import math
 import os
 import random
 import sys
@@ -132,8 +133,16 @@ def read_work(line: str) -> dict[str, Any]:
     work = json.loads(line)
     if not isinstance(work, dict) or set(work) not in (set(BATCH), set(SAMPLING)):
         raise ValueError(f"work {line.strip()}: give the fields {', '.join(BATCH)}, or {', '.join(SAMPLING)}")
-    if set(work) == set(BATCH) and not all(type(work[k]) is int and work[k] >= least for k, least in BATCH.items()):
-        raise ValueError(f"work {line.strip()}: give integers {', '.join(f'{k} >= {v}' for k, v in BATCH.items())}")
+    if "batch" in work:
+        fits = all(type(work[key]) is int and work[key] >= least for key, least in BATCH.items())
+    else:
+        ids = [work["tokens"], work["stop"]]
+        fits = all(isinstance(row, list) and all(type(token) is int for token in row) for row in ids)
+        fits = fits and type(work["new_tokens"]) is int and work["new_tokens"] >= 1
+        fits = fits and all(isinstance(work[key], int | float) for key in ("temperature", "seconds"))
+        fits = fits and work["temperature"] >= 0 and 0 < work["seconds"] < math.inf
+    if not fits:
+        raise ValueError(f"work {line.strip()}: a field is of another type, or out of range")
     return work
 
 

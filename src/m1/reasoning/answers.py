@@ -5,31 +5,23 @@ exhaust memory on hostile input and its own timeout works in main threads alone:
 is replaced and costs one answer.
 """
 
-import contextlib
-import json
 import math
-import os
 import re
-import select
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from functools import lru_cache
-from pathlib import Path
 from threading import Lock
 from types import TracebackType
 
 from m1.errors import UserError
+from m1.reasoning.grading_process import GradingProcess
 
 TIMEOUT_SECONDS = 10.0
-STARTUP_SECONDS = 120.0  # importing sympy on a slow, busy machine
 MAX_ANSWER_CHARACTERS = 1000  # nothing longer is an answer; it is compared as text only
 MAX_ANNOUNCEMENTS = 50  # of an answer, looked at from the end
-GRADINGS_PER_WORKER = 1000  # then it is replaced: sympy's caches grow
 
 BOX = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 # Where an answer is announced. Every repetition is bounded or can't start twice at one place, so a search is linear.
@@ -219,8 +211,9 @@ class Grader:
 
     Attributes:
         timeout: seconds a pair may take.
-        counts: "graded": pairs that went to a worker. Of those, "timeout": given up; "crash": the worker died or wrote
-            what isn't a reply; "error": math-verify raised. All three are unequal.
+        counts: "graded": how often a worker was asked for a pair. Of those, "timeout": given up; "crash": the worker
+            died or wrote what isn't a reply; "error": math-verify raised. All three are unequal, but a pair that was
+            given up for want of time `within` may be asked for again.
 
     Raises:
         UserError: a timeout or a number of workers that isn't positive.
@@ -233,7 +226,7 @@ class Grader:
         self.workers = workers
         self.counts: Counter[str] = Counter(graded=0, timeout=0, crash=0, error=0)
         self._known: dict[tuple[str, str], bool] = {}
-        self._idle: list[_Worker] = []
+        self._idle: list[GradingProcess] = []
         self._lock = Lock()
 
     def __enter__(self) -> "Grader":
@@ -297,22 +290,29 @@ class Grader:
             clusters.setdefault(home, []).extend(spellings[spelling])
         return clusters
 
-    def start(self) -> None:
-        """Starts the workers now, if they can be, so that the first hard pair doesn't wait for one."""
+    def start(self, within: float = math.inf) -> None:
+        """Starts the workers that are missing, so that the first hard pair doesn't wait for one.
 
-        def started(_: int) -> "_Worker | None":
-            worker = None
+        Args:
+            within: seconds to wait for them; those that take longer go on starting.
+        """
+        with self._lock:
+            idle, self._idle = self._idle, []
+
+        def started(worker: GradingProcess | None) -> GradingProcess | None:
             try:
-                worker = _Worker()
-                worker.wait(STARTUP_SECONDS)
-                return worker
-            except (TimeoutError, EOFError, OSError):  # the first hard pair will meet and count it
-                if worker:
+                worker = worker or GradingProcess()
+                worker.wait(within)
+            except (TimeoutError, EOFError, OSError):  # if it's broken, the first hard pair will meet and count it
+                if worker and not worker.usable:
                     worker.kill()
-                return None
+            return worker if worker and worker.usable else None
 
+        missing = [None] * (self.workers - len(idle))
         with ThreadPoolExecutor(self.workers) as pool:
-            self._idle += filter(None, pool.map(started, range(self.workers - len(self._idle))))
+            found = list(filter(None, pool.map(started, [*idle, *missing])))
+        with self._lock:
+            self._idle += found
 
     def _ask_worker(self, gold: str, answer: str, within: float) -> bool | None:
         """None where `within` was too short to know."""
@@ -322,9 +322,12 @@ class Grader:
             worker = self._idle.pop() if self._idle else None
         reply = "crash"
         try:
-            worker = worker or _Worker()
+            worker = worker or GradingProcess()
             worker.wait(within)
-            reply = worker.ask(gold, answer, min(self.timeout, deadline - time.monotonic()))
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError
+            reply = worker.ask(gold, answer, min(self.timeout, left))
         except TimeoutError:
             reply = "timeout"
         except (EOFError, OSError):
@@ -338,74 +341,3 @@ class Grader:
             if worker and not worker.usable:
                 worker.kill()
         return None if reply == "timeout" and time.monotonic() >= deadline else reply == "equal"
-
-
-class _Worker:
-    """One grading_worker process and the pipes to it.
-
-    Raises TimeoutError where it hangs, EOFError or OSError where it dies or writes what isn't a reply. It ends by
-    itself when its input does, so it doesn't outlive its parent.
-
-    Attributes:
-        usable: it may be asked: it is not broken, has not been asked too often, and owes no reply. After Ctrl-C, too,
-            a late reply would be taken for the next pair's.
-    """
-
-    def __init__(self) -> None:
-        self.usable = True
-        self._asked, self._ready, self._ready_by = 0, False, time.monotonic() + STARTUP_SECONDS
-        script = Path(__file__).with_name("grading_worker.py")
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", str(script)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONHASHSEED": "0"},  # sympy's order of sets, so its verdicts, could depend on it
-        )
-
-    def wait(self, timeout: float) -> None:
-        """Until it has started. One that hasn't in time stays usable, for STARTUP_SECONDS in all."""
-        if not self._ready:
-            self.usable = False
-            try:
-                self._read(min(timeout, self._ready_by - time.monotonic()), "ready")
-                self._ready = self.usable = True
-            except TimeoutError:
-                self.usable = time.monotonic() < self._ready_by
-                raise
-
-    def ask(self, gold: str, answer: str, timeout: float) -> str:
-        """ "equal", "different" or "error"."""
-        assert self.process.stdin
-        self.usable = False
-        self._asked += 1
-        self.process.stdin.write(json.dumps([gold, answer, timeout]).encode() + b"\n")
-        self.process.stdin.flush()
-        reply = self._read(timeout, "equal", "different", "error")
-        self.usable = self._asked < GRADINGS_PER_WORKER
-        return reply
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
-            with contextlib.suppress(OSError):  # what was still to be flushed
-                pipe.close()  # type: ignore[union-attr]
-
-    def _read(self, timeout: float, *replies: str) -> str:
-        assert self.process.stdout
-        deadline = time.monotonic() + timeout
-        poll = select.poll()  # not select(), which knows no file descriptors past 1023
-        poll.register(self.process.stdout, select.POLLIN)
-        line = b""
-        while not line.endswith(b"\n"):
-            if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-                raise TimeoutError
-            part = os.read(self.process.stdout.fileno(), 4096)
-            line += part
-            if not part or len(line) > 4096:
-                raise EOFError
-        reply = line[:-1].decode(errors="replace")
-        if reply not in replies:
-            raise EOFError
-        return reply

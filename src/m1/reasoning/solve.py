@@ -52,7 +52,7 @@ def solve(
             "rule 'decided' needs to know the most a sample can weigh: give the verifier an attribute `bound`, "
             "or choose the rule none or confident"
         )
-    grader.start()
+    grader.start(timer.left())
     timed_grader = TimedGrader(grader, timer)
     prompt = chat_prompt(tokenizer, problem)
     requests: list[Request] = []

@@ -1,0 +1,83 @@
+"""`m1 eval` through a real server, vLLM's, where `make peers` has run."""
+
+import os
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import httpx2
+import pytest
+from checkpoints import save_checkpoint, tiny_teacher
+from typer.testing import CliRunner
+
+from m1.cli import app
+from m1.jsonl import read_json, read_jsonl
+from m1.model.tokenizer import byte_tokenizer
+from m1.peers.vllm_client import PYTHON
+
+PEERS = Path(__file__).parents[2] / PYTHON
+STARTS_WITHIN = 300  # seconds
+SETTINGS = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
+
+pytestmark = pytest.mark.skipif(not PEERS.exists(), reason="`make peers` has not run")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = save_checkpoint(tiny_teacher(), tmp_path_factory.mktemp("served"))
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def url(folder, tmp_path_factory):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [str(PEERS.with_name("vllm")), "serve", str(folder), "--served-model-name", "tiny", "--port", str(port)]
+    command += ["--host", "127.0.0.1", "--dtype", "float32", "--max-model-len", "256", "--enforce-eager"]
+    log = tmp_path_factory.mktemp("log") / "vllm.log"
+    with log.open("w") as output:
+        server = subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, **SETTINGS})
+    try:
+        deadline = time.monotonic() + STARTS_WITHIN
+        while not ready(f"http://127.0.0.1:{port}/health"):
+            assert server.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+            time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        server.terminate()
+        server.wait(timeout=60)
+
+
+def ready(address):
+    try:
+        return httpx2.get(address).status_code == 200
+    except httpx2.HTTPError:
+        return False
+
+
+def evaluate(out, *arguments):
+    command = ["eval", "--task", "chain", "--limit", "3", "--max-new-tokens", "8", "--out", str(out), *arguments]
+    run = CliRunner().invoke(app, command)
+    assert run.exit_code == 0, run.output
+    return {(row["problem"], row["round"]): row for row in read_jsonl(out / "samples.jsonl")}
+
+
+def test_greedy_samples_are_those_of_this_engine(url, folder, tmp_path):
+    greedy = ("--n", "1", "--temperature", "0")
+    served = evaluate(tmp_path / "served", "--endpoint", url, "--model", "tiny", *greedy)
+    own = evaluate(tmp_path / "own", "--model", str(folder), *greedy)
+    assert len(served) == 3 and served.keys() == own.keys()
+    for key, row in served.items():
+        assert row["text"] == own[key]["text"] and row["finish_reason"] == own[key]["finish_reason"]
+        assert row["logprob"] == pytest.approx(own[key]["logprob"], abs=1e-3)
+
+
+def test_many_samples(url, tmp_path):
+    rows = evaluate(tmp_path / "out", "--endpoint", url, "--model", "tiny", "--n", "20", "--temperature", "1")
+    assert len(rows) == 60 and len({row["text"] for row in rows.values()}) > 30
+    assert all(1 <= row["tokens"] <= 8 and row["logprob"] < 0 for row in rows.values())
+    result = read_json(tmp_path / "out/result.json")
+    assert result["generator"] == "endpoint" and result["tokens"] == sum(row["tokens"] for row in rows.values())
