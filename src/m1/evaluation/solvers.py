@@ -75,7 +75,7 @@ def engine_solver(
     max_batch: int,
     grader: Grader,
 ) -> EngineSolver:
-    """Warm: what compiles, captures or allocates has done so."""
+    """Warm: what compiles or captures has done so."""
     max_len = max_len_for(model, prompts, params.max_tokens)
     engine = Engine(model, stop_tokens(model, tokenizer), max_batch, max_len, snapshots=0)
     engine.generate(prompts[:1], replace(params, max_tokens=2), max_batch)
