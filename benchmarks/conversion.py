@@ -17,7 +17,7 @@ from pathlib import Path
 
 from m1.jsonl import read_jsonl, write_json
 from m1.pipeline import finished, run_stage
-from m1.recipe import Data, Stage, load_pipeline
+from m1.recipe import Data, DistillStage, SFTStage, Stage, load_pipeline
 from m1.train.rank_layers import rank_layers
 
 ROOT = Path(__file__).parents[1]
@@ -113,19 +113,21 @@ def distil(seed: int, name: str, head_dim: int, **conversion: object) -> list[di
     folder = ROOT / f"runs/conversion/head-dim-{head_dim}/seed-{seed}"
     teacher, converted = f"{folder}/teacher", f"{folder}/{name}/converted"
 
-    def seeded(stage: Stage, **changes: object) -> Stage:
-        data = dataclasses.replace(stage.data, seed=stage.data.seed + 1000 * seed)
-        return dataclasses.replace(stage, data=data, trainer=stage.trainer | {"seed": seed}, **changes)
-
     run = [
-        seeded(stages["teacher"], out=teacher, init=stages["teacher"].init | {"head_dim": head_dim}),
+        seeded(stages["teacher"], seed, out=teacher, init=stages["teacher"].init | {"head_dim": head_dim}),
         dataclasses.replace(stages["convert"], teacher=teacher, out=converted, seed=seed, **conversion),
-        seeded(stages["distill"], teacher=teacher, model=converted, out=f"{folder}/{name}/distilled"),
+        seeded(stages["distill"], seed, teacher=teacher, model=converted, out=f"{folder}/{name}/distilled"),
     ]
     for stage in run:
         if not finished(stage):
             run_stage(stage, resume=True)
     return [row for row in read_jsonl(Path(run[-1].out, "metrics.jsonl")) if "loss" in row]
+
+
+def seeded(stage: SFTStage | DistillStage, seed: int, **changes: object) -> Stage:
+    """The stage on another draw of data and weights, 0 being the recipe's own."""
+    data = dataclasses.replace(stage.data, seed=stage.data.seed + 1000 * seed)
+    return dataclasses.replace(stage, data=data, trainer=stage.trainer | {"seed": seed}, **changes)
 
 
 def divergence_of(row: dict) -> float:

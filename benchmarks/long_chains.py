@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from conversion import seeded
 from matplotlib.figure import Figure
 
 from m1.bench.roofline import describe_machine
@@ -44,20 +45,20 @@ def train(seed: int) -> None:
     pipeline, stages = load_pipeline(ROOT / "recipes/long")
     for stage in stages.values():
         if isinstance(stage, SFTStage | DistillStage | ConvertStage):
-            stage = seeded(stage, pipeline.out, seed)
+            stage = moved(stage, pipeline.out, seed)
             if not finished(stage):
                 run_stage(stage, resume=True)
 
 
-def seeded(stage: Stage, recipe_out: str, seed: int) -> Stage:
+def moved(stage: Stage, recipe_out: str, seed: int) -> Stage:
+    """The stage with another seed, in that seed's folder."""
     changes: dict = {}
     for field in ("out", "model", "teacher"):
         if path := getattr(stage, field, None):
             changes[field] = path.replace(recipe_out, str(folder(seed)))
     if isinstance(stage, ConvertStage):
         return dataclasses.replace(stage, seed=seed, **changes)
-    data = dataclasses.replace(stage.data, seed=stage.data.seed + 1000 * seed)
-    return dataclasses.replace(stage, data=data, trainer=stage.trainer | {"seed": seed}, **changes)
+    return seeded(stage, seed, **changes)
 
 
 def measure() -> None:
