@@ -24,14 +24,14 @@ import m1.model.mamba as mamba
 from m1.bench.decode import floor_of_step
 from m1.bench.decoders import make_model, random_prompts
 from m1.bench.roofline import describe_machine, measure_limits
-from m1.engine import Engine, SamplingParams
+from m1.engine import Engine, Request, SamplingParams
 from m1.jsonl import write_json
 from m1.ops import PackedLinear
 
 ROOT = Path(__file__).parents[1]
 STEPS = 60
 PARTS: dict[str, tuple[Any, str]] = {
-    "matrix products": (PackedLinear, "__call__"),
+    "matrix products": (PackedLinear, "forward"),
     "attention": (runner, "decode_attention"),
     "states": (mamba, "state_update"),
     "residuals and norms": (runner, "add_rms_norm"),
@@ -48,9 +48,9 @@ def main() -> None:
     batch, context = arguments.batch, arguments.context
     cpu = torch.device("cpu")
     limits = measure_limits(cpu, torch.float32)
-    model = make_model("30m", torch.float32, hybrid=True, max_len=context + 2 * STEPS)
-    engine = Engine(model, [], batch, context + 2 * STEPS, snapshots=0)
-    engine.submit(random_prompts("30m", 1, context)[0], SamplingParams(max_tokens=2 * STEPS), batch)
+    model = make_model("30m", torch.float32, hybrid=True, max_model_len=context + 2 * STEPS)
+    engine = Engine(model, [], batch, context + 2 * STEPS, prefix_cache=0)
+    engine.submit(Request(random_prompts("30m", 1, context)[0], SamplingParams(n=batch, max_tokens=2 * STEPS)))
     while engine.scheduler.waiting:
         engine.step()
     whole, parts = [], defaultdict(list)

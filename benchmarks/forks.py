@@ -24,14 +24,14 @@ CASES = {"16 samples of one prompt": (1, SAMPLES), "1 sample of it": (1, 1), "16
 
 def main() -> None:
     engine = Engine(
-        make_model("30m", torch.float32, hybrid=True, max_len=PROMPT + 2), [], SAMPLES, PROMPT + 2, snapshots=0
+        make_model("30m", torch.float32, hybrid=True, max_model_len=PROMPT + 2), [], SAMPLES, PROMPT + 2, prefix_cache=0
     )
     prompts = random_prompts("30m", SAMPLES, PROMPT)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in CASES}
     for _ in range(1 + REPEATS):  # the first warms up
         for name, (count, n) in CASES.items():
             before, began = engine.stats.prefilled, time.perf_counter()
-            engine.generate(prompts[:count], SamplingParams(max_tokens=1), n)
+            engine.generate(prompts[:count], SamplingParams(n=n, max_tokens=1))
             seconds = time.perf_counter() - began
             runs[name].append({"seconds": seconds, "prefilled": engine.stats.prefilled - before})
     rows = [

@@ -33,7 +33,7 @@ from m1.recipe import ConvertStage, DistillStage, SFTStage, Stage, load_pipeline
 
 ROOT = Path(__file__).parents[1]
 SEEDS = range(3)
-MAX_BATCH = 32
+MAX_NUM_SEQS = 32
 PROBLEMS, PROBLEMS_FOR_VLLM = 16, 4
 # Steps of a chain, and seconds a problem may take: about twice what the transformer's first 32 samples take.
 BUDGETS = {2: 0.12, 4: 0.24, 8: 0.4, 16: 0.8, 32: 1.8, 64: 4.5, 128: 12.0}
@@ -93,7 +93,7 @@ def vllm() -> None:
 
 
 def about(problems: int) -> dict:
-    return {"machine": describe_machine(torch.device("cpu")), "max_batch": MAX_BATCH, "problems": problems}
+    return {"machine": describe_machine(torch.device("cpu")), "max_num_seqs": MAX_NUM_SEQS, "problems": problems}
 
 
 def problems_of(steps: int, count: int) -> list[Problem]:
@@ -103,7 +103,7 @@ def problems_of(steps: int, count: int) -> list[Problem]:
 def runs_of(
     models: dict[str, Path], problems: list[Problem], steps: int, seconds: float, out: Path, vllm: Sequence[str] = ()
 ) -> list[dict]:
-    settings = Settings("chain", seconds, 1, max_new_tokens=10 * steps + 32, temperature=1.0, max_batch=MAX_BATCH)
+    settings = Settings("chain", seconds, 1, max_new_tokens=10 * steps + 32, temperature=1.0, max_num_seqs=MAX_NUM_SEQS)
     loaded = {name: load_model(path) for name, path in models.items()}
     loaded = {name: (model.to("cpu"), tokenizer) for name, (model, tokenizer) in loaded.items()}
     with progress_bar(f"{out.parent.name}, {out.name}", "runs") as on_progress:

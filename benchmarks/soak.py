@@ -18,12 +18,11 @@ import torch
 
 from m1.bench.decoders import make_model
 from m1.bench.roofline import describe_machine
-from m1.engine import Engine, SamplingParams
-from m1.engine.sequence import Request
+from m1.engine import Engine, Request, SamplingParams
 from m1.jsonl import write_json
 
 ROOT = Path(__file__).parents[1]
-SLOTS, MAX_LEN, WAITING = 16, 512, 48  # requests kept in the queue
+SLOTS, MAX_MODEL_LEN, WAITING = 16, 512, 48  # requests kept in the queue
 ABORTED = 0.1  # of the requests
 
 
@@ -31,7 +30,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=20)
     minutes = parser.parse_args().minutes
-    engine = Engine(make_model("30m", torch.float32, hybrid=True, max_len=MAX_LEN), [], SLOTS, MAX_LEN)
+    engine = Engine(
+        make_model("30m", torch.float32, hybrid=True, max_model_len=MAX_MODEL_LEN), [], SLOTS, MAX_MODEL_LEN
+    )
     rng, rows, end = random.Random(0), [], time.monotonic() + 60 * minutes
     while time.monotonic() < end:
         rows.append(minute(engine, rng))
@@ -68,20 +69,22 @@ def minute(engine: Engine, rng: random.Random) -> dict[str, float]:
         "steps": engine.stats.steps - first,
         "tokens": engine.stats.decoded,
         "longest_wait_in_steps": longest,
-        "free_slots": len(engine.slots.free),
+        "free_slots": engine.free_slots,
         "resident_bytes": resident_bytes(),
     }
 
 
 def submit(engine: Engine, rng: random.Random) -> Request:
-    start = rng.randrange(8)  # prompts begin alike now and then, for snapshots
+    start = rng.randrange(8)  # prompts begin alike now and then, for the prefix cache
     length = rng.choice([1, 5, 40, 200, 380])
     prompt = [(start * 1000 + i * 7) % engine.vocab_size for i in range(length)]
     params = SamplingParams(
         max_tokens=rng.choice([1, 8, 30, 100]), temperature=rng.choice([0.0, 0.7, 1.0]), top_p=rng.choice([1.0, 0.9]),
-        top_k=rng.choice([0, 20]), seed=rng.randrange(1000),
+        top_k=rng.choice([0, 20]), seed=rng.randrange(1000), n=rng.choice([1, 1, 1, 4, 20]),
     )  # fmt: skip
-    return engine.submit(prompt, params, n=rng.choice([1, 1, 1, 4, 20]))
+    request = Request(prompt, params)
+    engine.submit(request)
+    return request
 
 
 def resident_bytes() -> int:

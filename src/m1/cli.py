@@ -46,9 +46,13 @@ AlignmentOption = Annotated[
     str, typer.Option("--head-alignment", help='"official" (the released code\'s order) or "attention".')
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of this stage.")]
-MinSteps = Annotated[int, typer.Option(help="Steps of the task chain's problems, at least.")]
-MaxSteps = Annotated[int, typer.Option(help="And at most.")]
+MinSteps = Annotated[int, typer.Option(help="Minimum number of steps in a generated chain problem.")]
+MaxSteps = Annotated[int, typer.Option(help="Maximum number of steps.")]
 Period = Annotated[int | None, typer.Option(help="After at most so many steps chain's problems repeat themselves.")]
+MaxNumSeqs = Annotated[
+    int,
+    typer.Option(help="Maximum number of samples decoded in parallel. More raises throughput and per-sample latency."),
+]
 Quantize = Annotated[str | None, typer.Option(help="int8: round the weights of linear layers (on a CPU).")]
 
 
@@ -182,7 +186,7 @@ def evaluate(
         str | None, typer.Option(help="User's message, with {problem} in it, or @FILE; the task's when not given.")
     ] = None,
     generator: Annotated[str, typer.Option(help="What samples: engine (this project's) or transformers.")] = "engine",
-    max_batch: Annotated[int, typer.Option(help="Sequences decoded together.")] = 256,
+    max_num_seqs: MaxNumSeqs = 256,
     quantize: Quantize = None,
     endpoint: Annotated[
         str | None,
@@ -217,7 +221,7 @@ def evaluate(
         source = EndpointGenerator(endpoint, model, concurrency, timeout)
     else:
         options = {} if quantize is None else {"quantize": quantize}
-        source = LOCAL[generator](*load_model(model), max_batch, **options)
+        source = LOCAL[generator](*load_model(model), max_num_seqs, **options)
     out = out or Path(model, "eval", task)
     with progress_bar(task, "samples") as on_progress:
         result = run(source, problems, settings, out, on_progress)
@@ -259,7 +263,7 @@ def budget_command(
     seeds: Annotated[int, typer.Option(help="Times that each problem is solved.")] = 3,
     max_new_tokens: int = 1024,
     temperature: float = 0.7,
-    max_batch: Annotated[int, typer.Option(help="Samples of a problem decoded together.")] = 64,
+    max_num_seqs: MaxNumSeqs = 64,
     vllm: Annotated[
         list[str] | None, typer.Option(help="NAME of a --model that vLLM samples, too (see `make peers`).")
     ] = None,
@@ -273,7 +277,7 @@ def budget_command(
     folders = dict(part.split("=", 1) for part in model if "=" in part)
     if len(folders) != len(model):
         raise UserError(f"--model {' --model '.join(model)}: give each as NAME=FOLDER, under a name of its own")
-    settings = Settings(task, seconds, seeds, max_new_tokens, temperature, max_batch, prompt_template(task))
+    settings = Settings(task, seconds, seeds, max_new_tokens, temperature, max_num_seqs, prompt_template(task))
     sizes = ChainSizes(min_steps=min_steps, max_steps=max_steps, period=period)
     problems = load_task(task, data, limit, sizes)
     models = {name: load_model(folder) for name, folder in folders.items()}
@@ -308,23 +312,19 @@ def generate(
     stop: Annotated[
         list[str] | None, typer.Option(help="Ends a sample, which is cut in front of it. Repeatable.")
     ] = None,
-    max_batch: Annotated[int, typer.Option(help="Sequences decoded together.")] = 256,
+    max_num_seqs: MaxNumSeqs = 256,
     quantize: Quantize = None,
     seed: int = 0,
 ) -> None:
     """Sample answers to a file of prompts."""
-    from m1.engine import SamplingParams
+    from m1.engine import LLM, SamplingParams
     from m1.engine.llm import generate_file
-    from m1.model.checkpoint import load_model
 
-    params = SamplingParams(
-        max_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed
-    )
-    network, tokenizer = load_model(model)
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
+    params = SamplingParams(n=n, max_tokens=max_new_tokens, stop=tuple(stop or ()), **sampling)  # type: ignore[arg-type]
+    llm = LLM.from_pretrained(model, max_num_seqs=max_num_seqs, quantize=quantize)
     with progress_bar("generate", "samples") as on_progress:
-        tokens, seconds = generate_file(
-            network, tokenizer, prompts, out, params, n, stop or [], max_batch, quantize, on_progress
-        )
+        tokens, seconds = generate_file(llm, prompts, out, params, on_progress)
     console.print(f"{tokens:,} tokens in {seconds:.1f} s, {tokens / max(seconds, 1e-9):,.0f} tokens/s, in {out}")
 
 
@@ -351,34 +351,28 @@ def solve(
     ] = None,
     max_new_tokens: int = 1024,
     temperature: float = 0.7,
-    max_batch: Annotated[
-        int, typer.Option(help="Samples decoded together: with more of them each takes longer, and more end a second.")
-    ] = 64,
+    max_num_seqs: MaxNumSeqs = 64,
     seed: int = 0,
 ) -> None:
     """Answer one problem by voting over many samples."""
     from dataclasses import asdict
 
-    from m1.engine import Engine, SamplingParams, max_len_for, stop_tokens
+    from m1.engine import LLM, SamplingParams
     from m1.jsonl import write_json
-    from m1.model.checkpoint import load_model
     from m1.reasoning.answers import Grader
     from m1.reasoning.budget import Budget
     from m1.reasoning.live import summary, watch
-    from m1.reasoning.solve import chat_prompt
     from m1.reasoning.solve import solve as run
-    from m1.reasoning.verifier import read_weights
+    from m1.reasoning.verifier import vote_weights
 
     budget = Budget(16 if n is None and seconds is None else n, seconds, rule)  # type: ignore[arg-type]
     params = SamplingParams(max_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    scores = read_weights(weights)
-    network, tokenizer = load_model(model)
-    max_len = max_len_for(network, [chat_prompt(tokenizer, problem)], max_new_tokens)
-    engine = Engine(network, stop_tokens(network, tokenizer), min(budget.n or max_batch, max_batch), max_len)
+    scores = vote_weights(weights)
+    llm = LLM.from_pretrained(model, max_num_seqs=min(budget.n or max_num_seqs, max_num_seqs))
     with Grader() as grader:
         grader.start()  # like loading the model, it is not on the clock
         with watch(console, budget) as on_step:
-            solution = run(problem, engine, tokenizer, grader, params, budget, scores, on_step)
+            solution = run(problem, llm, grader, params, budget, scores, on_step)
     for line in summary(solution):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if json_file:

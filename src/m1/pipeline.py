@@ -119,7 +119,7 @@ def _evaluate(stage: EvalStage) -> None:
     settings = Settings(stage.task, stage.n, stage.max_new_tokens, stage.temperature, stage.seed, template)
     try:
         for name, path in stage.models.items():
-            generator = EngineGenerator(*load_model(path), stage.max_batch)
+            generator = EngineGenerator(*load_model(path), stage.max_num_seqs)
             with progress_bar(name, "samples") as on_progress:
                 result = evaluate(generator, problems, settings, Path(stage.out, name), on_progress)
             majority = result["maj@k"][str(stage.n)]["value"]

@@ -101,7 +101,7 @@ class GRPOStage:
     model: str
     out: str
     data: Data
-    max_batch: int = 256  # sequences the engine decodes together
+    max_num_seqs: int = 256  # sequences the engine decodes together
     trainer: dict[str, Any] = field(default_factory=dict)
 
 
@@ -116,7 +116,7 @@ class MeasuredStage(ChainSizes):
     limit: int = 200
     max_new_tokens: int = 128
     temperature: float = 1.0
-    max_batch: int = 256  # sequences decoded together
+    max_num_seqs: int = 256  # sequences decoded together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,12 +129,12 @@ class EvalStage(MeasuredStage):
 
 @dataclass(frozen=True, kw_only=True)
 class BudgetStage(MeasuredStage):
-    """Accuracy of the vote against measured seconds a problem, `max_batch` of whose samples are decoded together."""
+    """Accuracy of the vote against measured seconds a problem, `max_num_seqs` of whose samples are decoded together."""
 
     seconds: float
     seeds: int = 1
     limit: int = 32
-    max_batch: int = 64
+    max_num_seqs: int = 64
     vllm: list[str] = field(default_factory=list)  # names of models that vLLM samples, too (see `make peers`)
 
     def __post_init__(self) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from m1.engine import Engine, SamplingParams
+from m1.engine import Engine, Request, SamplingParams
 from m1.engine.graphs import GraphRunner
 from m1.engine.runner import Runner
 
@@ -16,13 +16,13 @@ def model(model):
 
 
 def generate(model, runner, count):
-    engine = Engine(model, [], max_batch=11, max_len=64)
-    engine.runner = engine.scheduler.runner = runner(model, engine.slots)
+    engine = Engine(model, [], max_num_seqs=11, max_model_len=64)
+    engine.executor.runner = runner(model, engine.executor.slots)
     prompts = [[1 + i] * (1 + 3 * i) for i in range(count)]
-    requests = [engine.submit(p, SamplingParams(max_tokens=5 + i, temperature=0)) for i, p in enumerate(prompts)]
-    while engine.busy:
-        engine.step()
-    return [r.completions[0] for r in requests], engine.runner
+    requests = [Request(p, SamplingParams(max_tokens=5 + i, temperature=0), i) for i, p in enumerate(prompts)]
+    for _ in engine.run(requests):
+        pass
+    return [r.sequences[0] for r in requests], engine.executor.runner
 
 
 def test_graphs_equal_eager_steps(model):
@@ -39,7 +39,7 @@ def test_graphs_equal_eager_steps(model):
 @pytest.mark.skipif(DEVICE == "cpu", reason="compares a GPU with transformers' generate")
 def test_greedy_equals_transformers_generate(model):
     prompts = [[5, 6, 7], [8] * 11, [1, 2]]
-    for completion in Engine(model, [], max_len=64).generate(prompts, SamplingParams(max_tokens=16, temperature=0)):
-        prompt = prompts[completion.prompt]
+    for sequence in Engine(model, [], max_model_len=64).generate(prompts, SamplingParams(max_tokens=16, temperature=0)):
+        prompt = prompts[sequence.prompt]
         out = model.generate(torch.tensor([prompt], device=DEVICE), max_new_tokens=16, do_sample=False)
-        assert completion.token_ids[: out.shape[1] - len(prompt)] == out[0, len(prompt) :].tolist()
+        assert sequence.token_ids[: out.shape[1] - len(prompt)] == out[0, len(prompt) :].tolist()

@@ -1,13 +1,15 @@
 """What must hold however requests come and go (design: invariants 3 to 6): a sample depends on itself alone, slots come
 back, and what was in a slot leaves no trace."""
 
+from collections import deque
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from m1.engine import Engine, SamplingParams
-from m1.engine.state import Slots
+from m1.engine import Engine, Request, SamplingParams, fold_in
 
 PATIENT = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -17,30 +19,38 @@ def poisoned_slots(monkeypatch):
     """What is left of a sequence, and memory that no sequence wrote, is NaN."""
 
     @torch.inference_mode()
-    def poison(slots, slot):
-        for layer in slots.layers:
-            layer.first[slot].fill_(torch.nan)
-            layer.second[slot].fill_(torch.nan)
+    def poison(engine, slots):
+        for layer in engine.executor.slots.layers:
+            for buffer in layer:
+                buffer[slots] = torch.nan
 
-    def give_back(slots, slot, plain=Slots.give_back):
-        poison(slots, slot)
-        plain(slots, slot)
+    def then_poison_what_is_free(plain):
+        def method(engine, *args):
+            before = set(engine.scheduler.free)
+            result = plain(engine, *args)
+            poison(engine, [slot for slot in engine.scheduler.free if slot not in before])
+            return result
 
-    def init(slots, *args, plain=Slots.__init__):
-        plain(slots, *args)
-        for slot in range(slots.count + 1):
-            poison(slots, slot)
+        return method
 
-    monkeypatch.setattr(Slots, "give_back", give_back)
-    monkeypatch.setattr(Slots, "__init__", init)
+    def init(engine, *args, plain=Engine.__init__, **options):
+        plain(engine, *args, **options)
+        poison(engine, list(range(engine.num_slots + 1)))
+
+    for name in ("step", "abort", "finish"):
+        monkeypatch.setattr(Engine, name, then_poison_what_is_free(getattr(Engine, name)))
+    monkeypatch.setattr(Engine, "__init__", init)
 
 
-def alone(model, tokens, params, n):
-    engine = Engine(model, [], max_len=128, snapshots=0)
-    request = engine.submit(tokens, params, n)
-    while engine.busy:
-        engine.step()
-    return [(c.token_ids, c.logprobs) for c in request.completions]
+def run(engine, request):
+    for _ in engine.run([request]):
+        pass
+    return [(s.token_ids, s.logprobs) for s in request.sequences]
+
+
+def alone(model, request, chunk=512):
+    engine = Engine(model, [], max_model_len=128, prefill_chunk=chunk, prefix_cache=0)
+    return run(engine, Request(request.tokens, request.params))
 
 
 REQUESTS = st.lists(
@@ -61,38 +71,28 @@ REQUESTS = st.lists(
 @given(requests=REQUESTS, slots=st.integers(1, 5), chunk=st.sampled_from([7, 512]), seed=st.integers(0, 3))
 def test_a_sample_depends_on_itself_alone(model, requests, slots, chunk, seed):
     """float32: bit-equal to the request alone in an engine, under any admission, abortion, number of slots."""
-    engine = Engine(model, [], max_batch=slots, max_len=64, prefill_chunk=chunk, snapshots=2)
+    engine = Engine(model, [], max_num_seqs=slots, max_model_len=64, prefill_chunk=chunk, prefix_cache=2)
     submitted, step = [], 0
     pending = sorted(enumerate(requests), key=lambda item: item[1][4])
     while pending or engine.busy:
         while pending and pending[0][1][4] <= step:
             i, (size, n, new, temperature, _, life) = pending.pop(0)
             tokens = torch.randint(1, 60, (size,), generator=torch.Generator().manual_seed(i % 3 + seed)).tolist()
-            params = SamplingParams(max_tokens=new, temperature=temperature, seed=i)
-            submitted.append((engine.submit(tokens, params, n), None if life is None else step + life))
+            request = Request(tokens, SamplingParams(n, new, temperature, seed=i))
+            engine.submit(request)
+            submitted.append((request, None if life is None else step + life))
         engine.step()
         step += 1
         for request, end in submitted:
             if end is not None and step >= end and not request.done:
                 engine.abort(request)
-    assert sorted(engine.slots.free) == list(range(slots))
+    assert sorted(engine.scheduler.free) == list(range(slots))
     for request, _ in submitted:
-        if chunk == 512:  # a prompt in chunks rounds otherwise than in one
-            expected = alone(model, request.tokens, request.params, len(request.completions))
-        else:
-            expected = chunked(model, request, chunk)
-        for completion, (tokens, logprobs) in zip(request.completions, expected, strict=True):
-            size = len(completion.token_ids)
-            assert completion.token_ids == tokens[:size] and completion.logprobs == logprobs[:size]
-            assert size == request.params.max_tokens or completion.finish_reason == "abort"
-
-
-def chunked(model, request, chunk):
-    engine = Engine(model, [], max_len=64, prefill_chunk=chunk, snapshots=0)
-    again = engine.submit(request.tokens, request.params, len(request.completions))
-    while engine.busy:
-        engine.step()
-    return [(c.token_ids, c.logprobs) for c in again.completions]
+        expected = alone(model, request, chunk)  # a prompt in chunks rounds otherwise than in one
+        for sequence, (tokens, logprobs) in zip(request.sequences, expected, strict=True):
+            size = len(sequence.token_ids)
+            assert sequence.token_ids == tokens[:size] and sequence.logprobs == logprobs[:size]
+            assert size == request.params.max_tokens or sequence.finish_reason == "abort"
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 5, 16])
@@ -100,54 +100,60 @@ def test_a_chunked_prompt_is_a_whole_one(model, chunk):
     prompt = list(range(1, 34))
     params = SamplingParams(max_tokens=8, temperature=0)
     whole, parts = (
-        Engine(model, [], max_len=64, prefill_chunk=size).generate([prompt], params)[0] for size in (512, chunk)
+        Engine(model, [], max_model_len=64, prefill_chunk=size).generate([prompt], params)[0] for size in (512, chunk)
     )
     assert whole.token_ids == parts.token_ids
     torch.testing.assert_close(torch.tensor(parts.logprobs), torch.tensor(whole.logprobs), rtol=1e-4, atol=1e-4)
 
 
 def test_a_prompt_is_prefilled_once_for_its_samples(model):
-    engine = Engine(model, [], max_len=64)
-    engine.generate([list(range(1, 31))], SamplingParams(max_tokens=4), n=16)
+    engine = Engine(model, [], max_model_len=64)
+    engine.generate([list(range(1, 31))], SamplingParams(n=16, max_tokens=4))
     assert (engine.stats.prefilled, engine.stats.forks, engine.stats.decoded) == (30, 15, 64)
 
 
-def test_snapshots_spare_work_and_change_nothing(model):
+def test_the_prefix_cache_spares_work_and_changes_nothing(model):
     params = SamplingParams(max_tokens=6, seed=5)
     system, question, other = list(range(1, 17)), [7, 8, 9], [9, 9, 3, 2]
-    engine = Engine(model, [], max_len=64, prefill_chunk=8)
+    engine = Engine(model, [], max_model_len=64, prefill_chunk=8)
     fresh = [
-        Engine(model, [], max_len=64, prefill_chunk=8, snapshots=0).generate([system + tail], params)[0].token_ids
+        Engine(model, [], max_model_len=64, prefill_chunk=8, prefix_cache=0)
+        .generate([system + tail], params)[0]
+        .token_ids
         for tail in (question, other)
     ]
     prompts = [system + question, system + other, system + question]
     assert [engine.generate([p], params)[0].token_ids for p in prompts] == [fresh[0], fresh[1], fresh[0]]
-    assert engine.stats.restored == 16 + 19 and engine.stats.prefilled == 19 + 4
+    assert engine.stats.prefix_hits == 16 + 19 and engine.stats.prefilled == 19 + 4
 
 
 def test_many_requests_with_aborts_end_with_every_slot_free(hybrid):
-    engine = Engine(hybrid, [3, 5], max_batch=6, max_len=48, prefill_chunk=16)
+    engine = Engine(hybrid, [3, 5], max_num_seqs=6, max_model_len=48, prefill_chunk=16)
     g = torch.Generator().manual_seed(0)
     number = lambda low, high: int(torch.randint(low, high + 1, (1,), generator=g))  # noqa: E731
     kept = []
     for i in range(1000):
         tokens = torch.randint(1, 60, (number(1, 20),), generator=g).tolist()
-        kept.append(engine.submit(tokens, SamplingParams(max_tokens=number(1, 8), seed=i), n=number(1, 3)))
+        new, n = number(1, 8), number(1, 3)
+        kept.append(Request(tokens, SamplingParams(n, new, seed=i)))
+        engine.submit(kept[-1])
         if number(0, 2) == 0:
             engine.step()
         if number(0, 3) == 0:
             engine.abort(kept[number(max(0, i - 20), i)])
     while engine.busy:
         engine.step()
-    assert sorted(engine.slots.free) == list(range(6)) and all(request.done for request in kept)
-    reasons = {c.finish_reason for request in kept for c in request.completions}
-    assert reasons == {"stop", "length", "abort"} and len(engine.scheduler.kept) <= 8
+    assert sorted(engine.scheduler.free) == list(range(6)) and all(request.done for request in kept)
+    reasons = {s.finish_reason for request in kept for s in request.sequences}
+    assert reasons == {"stop", "length", "abort"} and len(engine.scheduler.cached) <= 8
 
 
 def test_no_request_starves(hybrid):
     """Requests are admitted in order: each within the steps that those in front of it can take."""
-    engine = Engine(hybrid, [], max_batch=3, max_len=64)
-    requests = [engine.submit([1 + i], SamplingParams(max_tokens=10), n=1 + i % 5) for i in range(12)]
+    engine = Engine(hybrid, [], max_num_seqs=3, max_model_len=64)
+    requests = [Request([1 + i], SamplingParams(n=1 + i % 5, max_tokens=10)) for i in range(12)]
+    for request in requests:
+        engine.submit(request)
     first_step, step = {}, 0
     while engine.busy:
         engine.step()
@@ -160,31 +166,49 @@ def test_no_request_starves(hybrid):
     assert sorted(first_step, key=first_step.__getitem__) == list(range(12))
 
 
-def test_nan_logits_end_a_sample_and_the_others_go_on(hybrid, monkeypatch):
-    engine = Engine(hybrid, [], max_len=64)
+def test_nan_logits_end_a_sequence_and_the_others_go_on(hybrid, monkeypatch):
+    engine = Engine(hybrid, [], max_model_len=64)
     params = SamplingParams(max_tokens=8, temperature=0)
     expected = engine.generate([[1, 2], [5]], params)
-    plain = engine.runner.decode
+    plain = engine.executor.runner.decode
 
     def decode(rows):
         logits = plain(rows)
-        logits[rows[2] == 2 + 3] = torch.nan
+        logits[rows.lengths == 2 + 3] = torch.nan
         return logits
 
-    monkeypatch.setattr(engine.runner, "decode", decode)
-    broken, whole = (engine.submit(t, params) for t in ([1, 2], [5, 6, 7, 8, 9, 10, 11]))
-    while engine.busy:
-        engine.step()
-    assert broken.completions[0].finish_reason == "nan"
-    assert broken.completions[0].token_ids == expected[0].token_ids[:4]
-    assert whole.completions[0].finish_reason == "length" and len(engine.slots.free) == engine.slots.count
+    monkeypatch.setattr(engine.executor.runner, "decode", decode)
+    broken, whole = engine.generate([[1, 2], [5, 6, 7, 8, 9, 10, 11]], params)
+    assert broken.finish_reason == "nan" and broken.token_ids == expected[0].token_ids[:4]
+    assert whole.finish_reason == "length" and engine.free_slots == engine.num_slots
+
+
+def test_a_plan_needs_no_token_values(model):
+    """Two plans are made and executed before the first one's tokens are known: the tokens are the same."""
+    prompts = [[1, 2, 3], [4], [5] * 9]
+    params = SamplingParams(n=2, max_tokens=7, seed=3)
+    expected = Engine(model, [7, 9], max_num_seqs=3, max_model_len=64).generate(prompts, params)
+    engine = Engine(model, [7, 9], max_num_seqs=3, max_model_len=64)
+    requests = [Request(p, replace(params, seed=fold_in(params.seed, i)), i) for i, p in enumerate(prompts)]
+    for request in requests:
+        engine.submit(request)
+    flying = deque()
+    with torch.inference_mode():
+        while engine.busy:
+            plan = engine.scheduler.schedule()
+            flying.append((plan, *engine.executor.execute(plan)))
+            if len(flying) == 2:
+                plan, tokens, logprobs = flying.popleft()
+                engine.scheduler.update(plan, tokens.tolist(), logprobs.tolist())
+    sequences = [s for request in requests for s in request.sequences]
+    assert [(s.token_ids, s.logprobs) for s in sequences] == [(s.token_ids, s.logprobs) for s in expected]
 
 
 def test_slots_take_no_more_than_memory(hybrid, monkeypatch):
     from m1.engine import state
-    from m1.model.configuration import cache_bytes
+    from m1.model.cache_layout import slot_bytes
 
-    one = cache_bytes(hybrid.config, 64, 4)
+    one = slot_bytes(hybrid.config, 64, torch.float32)
     monkeypatch.setattr(state, "free_memory", lambda device: 10 * one)
-    assert Engine(hybrid, [], max_batch=100, max_len=64).slots.count == 7  # 80 %, less the spare one
-    assert Engine(hybrid, [], max_batch=3, max_len=64).slots.count == 3
+    assert Engine(hybrid, [], max_num_seqs=100, max_model_len=64).num_slots == 7  # 80 %, less the spare one
+    assert Engine(hybrid, [], max_num_seqs=3, max_model_len=64).num_slots == 3

@@ -1,6 +1,7 @@
 """Text around the engine: stop strings that tokens split, streams, files that go on where they were cut off."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from typer.testing import CliRunner
@@ -10,7 +11,6 @@ from m1.engine import SamplingParams
 from m1.engine.llm import LLM, generate_file
 from m1.errors import UserError
 from m1.jsonl import read_jsonl
-from m1.model.checkpoint import load_model
 
 PARAMS = SamplingParams(max_tokens=24, temperature=1.0, seed=1, ignore_eos=True)
 CHAT = [{"role": "user", "content": "2+2?"}]
@@ -18,21 +18,21 @@ CHAT = [{"role": "user", "content": "2+2?"}]
 
 @pytest.fixture
 def llm(hybrid_dir):
-    return LLM.from_pretrained(hybrid_dir, max_len=200)
+    return LLM.from_pretrained(hybrid_dir, max_model_len=200)
 
 
 def test_streamed_text_grows_into_the_whole(llm):
     seen = {}
-    for sample in llm.stream(["ab", CHAT], PARAMS, n=2):
-        key = sample.prompt, sample.sample
+    for sample in llm.stream(["ab", CHAT], replace(PARAMS, n=2)):
+        key = sample.prompt, sample.index
         assert sample.text.startswith(seen.get(key, ""))
         seen[key] = sample.text
-    whole = llm.generate(["ab", CHAT], PARAMS, n=2)
-    assert [(s.prompt, s.sample) for s in whole] == [(0, 0), (0, 1), (1, 0), (1, 1)] and len(seen) == 4
+    whole = llm.generate(["ab", CHAT], replace(PARAMS, n=2))
+    assert [(s.prompt, s.index) for s in whole] == [(0, 0), (0, 1), (1, 0), (1, 1)] and len(seen) == 4
     skip = set(llm.stop_token_ids)
     for sample in whole:
-        assert sample.done and seen[sample.prompt, sample.sample] == sample.text
-        assert sample.text == llm.tokenizer.decode([t for t in sample.completion.token_ids if t not in skip])
+        assert sample.done and seen[sample.prompt, sample.index] == sample.text
+        assert sample.text == llm.tokenizer.decode([t for t in sample.sequence.token_ids if t not in skip])
 
 
 def test_a_stop_string_over_several_tokens_ends_its_sample_alone(llm):
@@ -40,23 +40,27 @@ def test_a_stop_string_over_several_tokens_ends_its_sample_alone(llm):
     text = free[0].text
     stop = text[5:8]  # one byte a token: the string is split over three
     assert len(stop) == 3 and stop not in free[1].text
-    stopped = llm.generate(["ab", "cd"], PARAMS, stop=[stop, "never there"])
-    assert stopped[0].text == text[: text.find(stop)] and stopped[0].completion.finish_reason == "stop"
-    assert len(stopped[0].completion.token_ids) < PARAMS.max_tokens
-    assert stopped[1].text == free[1].text and stopped[1].completion.finish_reason == "length"
-    assert len(llm.engine.slots.free) == llm.engine.slots.count
+    stopped = llm.generate(["ab", "cd"], replace(PARAMS, stop=(stop, "never there")))
+    assert stopped[0].text == text[: text.find(stop)] and stopped[0].sequence.finish_reason == "stop"
+    assert len(stopped[0].sequence.token_ids) < PARAMS.max_tokens
+    assert stopped[1].text == free[1].text and stopped[1].sequence.finish_reason == "length"
+    assert llm.engine.free_slots == llm.engine.num_slots
 
 
 def test_an_abandoned_stream_frees_its_slots(llm):
-    stream = llm.stream(["ab"], PARAMS, n=3)
+    stream = llm.stream(["ab"], replace(PARAMS, n=3))
     next(stream)
     stream.close()
-    assert len(llm.engine.slots.free) == llm.engine.slots.count and not llm.engine.busy
+    assert llm.engine.free_slots == llm.engine.num_slots and not llm.engine.busy
 
 
-def test_an_empty_stop_string_is_refused(llm):
-    with pytest.raises(UserError, match="empty string"):
-        llm.generate(["ab"], PARAMS, stop=[""])
+def test_the_engine_is_as_long_as_what_is_asked_and_stays_while_it_has_room(hybrid_dir):
+    llm = LLM.from_pretrained(hybrid_dir)
+    first = llm.engine_for([[1] * 10, [1] * 30], 20)
+    assert first.max_model_len == 50 and llm.engine_for([[1] * 40], 10) is first
+    assert llm.engine_for([[1] * 40], 11).max_model_len == 51
+    assert llm.engine_for([[1] * 40], 10_000).max_model_len == 512  # the model's context
+    assert set(llm.stop_token_ids) == llm.engine.scheduler.stop_token_ids == {llm.tokenizer.eos_token_id}
 
 
 def write(path, rows):
@@ -66,7 +70,7 @@ def write(path, rows):
 def test_a_file_goes_on_where_it_was_cut_off(hybrid_dir, tmp_path):
     prompts, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     write(prompts, [{"prompt": "ab"}, {"problem": "1+1?", "id": "sum"}, {"messages": CHAT, "id": 7}])
-    network, tokenizer = load_model(hybrid_dir)
+    llm, params = LLM.from_pretrained(hybrid_dir), replace(PARAMS, n=2)
 
     class Cut(Exception):
         pass
@@ -76,16 +80,16 @@ def test_a_file_goes_on_where_it_was_cut_off(hybrid_dir, tmp_path):
             raise Cut
 
     with pytest.raises(Cut):
-        generate_file(network, tokenizer, prompts, out, PARAMS, n=2, on_progress=cut)
+        generate_file(llm, prompts, out, params, on_progress=cut)
     kept = out.read_text()
     assert len(kept.splitlines()) == 3
     out.write_text(kept + '{"id": "torn')
-    generate_file(network, tokenizer, prompts, out, PARAMS, n=2)
+    generate_file(llm, prompts, out, params)
     rows = list(read_jsonl(out))
     assert out.read_text().startswith(kept)
     assert sorted((r["id"], r["sample"]) for r in rows) == [(i, j) for i in ("0", "7", "sum") for j in (0, 1)]
     assert all(r["tokens"] == 24 and r["finish_reason"] == "length" and r["logprob"] < 0 for r in rows)
-    assert generate_file(network, tokenizer, prompts, out, PARAMS, n=2)[0] == 0
+    assert generate_file(llm, prompts, out, params)[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -95,7 +99,7 @@ def test_a_file_goes_on_where_it_was_cut_off(hybrid_dir, tmp_path):
 def test_bad_files_are_refused(hybrid_dir, tmp_path, rows, message):
     write(tmp_path / "in.jsonl", rows)
     with pytest.raises(UserError, match=message):
-        generate_file(*load_model(hybrid_dir), tmp_path / "in.jsonl", tmp_path / "out.jsonl", PARAMS)
+        generate_file(LLM.from_pretrained(hybrid_dir), tmp_path / "in.jsonl", tmp_path / "out.jsonl", PARAMS)
 
 
 def test_command(hybrid_dir, tmp_path):

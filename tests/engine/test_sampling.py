@@ -7,12 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from m1.engine import SamplingParams
-from m1.engine.sampling import SamplingBatch, stream_of, uniforms
+from m1.engine.sampling import SamplingBatch, fold_in, uniforms
 from m1.errors import UserError
 
 
 def draw(logits, params, streams=None, drawn=None):
-    streams = [stream_of(0, i) for i in range(len(logits))] if streams is None else streams
+    streams = [fold_in(0, i) for i in range(len(logits))] if streams is None else streams
     batch = SamplingBatch(params, streams, logits.device)
     return batch.sample(logits, np.zeros(len(logits), int) if drawn is None else drawn)
 
@@ -66,7 +66,7 @@ SETTINGS = st.builds(
 )
 def test_a_row_does_not_depend_on_the_others(params, size, seed):
     logits = 3 * torch.randn(len(params), size, generator=torch.Generator().manual_seed(seed))
-    streams, drawn = [stream_of(seed, i) for i in range(len(params))], np.arange(len(params))
+    streams, drawn = [fold_in(seed, i) for i in range(len(params))], np.arange(len(params))
     tokens, logprobs = draw(logits, params, streams, drawn)
     for i in range(len(params)):
         token, logprob = draw(logits[i : i + 1], params[i : i + 1], streams[i : i + 1], drawn[i : i + 1])
@@ -86,7 +86,7 @@ def test_top_p_keeps_what_a_full_sort_keeps(size, top_p, seed, flat):
 
 
 def test_uniforms_are_uniform_and_streams_differ():
-    streams = np.array([stream_of(seed, sample) for seed in range(100) for sample in range(100)], dtype=np.uint64)
+    streams = np.array([fold_in(seed, sample) for seed in range(100) for sample in range(100)], dtype=np.uint64)
     assert len(set(streams.tolist())) == 10_000
     for index in (0, 1, 1000):
         values = uniforms(streams, np.full(10_000, index))

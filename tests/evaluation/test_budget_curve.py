@@ -74,7 +74,7 @@ def budget(*arguments):
         "2",
         "--max-new-tokens",
         "8",
-        "--max-batch",
+        "--max-num-seqs",
         "3",
     ]
     return CliRunner().invoke(app, [*command, *map(str, arguments)])

@@ -109,7 +109,7 @@ def test_prompts_that_do_not_fit(hybrid, tokenizer, kind):
     """The context is 512 tokens."""
     with pytest.raises(UserError, match="context of 512"):
         list(kind(hybrid, tokenizer, 4).generate(asks(1), SamplingParams(max_tokens=512)))
-    with pytest.raises(UserError, match="max_batch=0"):
+    with pytest.raises(UserError, match="max_num_seqs=0"):
         list(kind(hybrid, tokenizer, 0).generate(asks(1), PARAMS))
     bare = byte_tokenizer()
     bare.chat_template = None
@@ -121,9 +121,9 @@ def test_an_iterator_that_is_closed_frees_the_engine(hybrid, tokenizer):
     generator = EngineGenerator(hybrid, tokenizer, 2)
     samples = generator.generate(asks(5), PARAMS)
     next(samples)
-    assert generator._engine.busy
+    assert generator.llm.engine.busy
     samples.close()
-    assert not generator._engine.busy
+    assert not generator.llm.engine.busy
     assert len(list(generator.generate(asks(5), PARAMS))) == 5
 
 

@@ -33,7 +33,7 @@ def test_work_goes_out_and_comes_back(stand_in):
     with start_vllm(tiny_teacher(), 64, 4) as ask:
         answer = ask({"batch": 3})
         assert answer["work"] == {"batch": 3}
-        assert answer["of"] == ["--dtype", "float32", "--max-len", "64", "--max-seqs", "4"]
+        assert answer["of"] == ["--dtype", "float32", "--max-model-len", "64", "--max-num-seqs", "4"]
 
 
 @pytest.mark.parametrize(

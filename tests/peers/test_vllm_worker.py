@@ -49,13 +49,13 @@ def test_worker(tmp_path):
             "prompt": 60,
             "new_tokens": 20,
             "seed": 0,
-        },  # --max-len is 64: vLLM itself would cut it short
-        {"batch": 5, "prompt": 4, "new_tokens": 7, "seed": 1},  # more than --max-seqs: some wait
+        },  # --max-model-len is 64: vLLM itself would cut it short
+        {"batch": 5, "prompt": 4, "new_tokens": 7, "seed": 1},  # more than --max-num-seqs: some wait
         {"tokens": [5, 6, 7], "new_tokens": 9, "temperature": 1.0, "stop": stop, "seconds": 2.0},
         {"tokens": [5, 6, 7], "new_tokens": 9, "temperature": 0.0, "stop": [], "seconds": 2.0},  # none of those before
     ]
     command = [str(PYTHON), vllm_worker.__file__, str(tmp_path / "model")]
-    command += ["--dtype", "float32", "--max-len", "64", "--max-seqs", "4"]
+    command += ["--dtype", "float32", "--max-model-len", "64", "--max-num-seqs", "4"]
     worker = subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
@@ -88,7 +88,7 @@ def test_worker(tmp_path):
 
 @pytest.mark.skipif(not PYTHON.exists(), reason="`make peers` has not run")
 def test_no_checkpoint_is_an_answer(tmp_path):
-    command = [str(PYTHON), vllm_worker.__file__, str(tmp_path), "--max-len", "64", "--max-seqs", "4"]
+    command = [str(PYTHON), vllm_worker.__file__, str(tmp_path), "--max-model-len", "64", "--max-num-seqs", "4"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     [line] = done.stdout.splitlines()
     assert done.returncode == 1 and "config.json" in json.loads(line)["error"]

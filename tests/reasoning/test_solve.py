@@ -4,15 +4,13 @@ import itertools
 import json
 import math
 from collections import deque
-from types import SimpleNamespace
 
 import pytest
 from checkpoints import scramble
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from m1.engine import Completion, Engine, SamplingParams
-from m1.engine.sequence import Request
+from m1.engine import LLM, Engine, SamplingParams
 from m1.errors import UserError
 from m1.model import M1ForCausalLM
 from m1.model.tokenizer import byte_tokenizer
@@ -27,61 +25,75 @@ RULES = ["none", "decided", "confident"]
 
 
 class ScriptedEngine:
-    """Stands in for Engine: sample i gives answers[i] after lengths[i] steps, each of which takes one of `durations`.
+    """Stands in for Engine, and for the LLM around it: sample i gives answers[i] after lengths[i] steps, each of which
+    takes one of `durations`.
 
     Answer None is a sample without one. The scripts start again when they end. A token has log-probability -cost[i].
     """
 
+    run = Engine.run
+
     def __init__(self, answers, lengths=(1,), durations=(1.0,), costs=(0.0,), slots=3):
         scripts = zip(itertools.cycle(answers), itertools.cycle(lengths), itertools.cycle(costs), strict=False)
         self.scripts, self.durations, self.costs = scripts, itertools.cycle(durations), itertools.cycle(costs)
-        self.slots = SimpleNamespace(count=slots, free=list(range(slots)))
-        self.scheduler = SimpleNamespace(waiting=deque())
+        self.num_slots, self.scheduler, self.waiting = slots, self, deque()
         self.running, self.waves, self.steps, self.now, self.last = [], [], 0, 0.0, 0.0
 
     def clock(self):
         return self.now
 
-    def submit(self, tokens, params, n):
-        request = Request(tokens, params, [Completion(0) for _ in range(n)])
-        self.waves.append(n)
-        self.scheduler.waiting.extend((completion, *next(self.scripts)) for completion in request.completions)
-        return request
+    def encode(self, prompt):
+        assert prompt == [{"role": "user", "content": "?"}]
+        return [1]
+
+    def decode(self, token_ids):
+        return TOKENIZER.decode(token_ids)
+
+    def engine_for(self, prompts, max_tokens):
+        return self
+
+    @property
+    def free_slots(self):
+        return 0 if self.waiting else self.num_slots - len(self.running)
+
+    def check(self, request):
+        pass
+
+    def add(self, request):
+        self.waves.append(request.params.n)
+        self.waiting.extend((sequence, *next(self.scripts)) for sequence in request.sequences)
 
     def step(self):
-        while self.scheduler.waiting and self.slots.free:
-            self.slots.free.pop()
-            self.running.append([0, *self.scheduler.waiting.popleft()])
+        while self.waiting and len(self.running) < self.num_slots:
+            self.running.append([0, *self.waiting.popleft()])
         self.last = next(self.durations)
         self.now, self.steps = self.now + self.last, self.steps + 1
         ended = []
         for sample in list(self.running):
             sample[0] += 1
-            age, completion, answer, length, cost = sample
-            completion.token_ids.append(97)
-            completion.logprobs.append(-cost)
+            age, sequence, answer, length, cost = sample
+            sequence.token_ids.append(97)
+            sequence.logprobs.append(-cost)
             if age == length:
-                completion.token_ids[:] = TOKENIZER.encode("none" if answer is None else rf"\boxed{{{answer}}}")
-                completion.logprobs[:] = [-cost] * len(completion.token_ids)
-                completion.finish_reason, completion.done = "stop", True
+                sequence.token_ids[:] = TOKENIZER.encode("none" if answer is None else rf"\boxed{{{answer}}}")
+                sequence.logprobs[:] = [-cost] * len(sequence.token_ids)
+                sequence.finish_reason, sequence.done = "stop", True
                 self.running.remove(sample)
-                self.slots.free.append(0)
-                ended.append(completion)
+                ended.append(sequence)
         return ended
 
     def abort(self, request):
-        self.running = [sample for sample in self.running if all(sample[1] is not c for c in request.completions)]
-        self.scheduler.waiting.clear()
-        self.slots.free = list(range(self.slots.count - len(self.running)))
-        for completion in request.completions:
-            completion.done = True
+        self.running = [sample for sample in self.running if sample[1].request is not request]
+        self.waiting.clear()
+        for sequence in request.sequences:
+            sequence.done = True
 
 
 def run(engine, n=None, seconds=None, rule="decided", **options):
     budget = Budget(n, seconds, rule)
-    solution = solve("?", engine, TOKENIZER, GRADER, SamplingParams(), budget, clock=engine.clock, **options)
-    assert not engine.running and not engine.scheduler.waiting and len(engine.slots.free) == engine.slots.count
-    assert len(solution.samples) + solution.aborted == len(solution.completions)
+    solution = solve("?", engine, GRADER, SamplingParams(), budget, clock=engine.clock, **options)
+    assert not engine.running and not engine.waiting
+    assert len(solution.samples) + solution.aborted == len(solution.sequences)
     return solution
 
 
@@ -134,7 +146,7 @@ def test_a_budget_is_overrun_by_one_step_at_most(answers, lengths, durations, n,
     solution = run(engine, n, seconds, rule, weights=weights)
     assert solution.seconds == engine.now < seconds + engine.last
     assert solution.reason != "seconds" or solution.seconds >= seconds
-    assert n is None or len(solution.completions) == n
+    assert n is None or len(solution.sequences) == n
 
 
 def test_as_many_as_fit_into_the_seconds():
@@ -144,15 +156,15 @@ def test_as_many_as_fit_into_the_seconds():
     assert engine.waves[:3] == [3, 2, 1] and solution.reason == "seconds" and engine.steps == 7
     assert (len(solution.samples), solution.aborted) == (8, 2)
     assert (
-        solution.tokens == sum(len(c.token_ids) for c in solution.completions) > sum(s.tokens for s in solution.samples)
+        solution.tokens == sum(len(s.token_ids) for s in solution.sequences) > sum(s.tokens for s in solution.samples)
     )
 
 
 def test_samples_of_different_waves_are_different():
     seeds = []
     engine = ScriptedEngine("1")
-    submit = engine.submit
-    engine.submit = lambda tokens, params, n: seeds.append(params.seed) or submit(tokens, params, n)
+    add = engine.add
+    engine.add = lambda request: seeds.append(request.params.seed) or add(request)
     run(engine, seconds=3.0)
     assert len(set(seeds)) == len(seeds) == 3
 
@@ -170,7 +182,7 @@ def test_grading_is_on_the_clock():
 
     engine = ScriptedEngine(["x", "y", "z"], slots=1)
     budget = Budget(3, 9.5, "none")
-    solution = solve("?", engine, TOKENIZER, Slow(), SamplingParams(), budget, clock=engine.clock)
+    solution = solve("?", engine, Slow(), SamplingParams(), budget, clock=engine.clock)
     # the start, two steps and x=y until 6, a step until 7, and x=z is cut off half a second before it would be found
     assert (solution.seconds, solution.vote.counts, solution.reason) == (9.5, {"x": 2, "z": 1}, "all")
 
@@ -261,20 +273,22 @@ class TimedEngine(Engine):
 
 @pytest.fixture(scope="module")
 def real(hybrid_dir):
-    """A tiny model's engine of 3 slots, and a tokenizer that reads one of three answers out of any tokens."""
+    """A tiny model's LLM of 3 slots; a tokenizer that reads one of three answers out of any tokens."""
     tokenizer = byte_tokenizer()
     tokenizer.decode = lambda tokens, **options: rf"\boxed{{{sum(tokens) % 3}}}"
     model = scramble(M1ForCausalLM.from_pretrained(hybrid_dir).eval())
     stop = [token for token in range(model.config.vocab_size) if token % 5 == 0]  # so that lengths differ
-    return TimedEngine(model, stop, max_batch=3, max_len=48), tokenizer
+    llm = LLM(model, tokenizer, stop, max_model_len=48)
+    llm.engine = TimedEngine(model, stop, max_num_seqs=3, max_model_len=48)
+    return llm
 
 
 def solve_really(real, seed, budget, durations=(1.0,), weights="uniform"):
-    engine, tokenizer = real
+    engine = real.engine
     engine.schedule(durations)
     params = SamplingParams(max_tokens=6, seed=seed)
-    solution = solve("1+1", engine, tokenizer, GRADER, params, budget, weights, clock=lambda: engine.now)
-    assert not engine.busy and sorted(engine.slots.free) == list(range(engine.slots.count))
+    solution = solve("1+1", real, GRADER, params, budget, weights, clock=lambda: engine.now)
+    assert real.engine is engine and not engine.busy and engine.free_slots == engine.num_slots
     return solution
 
 
@@ -288,7 +302,7 @@ def solve_really(real, seed, budget, durations=(1.0,), weights="uniform"):
 )
 def test_the_real_engine_never_overruns_by_more_than_one_step(real, seed, n, seconds, durations, rule):
     solution = solve_really(real, seed, Budget(n, seconds, rule), durations)
-    assert solution.seconds < seconds + real[0].last
+    assert solution.seconds < seconds + real.engine.last
     assert solution.reason != "seconds" or solution.seconds >= seconds
 
 

@@ -53,16 +53,16 @@ def test_everything_is_written(run, answers, tmp_path):
 def test_decided_is_the_default_and_16_the_number(run, monkeypatch, tmp_path):
     monkeypatch.setattr("m1.reasoning.solve.extract_answer", lambda text: "7")
     path = tmp_path / "solution.json"
-    code, out, _ = run("--json", path, "--max-batch", 1)
+    code, out, _ = run("--json", path, "--max-num-seqs", 1)
     saved = json.loads(path.read_text())
     assert code == 0 and saved["budget"] == {"n": 16, "seconds": None, "rule": "decided"}
     assert "9 of 16 samples finished" in out and "stopped: decided" in out and saved["aborted"] == 7
-    assert "stopped: confident" in run("--rule", "confident", "--weights", "logprob", "--max-batch", 1)[1]
+    assert "stopped: confident" in run("--rule", "confident", "--weights", "logprob", "--max-num-seqs", 1)[1]
 
 
 def test_seconds_alone_are_enough(run, answers, tmp_path):
     path = tmp_path / "solution.json"
-    code, out, _ = run("--seconds", 0.3, "--max-batch", 2, "--json", path)
+    code, out, _ = run("--seconds", 0.3, "--max-num-seqs", 2, "--json", path)
     saved = json.loads(path.read_text())
     assert code == 0 and "stopped: seconds" in out
     assert saved["budget"]["n"] is None and saved["seconds"] >= 0.3
@@ -76,7 +76,7 @@ def test_seconds_alone_are_enough(run, answers, tmp_path):
         (["--seconds", "nan"], "seconds=nan"),
         (["--rule", "often"], "rule 'often' is unknown: choose none, decided, confident"),
         (["--weights", "./nowhere"], "can't load ./nowhere as a reward model"),
-        (["--max-batch", 0], "max_batch=0"),
+        (["--max-num-seqs", 0], "max_num_seqs=0"),
         (["--temperature", -1], "temperature=-1.0"),
         (["--n", 1, "--json", "/dev/null/solution.json"], "can't write /dev/null/solution.json"),
     ],

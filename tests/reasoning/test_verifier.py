@@ -7,7 +7,7 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaF
 
 from m1.errors import UserError
 from m1.model.tokenizer import byte_tokenizer
-from m1.reasoning.verifier import RewardModel, bound_of, read_weights
+from m1.reasoning.verifier import RewardModel, bound_of, vote_weights
 
 
 def tiny_reward_model(num_labels=1):
@@ -24,7 +24,7 @@ def tiny_reward_model(num_labels=1):
 @pytest.mark.parametrize("num_labels", [1, 2])
 def test_scores_are_those_of_the_chats(tmp_path, num_labels):
     save_checkpoint(tiny_reward_model(num_labels), tmp_path)
-    verifier = read_weights(str(tmp_path))
+    verifier = vote_weights(str(tmp_path))
     scores = verifier("1+1", ["It is 2.", "3"])
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
     for text, score in zip(["It is 2.", "3"], scores, strict=True):
@@ -37,15 +37,15 @@ def test_scores_are_those_of_the_chats(tmp_path, num_labels):
 
 
 def test_names_that_are_weights_already():
-    assert read_weights("uniform") == "uniform" and bound_of("logprob") == 1.0
+    assert vote_weights("uniform") == "uniform" and bound_of("logprob") == 1.0
     assert bound_of(lambda problem, texts: [1.0]) is None
 
 
 def test_what_is_no_reward_model(tmp_path, teacher_dir):
     with pytest.raises(UserError, match=r"is no reward model: it has no tensor 'score.weight'"):
-        read_weights(str(teacher_dir))
+        vote_weights(str(teacher_dir))
     with pytest.raises(UserError, match=r"can't load .*nowhere as a reward model"):
-        read_weights(str(tmp_path / "nowhere"))
+        vote_weights(str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="has 3 outputs"):
         RewardModel(tiny_reward_model(3), byte_tokenizer())
     tokenizer = byte_tokenizer()

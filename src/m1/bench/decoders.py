@@ -15,7 +15,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from m1.bench.options import DTYPES, Options
-from m1.engine import Engine, SamplingParams
+from m1.engine import Engine, Request, SamplingParams
 from m1.engine.state import slots_that_fit
 from m1.errors import UserError
 from m1.model import M1Config, M1ForCausalLM
@@ -85,13 +85,13 @@ class DecodeOptions(Options):
             raise UserError("--contexts times steps of this engine: choose --engines ours-hybrid,ours-transformer")
 
     @property
-    def max_len(self) -> int:
+    def max_model_len(self) -> int:
         return self.prompt + max(new for _, new in self.cells)
 
 
-def make_model(shape: str, dtype: torch.dtype, hybrid: bool, max_len: int) -> PreTrainedModel:
+def make_model(shape: str, dtype: torch.dtype, hybrid: bool, max_model_len: int) -> PreTrainedModel:
     """One of SHAPES with random weights, on the device of the context. A transformer is a Llama."""
-    sizes = dict(SHAPES[shape], max_position_embeddings=max_len)
+    sizes = dict(SHAPES[shape], max_position_embeddings=max_model_len)
     attention = sizes.pop("attention")
     torch.manual_seed(0)
     if not hybrid:
@@ -102,7 +102,7 @@ def make_model(shape: str, dtype: torch.dtype, hybrid: bool, max_len: int) -> Pr
 
 def model_on_device(options: DecodeOptions, hybrid: bool) -> PreTrainedModel:
     with torch.device(options.device):
-        return make_model(options.shape, DTYPES[options.dtype], hybrid, options.max_len)
+        return make_model(options.shape, DTYPES[options.dtype], hybrid, options.max_model_len)
 
 
 def random_prompts(shape: str, count: int, length: int) -> list[list[int]]:
@@ -140,19 +140,18 @@ def whole_batches(options: DecodeOptions, hybrid: bool, quantize: str | None = N
     engine: Engine | None = None
 
     def decode(engine: Engine, batch: int, new: int) -> None:
-        for i, prompt in enumerate(random_prompts(options.shape, batch, options.prompt)):
-            engine.submit(prompt, SamplingParams(max_tokens=new, seed=i))
-        while engine.busy:
-            engine.step()
+        prompts = random_prompts(options.shape, batch, options.prompt)
+        requests = [Request(prompt, SamplingParams(max_tokens=new, seed=i), i) for i, prompt in enumerate(prompts)]
+        for _ in engine.run(requests):
+            pass
 
     def run(batch: int, new: int) -> Run:
         nonlocal engine
-        if engine is None or (engine.slots.count, engine.max_len) != (batch, options.prompt + new):
-            engine = Engine(model, [], batch, max_len=options.prompt + new, snapshots=0, quantize=quantize)
-            if engine.slots.count < batch:
-                raise UserError(
-                    f"memory has room for {engine.slots.count} sequences of {engine.max_len} tokens, not {batch}"
-                )
+        length = options.prompt + new
+        if engine is None or (engine.num_slots, engine.max_model_len) != (batch, length):
+            engine = Engine(model, [], batch, max_model_len=length, prefix_cache=0, quantize=quantize)
+            if engine.num_slots < batch:
+                raise UserError(f"memory has room for {engine.num_slots} sequences of {length} tokens, not {batch}")
             decode(engine, batch, min(new, 2))
         began = clock(options)
         decode(engine, batch, new)
@@ -175,10 +174,10 @@ def at_contexts(options: DecodeOptions, hybrid: bool, quantize: str | None = Non
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         model = model_on_device(options, hybrid)
-        max_len, parts = options.prompt + new, options.contexts or 1
-        largest = slots_that_fit(model.config, max_len, model.dtype, model.device)
-        engine = Engine(model, [], batch, max_len=max_len, snapshots=0, quantize=quantize)
-        together = engine.slots.count
+        length, parts = options.prompt + new, options.contexts or 1
+        largest = slots_that_fit(model.config, length, model.dtype, model.device)
+        engine = Engine(model, [], batch, max_model_len=length, prefix_cache=0, quantize=quantize)
+        together = engine.num_slots
         contexts = [options.prompt + (2 * i + 1) * new // (2 * parts) for i in range(parts)]
         step = sum(seconds_of_step(options, engine, context) for context in contexts) / parts
         seconds = together * seconds_of_prompt(options, engine) + new * step
@@ -190,11 +189,13 @@ def at_contexts(options: DecodeOptions, hybrid: bool, quantize: str | None = Non
 
 def seconds_of_step(options: DecodeOptions, engine: Engine, context: int) -> float:
     """A step that decodes in all slots, which have seen about `context` tokens."""
-    steps = min(STEPS, 2 * (engine.max_len - context - WARMUPS) - 2)
+    steps = min(STEPS, 2 * (engine.max_model_len - context - WARMUPS) - 2)
     if steps < 1:
-        raise UserError(f"--contexts: no room for timed steps at {context} tokens of {engine.max_len}; give fewer")
+        limit = engine.max_model_len
+        raise UserError(f"--contexts: no room for timed steps at {context} tokens of {limit}; give fewer")
     (prompt,) = random_prompts(options.shape, 1, max(1, context - WARMUPS - steps // 2))
-    request = engine.submit(prompt, SamplingParams(max_tokens=WARMUPS + steps + 1), engine.slots.count)
+    request = Request(prompt, SamplingParams(n=engine.num_slots, max_tokens=WARMUPS + steps + 1))
+    engine.submit(request)
     while engine.scheduler.waiting:
         engine.step()
     for _ in range(WARMUPS):
@@ -210,10 +211,7 @@ def seconds_of_step(options: DecodeOptions, engine: Engine, context: int) -> flo
 def seconds_of_prompt(options: DecodeOptions, engine: Engine, count: int = 4) -> float:
     """A prompt's prefill, by the first token."""
     began = clock(options)
-    for prompt in random_prompts(options.shape, count, options.prompt):
-        engine.submit(prompt, SamplingParams(max_tokens=1))
-    while engine.busy:
-        engine.step()
+    engine.generate(random_prompts(options.shape, count, options.prompt), SamplingParams(max_tokens=1))
     return (clock(options) - began) / count
 
 
@@ -246,7 +244,7 @@ def transformers_generate(options: DecodeOptions) -> Decoder:
 def vllm(options: DecodeOptions) -> Iterator[Decoder]:
     """The transformer under vLLM."""
     most = max(batch for batch, _ in options.cells)
-    with start_vllm(model_on_device(options, hybrid=False), options.max_len, most) as ask:
+    with start_vllm(model_on_device(options, hybrid=False), options.max_model_len, most) as ask:
         print(f"vllm {version()}", file=sys.stderr)
         warm: set[int] = set()
 

@@ -1,31 +1,30 @@
 """Decoding under CUDA graphs: a step is launched at once, not kernel by kernel.
 
-A graph is captured for each of a few batch sizes, when first needed. Smaller batches are filled up with rows of the
-spare slot, which is nobody's; their logits are dropped.
+A graph is captured for each of a few batch sizes, when first needed. Smaller batches are padded with rows of the spare
+slot, whose logits are dropped.
 """
 
 from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from m1.engine.runner import Runner
+from m1.engine.runner import DecodeBatch, Runner
 from m1.engine.state import Slots
 
 SIZES = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024]
 WARMUPS = 2  # runs before a capture: they compile kernels and allocate
 
 
-@dataclass
-class Graph:
-    """A captured step and what it reads."""
+class Graph(NamedTuple):
+    """A captured step: the rows it reads, and what runs it and returns their logits."""
 
-    inputs: Tensor  # [3, size], as `Runner.decode`'s rows
-    replay: Callable[[], Tensor]  # the logits
+    rows: DecodeBatch
+    replay: Callable[[], Tensor]
 
 
 class GraphRunner(Runner):
@@ -35,28 +34,27 @@ class GraphRunner(Runner):
         super().__init__(model, slots, int8)
         self.graphs: dict[int, Graph] = {}
 
-    def decode(self, rows: Tensor) -> Tensor:
-        count = rows.shape[1]
+    def decode(self, rows: DecodeBatch) -> Tensor:
+        count = len(rows.tokens)
         size = SIZES[bisect_left(SIZES, count)] if count <= SIZES[-1] else count
         if size not in self.graphs:
             self.graphs[size] = self._capture(size)
         graph = self.graphs[size]
-        graph.inputs[:, :count] = rows
-        if count < size:
-            graph.inputs[:, count:] = self._idle(size - count)
+        for own, given, idle in zip(graph.rows, rows, self._idle, strict=True):
+            own[:count] = given
+            own[count:] = idle
         return graph.replay()[:count]
 
-    def _idle(self, count: int) -> Tensor:
-        """Inputs of rows that decode a first token in the spare slot."""
-        inputs = torch.zeros(3, count, dtype=torch.long, device=self.device)
-        inputs[1] = self.slots.spare
-        return inputs
+    @property
+    def _idle(self) -> tuple[int, int, int]:
+        """The values of a row that decodes a first token in the spare slot."""
+        return 0, self.slots.spare, 0
 
     def _capture(self, size: int) -> Graph:
-        inputs = self._idle(size)
-        run = partial(super().decode, inputs)
+        rows = DecodeBatch(*(torch.full((size,), value, device=self.device) for value in self._idle))
+        run = partial(super().decode, rows)
         if self.device.type != "cuda":
-            return Graph(inputs, run)
+            return Graph(rows, run)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -71,4 +69,4 @@ class GraphRunner(Runner):
             cuda_graph.replay()
             return logits
 
-        return Graph(inputs, replay)
+        return Graph(rows, replay)

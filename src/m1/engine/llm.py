@@ -1,58 +1,148 @@
 """Text in, text out, around the engine: chat templates, stop strings, streams, and whole files of prompts."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from m1.engine.engine import Engine, max_len_for, stop_tokens
-from m1.engine.sampling import SamplingParams, stream_of
-from m1.engine.sequence import Completion
+from m1.engine.engine import Engine, stop_tokens
+from m1.engine.sampling import SamplingParams, fold_in
+from m1.engine.sequence import Request, Sequence
 from m1.errors import UserError
 from m1.jsonl import append_jsonl, drop_torn_line, read_jsonl
 from m1.model.checkpoint import load_model
-from m1.model.tokenizer import conversation_tokens
+from m1.model.tokenizer import encode_chat
 
 Prompt = str | list[dict[str, str]]  # plain text as it is, or a chat's messages, which go through its template
-UNFINISHED = "�"  # what a tokenizer makes of a character whose bytes are not all there
+UNFINISHED = "\ufffd"  # what a tokenizer makes of a character whose bytes are not all there
+
+
+class LLM:
+    """A model, its tokenizer, and an engine for them.
+
+    Args:
+        stop_token_ids: generation stops after any of these tokens; the model's and the tokenizer's eos when None.
+        max_model_len: tokens of a prompt and its sequence together. None: as many as what is asked for needs; the
+            engine is then made when first needed, and again when more is asked for.
+        engine_options: `Engine`'s: max_num_seqs, prefix_cache, quantize, ...
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        stop_token_ids: Iterable[int] | None = None,
+        max_model_len: int | None = None,
+        **engine_options: Any,
+    ):
+        self.model, self.tokenizer = model, tokenizer
+        self.stop_token_ids = stop_tokens(model, tokenizer) if stop_token_ids is None else sorted(stop_token_ids)
+        self.max_model_len, self.engine_options = max_model_len, engine_options
+        self.engine: Engine | None = None
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **options: Any) -> "LLM":
+        """The model and tokenizer of a checkpoint folder."""
+        return cls(*load_model(folder), **options)
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """A prompt's tokens. Raises UserError for messages without a chat template, or that break it."""
+        if isinstance(prompt, str):
+            return self.tokenizer(prompt).input_ids
+        return encode_chat(self.tokenizer, prompt)
+
+    def decode(self, token_ids: list[int]) -> str:
+        """The text of tokens, without special ones."""
+        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
+
+    def longest(self, prompts: Iterable[list[int]], max_tokens: int) -> int:
+        """Tokens of the longest prompt and its sequence, but no more than the model's context, past which `Engine`
+        refuses."""
+        return min(max(map(len, prompts), default=0) + max_tokens, self.model.config.max_position_embeddings)
+
+    def engine_for(self, prompts: Iterable[list[int]], max_tokens: int) -> Engine:
+        """An engine with room for any of these prompts and `max_tokens` more: the one there is, or a larger one."""
+        length = self.max_model_len or self.longest(prompts, max_tokens)
+        if self.engine is None or self.engine.max_model_len < length:
+            self.engine = None  # its memory is needed for the next one
+            self.engine = Engine(self.model, self.stop_token_ids, max_model_len=length, **self.engine_options)
+        return self.engine
+
+    def generate(self, prompts: list[Prompt], params: SamplingParams) -> list["TextSequence"]:
+        """`params.n` samples of each prompt, prompt by prompt. Raises UserError as `stream`."""
+        samples = {(sample.prompt, sample.index): sample for sample in self.stream(prompts, params)}
+        return [samples[i, j] for i in range(len(prompts)) for j in range(params.n)]
+
+    def stream(self, prompts: list[Prompt], params: SamplingParams) -> Iterator["TextSequence"]:
+        """Samples whose text has grown or ended, each as often as that happens. Prompt i's seed is folded with i.
+
+        Raises:
+            UserError: a prompt the engine refuses, or messages without a chat template.
+        """
+        yield from self.stream_tokens([self.encode(prompt) for prompt in prompts], params)
+
+    def stream_tokens(self, prompts: list[list[int]], params: SamplingParams) -> Iterator["TextSequence"]:
+        """`stream` of encoded prompts."""
+        requests = [
+            Request(prompt, replace(params, seed=fold_in(params.seed, i)), i) for i, prompt in enumerate(prompts)
+        ]
+        engine = self.engine_for(prompts, params.max_tokens)
+        skip = frozenset([*self.stop_token_ids, *params.stop_token_ids])
+        samples = [TextSequence(sequence) for request in requests for sequence in request.sequences]
+        readers = [_Reader(sample, self.tokenizer, params.stop, skip) for sample in samples]
+        with closing(engine.run(requests)) as steps:
+            for _ in steps:
+                for reader in readers:
+                    length = len(reader.output.text)
+                    if reader.read() and not reader.output.done:
+                        engine.finish(reader.output.sequence, "stop")
+                    if reader.output.done or len(reader.output.text) != length:
+                        yield reader.output
+                readers = [reader for reader in readers if not reader.output.done]
 
 
 @dataclass
-class TextCompletion:
-    """A sample's text, without the stop string that ended it, as far as it is known; and what is behind it."""
+class TextSequence:
+    """A sequence and its text so far, without the stop string that ended it."""
 
-    completion: Completion
-    sample: int
+    sequence: Sequence
     text: str = ""
 
     @property
     def prompt(self) -> int:
-        return self.completion.prompt
+        """The number of its prompt."""
+        return self.sequence.request.id
+
+    @property
+    def index(self) -> int:
+        """Its number among the samples of the prompt."""
+        return self.sequence.index
 
     @property
     def done(self) -> bool:
-        return self.completion.done
+        return self.sequence.done
 
 
 @dataclass
 class _Reader:
     """Turns a growing list of tokens into growing text, a few tokens at a time."""
 
-    output: TextCompletion
+    output: TextSequence
     tokenizer: PreTrainedTokenizerBase
-    stop: Sequence[str]
+    stop: tuple[str, ...]
     skip: frozenset[int]  # stop tokens, which are no text
-    seen: int = 0  # of the completion's tokens
+    seen: int = 0  # of the sequence's tokens
     tokens: list[int] = field(default_factory=list)  # those of them that are text
     shown: int = 0  # tokens whose text is in output
     context: int = 0  # where decoding starts: tokenizers glue a token to those before it
 
     def read(self) -> bool:
         """Takes in the new tokens. True if a stop string ended the text."""
-        new = self.output.completion.token_ids[self.seen :]
+        new = self.output.sequence.token_ids[self.seen :]
         self.seen += len(new)
         self.tokens += [token for token in new if token not in self.skip]
         before = self.tokenizer.decode(self.tokens[self.context : self.shown])
@@ -72,99 +162,17 @@ class _Reader:
         return True
 
 
-@dataclass
-class LLM:
-    """A model and its tokenizer behind an engine.
-
-    Args:
-        engine_options: `Engine`'s: max_batch, max_len, ...
-    """
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    engine_options: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.stop_token_ids = stop_tokens(self.model, self.tokenizer)
-        self.engine = Engine(self.model, self.stop_token_ids, **self.engine_options)
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, **engine_options: Any) -> "LLM":
-        """The model and tokenizer of a checkpoint folder."""
-        return cls(*load_model(folder), engine_options)
-
-    def generate(
-        self, prompts: Sequence[Prompt], params: SamplingParams, n: int = 1, stop: Sequence[str] = ()
-    ) -> list[TextCompletion]:
-        """n samples a prompt; completion i belongs to prompt i // n. Arguments as `stream`."""
-        samples = {(sample.prompt, sample.sample): sample for sample in self.stream(prompts, params, n, stop)}
-        return [samples[i, j] for i in range(len(prompts)) for j in range(n)]
-
-    def stream(
-        self, prompts: Sequence[Prompt], params: SamplingParams, n: int = 1, stop: Sequence[str] = ()
-    ) -> Iterator[TextCompletion]:
-        """Samples whose text has grown or ended, each as often as that happens.
-
-        Args:
-            stop: strings that end a sample, which keeps what is in front of them. They may begin inside a token.
-
-        Raises:
-            UserError: a prompt the engine refuses, no chat template for messages, or an empty stop string.
-        """
-        yield from self._stream([encode(self.tokenizer, prompt) for prompt in prompts], params, n, stop)
-
-    def _stream(
-        self, prompts: Sequence[list[int]], params: SamplingParams, n: int, stop: Sequence[str]
-    ) -> Iterator[TextCompletion]:
-        """`stream` of encoded prompts."""
-        if not all(stop):
-            raise UserError("stop: an empty string would end every sample at once")
-        requests, readers = [], []
-        try:
-            for i, prompt in enumerate(prompts):
-                seeded = replace(params, seed=stream_of(params.seed, i))
-                requests.append(self.engine.submit(prompt, seeded, n, prompt=i))
-                outputs = [TextCompletion(c, j) for j, c in enumerate(requests[-1].completions)]
-                skip = frozenset([*self.stop_token_ids, *params.stop_token_ids])
-                readers += [_Reader(output, self.tokenizer, stop, skip) for output in outputs]
-            while readers:
-                self.engine.step()
-                for reader in readers:
-                    length = len(reader.output.text)
-                    if reader.read() and not reader.output.done:
-                        self.engine.finish(reader.output.completion, "stop")
-                    if reader.output.done or len(reader.output.text) != length:
-                        yield reader.output
-                readers = [reader for reader in readers if not reader.output.done]
-        finally:
-            for request in requests:
-                if not request.done:
-                    self.engine.abort(request)
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
-    """A prompt's tokens. Raises UserError for messages without a chat template, or that break it."""
-    if isinstance(prompt, str):
-        return tokenizer(prompt).input_ids
-    return conversation_tokens(tokenizer, prompt, add_generation_prompt=True)
-
-
 def generate_file(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    llm: LLM,
     prompts: Path,
     out: Path,
     params: SamplingParams,
-    n: int = 1,
-    stop: Sequence[str] = (),
-    max_batch: int = 256,
-    quantize: str | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[int, float]:
     """Samples every prompt of a JSONL file; a sample is a line of `out` as soon as it is finished.
 
     A row has `prompt` (plain text), `problem` (a user's message) or `messages`, and may have an `id`, else its number
-    is one. Prompts whose n samples are all in `out` are left alone; others are sampled whole.
+    is one. Prompts whose samples are all in `out` are left alone; others are sampled whole.
 
     Returns:
         New tokens and seconds.
@@ -179,25 +187,23 @@ def generate_file(
     texts = [_prompt_of(row, f"{prompts}, row {i + 1}") for i, row in enumerate(rows)]
     drop_torn_line(out)
     done = {(row.get("id"), row.get("sample")) for row in read_jsonl(out)} if out.exists() else set()
-    missing = [i for i, name in enumerate(ids) if any((name, j) not in done for j in range(n))]
-    on_progress((len(ids) - len(missing)) * n, len(ids) * n)
-    if not missing:
-        return 0, 0.0
-    encoded = [encode(tokenizer, texts[i]) for i in missing]
-    max_len = max_len_for(model, encoded, params.max_tokens)
-    options = {"max_batch": min(max_batch, len(missing) * n), "max_len": max_len, "quantize": quantize}
-    llm = LLM(model, tokenizer, options)
-    began, finished, tokens = time.monotonic(), (len(ids) - len(missing)) * n, 0
-    for sample in llm._stream(encoded, params, n, stop):
+    missing = [i for i, name in enumerate(ids) if any((name, j) not in done for j in range(params.n))]
+    total, finished, tokens = len(ids) * params.n, (len(ids) - len(missing)) * params.n, 0
+    on_progress(finished, total)
+    encoded = [llm.encode(texts[i]) for i in missing]
+    if encoded:
+        llm.engine_for(encoded, params.max_tokens)  # packing its weights isn't on the clock
+    began = time.monotonic()
+    for sample in llm.stream_tokens(encoded, params) if encoded else ():
         if not sample.done:
             continue
-        completion = sample.completion
-        finished, tokens = finished + 1, tokens + len(completion.token_ids)
+        sequence = sample.sequence
+        finished, tokens = finished + 1, tokens + len(sequence.token_ids)
         name = ids[missing[sample.prompt]]
-        if (name, sample.sample) not in done:
-            row = {"id": name, "sample": sample.sample, "text": sample.text, "finish_reason": completion.finish_reason}
-            append_jsonl(out, [row | {"tokens": len(completion.token_ids), "logprob": sum(completion.logprobs)}])
-        on_progress(finished, len(ids) * n)
+        if (name, sample.index) not in done:
+            row = {"id": name, "sample": sample.index, "text": sample.text, "finish_reason": sequence.finish_reason}
+            append_jsonl(out, [row | {"tokens": len(sequence.token_ids), "logprob": sum(sequence.logprobs)}])
+        on_progress(finished, total)
     return tokens, time.monotonic() - began
 
 

@@ -1,24 +1,35 @@
-"""The network on slots: one sequence's prompt by chunks, or one token of each of many sequences.
+"""The network on slots: one sequence's prompt in chunks, or one token of each of many sequences.
 
-Weights come from a loaded model, packed once for products with few rows; Mamba layers are the model's own modules. What
-a row computes doesn't depend on the other rows: products and kernels sum in an order of their own, prompts run alone.
+Weights come from a loaded model, packed once for products with few rows; Mamba layers are the model's own modules.
+Results are batch-invariant: products and kernels sum in an order of their own, prompts run alone.
 """
 
 import copy
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from m1.engine.state import LayerState, Slots
+from m1.engine.state import Slots, used
 from m1.errors import UserError
+from m1.model.cache_layout import AttentionCache, MambaState
 from m1.ops import PackedLinear, add_rms_norm, decode_attention, swiglu
 
 MODELS = ("m1", "llama", "qwen2", "qwen3")
+
+Pack = Callable[..., PackedLinear]
+
+
+class DecodeBatch(NamedTuple):
+    """A token of each of b sequences, each [b] int64."""
+
+    tokens: Tensor
+    slots: Tensor
+    lengths: Tensor  # tokens that the slots have seen: the new ones' positions
 
 
 class Runner:
@@ -48,21 +59,25 @@ class Runner:
         self.embedding: Tensor = network.embed_tokens.weight
         self.rotary = network.rotary_emb
         pack = partial(packed, int8=int8)
-        layers = zip(network.layers, slots.layers, strict=True)
-        self.layers = [Layer(layer, state, config, pack) for layer, state in layers]
+        self.layers: list[AttentionLayer | MambaLayer] = [
+            AttentionLayer(layer, cache, config, pack)
+            if isinstance(cache, AttentionCache)
+            else MambaLayer(layer, cache, pack)
+            for layer, cache in zip(network.layers, slots.layers, strict=True)
+        ]
         self.norm: Tensor = network.norm.weight
         self.head = pack(model.get_output_embeddings())
 
     def prefill(self, tokens: Tensor, slot: int, start: int) -> Tensor:
-        """Logits [V] behind tokens [T], which follow the `start` tokens that the slot has seen."""
+        """Logits [V] after tokens [T], which follow the `start` tokens that the slot has seen."""
         positions = torch.arange(start, start + len(tokens), device=self.device)
         hidden = self._stack(tokens, positions, lambda layer, *inputs: layer.prefill(*inputs, slot, start))
         return self.head(hidden[-1:])[0]
 
-    def decode(self, rows: Tensor) -> Tensor:
-        """Logits [b, V] behind a token of each row. rows: [3, b] tokens, their slots, tokens those have seen."""
-        tokens, slots, lengths = rows
-        return self.head(self._stack(tokens, lengths, lambda layer, *inputs: layer.decode(*inputs, slots, lengths)))
+    def decode(self, rows: DecodeBatch) -> Tensor:
+        """Logits [b, V] after a token of each row."""
+        hidden = self._stack(rows.tokens, rows.lengths, lambda layer, *inputs: layer.decode(*inputs, rows))
+        return self.head(hidden)
 
     def _stack(self, tokens: Tensor, positions: Tensor, mix: Any) -> Tensor:
         """All layers and the last norm, [rows, H]."""
@@ -75,28 +90,47 @@ class Runner:
         return add_rms_norm(hidden, update, self.norm, self.eps)
 
 
-class Layer:
-    """One decoder layer: its packed weights and its slots."""
+class DecoderLayer:
+    """What layers of both kinds have: two norms and an MLP."""
 
-    def __init__(self, layer: Any, state: LayerState, config: Any, pack: Callable[..., PackedLinear]):
-        self.state = state
+    def __init__(self, layer: Any, pack: Pack):
         self.mixer_norm: Tensor = layer.input_layernorm.weight
         self.mlp_norm: Tensor = layer.post_attention_layernorm.weight
         self.gate_up, self.down = pack(layer.mlp.gate_proj, layer.mlp.up_proj), pack(layer.mlp.down_proj)
-        if hasattr(layer, "mamba"):
-            self.mixer: Any = with_packed_linears(layer.mamba, pack)
-            self.constants = tuple(t.float().contiguous() for t in layer.mamba.constants())
-            self.prefill, self.decode = self._prefill_mamba, self._decode_mamba
-        else:
-            attention = layer.self_attn
-            self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-            self.head_dim = attention.head_dim
-            self.qkv, self.out = pack(attention.q_proj, attention.k_proj, attention.v_proj), pack(attention.o_proj)
-            self.q_norm, self.k_norm = (getattr(attention, name, nn.Identity()) for name in ("q_norm", "k_norm"))
-            self.prefill, self.decode = self._prefill_attention, self._decode_attention
 
     def mlp(self, hidden: Tensor) -> Tensor:
         return self.down(swiglu(self.gate_up(hidden)))
+
+
+class AttentionLayer(DecoderLayer):
+    """Rotary grouped-query attention over the keys and values in the slots."""
+
+    def __init__(self, layer: Any, cache: AttentionCache[Tensor], config: Any, pack: Pack):
+        super().__init__(layer, pack)
+        attention = layer.self_attn
+        self.cache = cache
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = attention.head_dim
+        self.qkv, self.out = pack(attention.q_proj, attention.k_proj, attention.v_proj), pack(attention.o_proj)
+        self.q_norm, self.k_norm = (getattr(attention, name, nn.Identity()) for name in ("q_norm", "k_norm"))
+
+    def prefill(self, hidden: Tensor, cos: Tensor, sin: Tensor, slot: int, start: int) -> Tensor:
+        q, k, v = self.queries_keys_values(hidden, cos, sin)
+        end = start + len(hidden)
+        keys, values = used(self.cache, slot, end)
+        keys[:, start:], values[:, start:] = k.transpose(0, 1), v.transpose(0, 1)
+        mask = None
+        if start:
+            mask = torch.ones(len(hidden), end, dtype=torch.bool, device=hidden.device).tril(start)
+        q, keys, values = q.transpose(0, 1)[None], keys[None], values[None]
+        out = F.scaled_dot_product_attention(q, keys, values, mask, is_causal=mask is None, enable_gqa=True)
+        return self.out(out[0].transpose(0, 1).flatten(1))
+
+    def decode(self, hidden: Tensor, cos: Tensor, sin: Tensor, rows: DecodeBatch) -> Tensor:
+        q, k, v = self.queries_keys_values(hidden, cos, sin)
+        self.cache.keys[rows.slots, :, rows.lengths] = k
+        self.cache.values[rows.slots, :, rows.lengths] = v
+        return self.out(decode_attention(q, *self.cache, rows.lengths + 1, rows.slots).flatten(1))
 
     def queries_keys_values(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[rows, heads or kv_heads, head_dim], queries and keys rotated."""
@@ -107,38 +141,28 @@ class Layer:
         qk = qk * cos + torch.cat([-second, first], dim=-1) * sin
         return qk[:, : self.heads], qk[:, self.heads :], v
 
-    def _prefill_attention(self, hidden: Tensor, cos: Tensor, sin: Tensor, slot: int, start: int) -> Tensor:
-        q, k, v = self.queries_keys_values(hidden, cos, sin)
-        end = start + len(hidden)
-        keys, values = self.state.used(slot, end)
-        keys[:, start:], values[:, start:] = k.transpose(0, 1), v.transpose(0, 1)
-        mask = None
-        if start:
-            mask = torch.ones(len(hidden), end, dtype=torch.bool, device=hidden.device).tril(start)
-        q, keys, values = q.transpose(0, 1)[None], keys[None], values[None]
-        out = F.scaled_dot_product_attention(q, keys, values, mask, is_causal=mask is None, enable_gqa=True)
-        return self.out(out[0].transpose(0, 1).flatten(1))
 
-    def _decode_attention(self, hidden: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, lengths: Tensor) -> Tensor:
-        q, k, v = self.queries_keys_values(hidden, cos, sin)
-        keys, values = self.state.first, self.state.second
-        keys[slots, :, lengths] = k
-        values[slots, :, lengths] = v
-        return self.out(decode_attention(q, keys, values, lengths + 1, slots).flatten(1))
+class MambaLayer(DecoderLayer):
+    """The model's own mixer, of either kind, on the states in the slots."""
 
-    def _prefill_mamba(self, hidden: Tensor, cos: Tensor, sin: Tensor, slot: int, start: int) -> Tensor:
-        window, state = self.state.used(slot, start)
-        activations = tuple(t[None] for t in self.mixer.activations(hidden))
-        inputs = torch.cat([window.T[None], self.mixer.conv_inputs(activations)], dim=1)
-        past = len(window.T)
-        y, last = self.mixer.scan(activations, self.constants, None, inputs[:, :past], state[None])
-        window.copy_(inputs[0, len(inputs[0]) - past :].T)
-        state.copy_(last[0])
+    def __init__(self, layer: Any, state: MambaState[Tensor], pack: Pack):
+        super().__init__(layer, pack)
+        self.state = state
+        self.mixer: Any = with_packed_linears(layer.mamba, pack)
+        self.constants = tuple(t.float().contiguous() for t in layer.mamba.constants())
+
+    def prefill(self, hidden: Tensor, cos: Tensor, sin: Tensor, slot: int, start: int) -> Tensor:
+        state = used(self.state, slot, start)
+        activations = self.mixer.activations(hidden)
+        joined = torch.cat([state.conv, self.mixer.conv_inputs(activations).T], dim=1)
+        inputs = tuple(t[None] for t in activations)
+        y, ssm = self.mixer.scan(inputs, self.constants, None, state.conv.T[None], state.ssm[None])
+        state.conv.copy_(joined[:, len(hidden) :])
+        state.ssm.copy_(ssm[0])
         return self.mixer.out_proj(y[0])
 
-    def _decode_mamba(self, hidden: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, lengths: Tensor) -> Tensor:
-        activations = self.mixer.activations(hidden)
-        y = self.mixer.step(activations, self.constants, self.state.first, self.state.second, slots)
+    def decode(self, hidden: Tensor, cos: Tensor, sin: Tensor, rows: DecodeBatch) -> Tensor:
+        y = self.mixer.step(self.mixer.activations(hidden), self.constants, *self.state, rows.slots)
         return self.mixer.out_proj(y)
 
 
@@ -151,18 +175,16 @@ def packed(*linears: nn.Linear, int8: bool) -> PackedLinear:
     return PackedLinear(weight, torch.cat(biases) if biases else None, int8=int8)
 
 
-class Packed(nn.Module):
-    """A PackedLinear where a module is expected."""
-
-    def __init__(self, product: PackedLinear):
-        super().__init__()
-        self.forward = product
-
-
-def with_packed_linears(module: nn.Module, pack: Callable[..., PackedLinear]) -> nn.Module:
+def with_packed_linears(module: nn.Module, pack: Pack) -> nn.Module:
     """A copy that shares all parameters but those of its linear layers, which are packed."""
     if type(module) is nn.Linear:
         return Packed(pack(module))
     clone = copy.copy(module)
     clone._modules = {name: with_packed_linears(child, pack) for name, child in module.named_children()}
     return clone
+
+
+class Packed(nn.Module):
+    def __init__(self, product):
+        super().__init__()
+        self.forward = product

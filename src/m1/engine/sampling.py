@@ -16,22 +16,30 @@ class SamplingParams:
     """Settings of one request.
 
     Args:
-        max_tokens: new tokens at most.
+        n: sequences sampled from the prompt.
+        max_tokens: maximum number of new tokens a sequence.
         temperature: divides the logits; 0 is greedy.
         top_k: only the k likeliest tokens (0: all).
         top_p: only the likeliest tokens that together have this probability (1: all).
         min_p: only tokens at least this times as likely as the likeliest (0: all).
-        seed: of the random draws; a request's sample j depends on seed and j alone.
-        stop_token_ids: a sample also ends behind one of these.
-        ignore_eos: doesn't end at the model's own end-of-sequence tokens.
+        seed: of the random draws. A request's sequence j depends on seed and j alone.
+        stop: strings that end a sequence, whose text is cut before them. They may begin inside a token. `LLM` finds
+            them; the engine alone knows no text.
+        stop_token_ids: generation stops after any of these tokens, too.
+        ignore_eos: don't stop at the model's own end-of-sequence tokens.
+
+    Raises:
+        UserError: a value out of range, or an empty stop string.
     """
 
+    n: int = 1
     max_tokens: int = 1024
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int = 0
+    stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
 
@@ -46,13 +54,17 @@ class SamplingParams:
         for name, fits in checks.items():
             if not fits:
                 raise UserError(f"{name}={getattr(self, name)} is out of range")
+        if self.n < 1:
+            raise UserError(f"n={self.n}: must be at least 1")
+        if not all(self.stop):
+            raise UserError("stop: an empty string would end every sequence at once")
 
 
 class SamplingBatch:
     """The settings of a batch's rows as tensors. Rows come and go rarely; steps are many."""
 
     def __init__(self, params: Sequence[SamplingParams], streams: Sequence[int], device: torch.device):
-        """streams: each row's random stream, from `stream_of`."""
+        """streams: each row's random stream, a seed from `fold_in`."""
 
         def column(name: str, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.tensor([getattr(p, name) for p in params], dtype=dtype, device=device)[:, None]
@@ -118,10 +130,10 @@ class SamplingBatch:
             count *= 4
 
 
-def stream_of(seed: int, sample: int) -> int:
-    """The random stream of a request's sample."""
+def fold_in(seed: int, i: int) -> int:
+    """The seed of a seed's i-th child: of a request's sequence, of a job's request."""
     with np.errstate(over="ignore"):
-        return int(_mix(_mix(np.uint64(seed % 2**64)) + np.uint64(sample)))
+        return int(_mix(_mix(np.uint64(seed % 2**64)) + np.uint64(i)))
 
 
 def uniforms(streams: np.ndarray, index: np.ndarray) -> np.ndarray:

@@ -1,125 +1,233 @@
-"""Who has a slot. Requests are admitted as they came; a prompt is prefilled once and forked for its samples."""
+"""Decides what the next step does. Only integers are handled here; executor.py carries a plan out.
+
+Requests are admitted in order. A prompt is prefilled once, in chunks, and forked for its n sequences. Planning needs no
+token values: a plan may be made before the tokens of the one before it are known, so `update` may come one plan late.
+"""
 
 from collections import OrderedDict, deque
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
-import torch
-from torch import Tensor
+from m1.engine.sampling import SamplingParams, fold_in
+from m1.engine.sequence import Request, Sequence
 
-from m1.engine.runner import Runner
-from m1.engine.sequence import Request, Running
-from m1.engine.state import Slots, Snapshot
+
+class Restore(NamedTuple):
+    """Copy an entry of the prefix cache, the state after `length` tokens, into a slot."""
+
+    entry: int
+    slot: int
+    length: int
+
+
+class Chunk(NamedTuple):
+    """Prefill a prompt's next tokens; with `start` 0, into an empty slot. `entry` of the prefix cache keeps the state
+    after them."""
+
+    slot: int
+    start: int
+    tokens: list[int]
+    entry: int | None
+
+
+class Fork(NamedTuple):
+    """Start a sequence: copy its prompt's slot (or take it over, where source is target) and draw its first token."""
+
+    sequence: int
+    source: int
+    target: int
+    length: int  # tokens of the prompt
+    params: SamplingParams
+    stream: int  # of random numbers
+
+
+class Decode(NamedTuple):
+    """Decode one token of each of these sequences, whose slots have seen `lengths` tokens."""
+
+    sequences: list[int]
+    slots: list[int]
+    lengths: list[int]
+
+
+@dataclass
+class Plan:
+    """The work of one step, in the order in which it is executed. Restores read what earlier plans have kept."""
+
+    restore: list[Restore] = field(default_factory=list)
+    prefill: list[Chunk] = field(default_factory=list)
+    fork: list[Fork] = field(default_factory=list)
+    decode: Decode = Decode([], [], [])
 
 
 @dataclass
 class Stats:
-    """What the engine has done so far."""
+    """What has been planned and drawn so far."""
 
     steps: int = 0  # decode steps
-    decoded: int = 0  # tokens sampled
+    decoded: int = 0  # tokens drawn
     prefilled: int = 0  # prompt tokens computed
-    restored: int = 0  # prompt tokens that a snapshot spared
+    prefix_hits: int = 0  # prompt tokens found in the prefix cache
     forks: int = 0
 
 
 class Scheduler:
-    """Waiting and running samples.
+    """Waiting and running sequences, free slots, and the prefix cache's index.
 
     Args:
-        chunk: prompt tokens prefilled between two decode steps at most, and the tokens of one forward.
-        snapshots: prompts and prompt beginnings (at multiples of `chunk`) whose states are kept for the next that
-            begins so. They are used only where a fresh prefill would have passed through the same state.
+        num_slots: sequences that run at a time.
+        prefill_chunk: maximum number of prompt tokens in a chunk. No chunk begins in a plan that has as many already.
+        prefix_cache: entries of the cache: states after whole prompts, and after their beginnings at multiples of
+            `prefill_chunk`. They are used only where a prefill would have passed through the same state.
+        stop_token_ids: end a sequence, unless its request ignores them.
     """
 
-    def __init__(self, runner: Runner, slots: Slots, chunk: int, snapshots: int):
-        self.runner, self.slots, self.chunk = runner, slots, chunk
-        self.kept: OrderedDict[tuple[int, ...], tuple[Snapshot, Tensor]] = OrderedDict()
-        self.max_kept = snapshots
+    def __init__(self, num_slots: int, prefill_chunk: int, prefix_cache: int, stop_token_ids: Collection[int] = ()):
+        self.free = list(reversed(range(num_slots)))
+        self.prefill_chunk = prefill_chunk
+        self.prefix_cache = prefix_cache
+        self.cached: OrderedDict[tuple[int, ...], int] = OrderedDict()  # tokens -> entry, least recently used first
+        self.stop_token_ids = frozenset(stop_token_ids)
         self.waiting: deque[Request] = deque()
-        self.running: list[Running] = []
+        self.running: dict[int, Sequence] = {}
         self.stats = Stats()
+        self._admitted = 0
 
-    def admit(self) -> Iterator[Running]:
-        """Samples that have a slot now and no token yet; prefills up to `chunk` tokens for them."""
-        budget = self.chunk
-        while self.waiting:
-            request = self.waiting[0]
-            if request.slot is None:
-                if not self.slots.free:
-                    return
-                self._open(request)
-            while request.seen < len(request.tokens):
-                if budget <= 0:
-                    return
-                budget -= self._prefill_chunk(request)
-            while request.started < len(request.completions):
-                slot = self._slot_for_sample(request)
-                if slot is None:
-                    break
-                self.running.append(Running.start(request, slot))
-                yield self.running[-1]
-            if request.started < len(request.completions):
-                if request.slot is not None:  # the prompt waits in its slot until others leave theirs
-                    return
-            else:
-                self.waiting.popleft()
+    def add(self, request: Request) -> None:
+        own = frozenset() if request.params.ignore_eos else self.stop_token_ids
+        request.stop = own.union(request.params.stop_token_ids)
+        self.waiting.append(request)
 
-    def _slot_for_sample(self, request: Request) -> int | None:
-        """The prompt's own slot for the last sample, a fork for the others; None if that has to wait."""
-        slot = request.slot
-        if slot is None:
-            return None
-        last = request.started + 1 == len(request.completions)
-        if not last and self.slots.free:
-            self.stats.forks += 1
-            return self.slots.fork(slot, request.seen)
-        if (
-            last or not self.running
-        ):  # nobody will leave a slot: this sample takes the prompt's, the next prefills again
-            request.slot, request.seen = None, request.seen if last else 0
-            return slot
-        return None
+    def schedule(self) -> Plan:
+        """The next step: admits what has a slot, then decodes every sequence that may draw more tokens."""
+        plan = Plan()
+        self._admit(plan)
+        rows = [sequence for sequence in self.running.values() if sequence.length < sequence.limit]
+        plan.decode = Decode([row.id for row in rows], [row.slot for row in rows], [row.length for row in rows])
+        for row in rows:
+            row.length += 1
+        self.stats.steps += bool(rows)
+        return plan
 
-    def _open(self, request: Request) -> None:
-        """A slot for the prompt, as far along as a snapshot goes."""
-        request.slot, request.seen = self.slots.take(), 0
-        size = len(request.tokens)
-        for length in [size, *range((size - 1) // self.chunk * self.chunk, 0, -self.chunk)]:
-            key = tuple(request.tokens[:length])
-            if key in self.kept:
-                snapshot, request.logits = self.kept[key]
-                self.kept.move_to_end(key)
-                self.slots.restore(request.slot, length, snapshot)
-                self.stats.restored += length
-                request.seen = length
-                return
+    def update(self, plan: Plan, tokens: list[int], logprobs: list[float]) -> list[Sequence]:
+        """Takes in the tokens that a plan drew, those of its forks first. Returns the sequences that ended with them.
 
-    def _prefill_chunk(self, request: Request) -> int:
-        """Sees the prompt's next tokens, up to a multiple of `chunk` whatever else is going on; says how many."""
-        assert request.slot is not None
-        tokens = torch.tensor(request.tokens[request.seen : request.seen + self.chunk], device=self.runner.device)
-        request.logits = self.runner.prefill(tokens, request.slot, request.seen)
-        request.seen += len(tokens)
-        self.stats.prefilled += len(tokens)
-        if self.max_kept:
-            saved = self.slots.snapshot(request.slot, request.seen), request.logits
-            self.kept[tuple(request.tokens[: request.seen])] = saved
-            if len(self.kept) > self.max_kept:
-                self.kept.popitem(last=False)
-        return len(tokens)
+        Tokens of sequences that ended before are dropped: they were planned before that was known.
+        """
+        ended = []
+        ids = [fork.sequence for fork in plan.fork] + plan.decode.sequences
+        for id_, token, logprob in zip(ids, tokens, logprobs, strict=True):
+            sequence = self.running.get(id_)
+            if sequence is None:
+                continue
+            self.stats.decoded += 1
+            if logprob != logprob:
+                self.finish(sequence, "nan")
+                ended.append(sequence)
+                continue
+            sequence.token_ids.append(token)
+            sequence.logprobs.append(logprob)
+            request = sequence.request
+            if token in request.stop or len(sequence.token_ids) == request.params.max_tokens:
+                self.finish(sequence, "stop" if token in request.stop else "length")
+                ended.append(sequence)
+        return ended
 
-    def leave(self, samples: list[Running]) -> None:
-        """Their slots are free again."""
-        for sample in samples:
-            self.running.remove(sample)
-            self.slots.give_back(sample.slot)
+    def finish(self, sequence: Sequence, reason: str) -> None:
+        """Ends a running sequence. Its slot is free at once."""
+        del self.running[sequence.id]
+        self.free.append(sequence.slot)
+        sequence.finish_reason, sequence.done = reason, True
 
-    def drop(self, request: Request) -> None:
-        """Forgets a request, waiting or running."""
+    def abort(self, request: Request) -> None:
+        """Ends what is unfinished of a request, waiting or running."""
         if request in self.waiting:
             self.waiting.remove(request)
             if request.slot is not None:
-                self.slots.give_back(request.slot)
+                self.free.append(request.slot)
                 request.slot = None
-        self.leave([sample for sample in self.running if sample.request is request])
+        for sequence in request.sequences:
+            if sequence.id in self.running:
+                self.finish(sequence, "abort")
+            sequence.done = True
+
+    def _admit(self, plan: Plan) -> None:
+        """Prefills and starts what waits, in order, as far as slots and the chunk budget go."""
+        budget = self.prefill_chunk
+        while self.waiting:
+            request = self.waiting[0]
+            if request.slot is None and not self._open(request, plan):
+                return
+            while request.computed < len(request.tokens):
+                if budget <= 0:
+                    return
+                budget -= self._prefill(request, plan)
+            while request.started < request.params.n and self._start(request, plan):
+                pass
+            if request.started == request.params.n:
+                self.waiting.popleft()
+            elif request.slot is not None:  # the prompt waits in its slot until others leave theirs
+                return
+
+    def _open(self, request: Request, plan: Plan) -> bool:
+        """Gives the prompt a slot, as far along as the prefix cache goes. False if that has to wait."""
+        if not self.free:
+            return False
+        size, chunk = len(request.tokens), self.prefill_chunk
+        for length in [size, *range((size - 1) // chunk * chunk, 0, -chunk)]:
+            entry = self.cached.get(key := tuple(request.tokens[:length]))
+            if entry is None:
+                continue
+            if any(chunk.entry == entry for chunk in plan.prefill):
+                return False  # this very plan computes it; the next one can restore it
+            self.cached.move_to_end(key)
+            request.slot, request.computed = self.free.pop(), length
+            plan.restore.append(Restore(entry, request.slot, length))
+            self.stats.prefix_hits += length
+            return True
+        request.slot, request.computed = self.free.pop(), 0
+        return True
+
+    def _prefill(self, request: Request, plan: Plan) -> int:
+        """Plans the prompt's next chunk, which ends at a multiple of the chunk size whatever else is going on, or with
+        the prompt. Returns its number of tokens."""
+        assert request.slot is not None
+        start = request.computed
+        tokens = request.tokens[start : start + self.prefill_chunk]
+        request.computed += len(tokens)
+        plan.prefill.append(Chunk(request.slot, start, tokens, self._entry(tuple(request.tokens[: request.computed]))))
+        self.stats.prefilled += len(tokens)
+        return len(tokens)
+
+    def _entry(self, tokens: tuple[int, ...]) -> int | None:
+        """An entry of the prefix cache for the state after these tokens: a new one, or the least recently used."""
+        if not self.prefix_cache:
+            return None
+        full = len(self.cached) == self.prefix_cache
+        self.cached[tokens] = entry = self.cached.popitem(last=False)[1] if full else len(self.cached)
+        return entry
+
+    def _start(self, request: Request, plan: Plan) -> bool:
+        """Gives the request's next sequence a slot: a fork, or the prompt's own for the last one. False if it waits."""
+        source = request.slot
+        if source is None:
+            return False
+        last = request.started + 1 == request.params.n
+        if not last and self.free:
+            target = self.free.pop()
+            self.stats.forks += 1
+        elif last or not self.running:  # nobody will leave a slot: take the prompt's, the next prefills it again
+            target = source
+            request.slot, request.computed = None, request.computed if last else 0
+        else:
+            return False
+        sequence = request.sequences[request.started]
+        request.started += 1
+        size, params = len(request.tokens), request.params
+        sequence.id, sequence.slot = self._admitted, target
+        sequence.length, sequence.limit = size, size + params.max_tokens - 1
+        self._admitted += 1
+        self.running[sequence.id] = sequence
+        stream = fold_in(params.seed, sequence.index)
+        plan.fork.append(Fork(sequence.id, source, target, size, params, stream))
+        return True

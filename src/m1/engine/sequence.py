@@ -1,59 +1,54 @@
-"""What the engine is asked for and what it gives back."""
+"""What the engine is asked for, and the samples it makes of it."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from torch import Tensor
-
-from m1.engine.sampling import SamplingParams, stream_of
-
-
-@dataclass
-class Completion:
-    """One sample: new token ids (with the stop token, if it was reached), their log-probabilities, why it ended."""
-
-    prompt: int
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    finish_reason: str = (
-        "abort"  # "stop", "length", "nan" (the model's logits), or "abort" until it has ended by itself
-    )
-    done: bool = False
+from m1.engine.sampling import SamplingParams
 
 
 @dataclass(eq=False)
 class Request:
-    """A prompt, n samples of it, and how far they are."""
+    """A prompt to sample `params.n` times.
 
-    tokens: Sequence[int]
+    Args:
+        tokens: the prompt.
+        params: how to sample. `params.seed` and a sequence's index make that sequence's random stream.
+        id: names the request in errors; otherwise the caller's own.
+    """
+
+    tokens: list[int]
     params: SamplingParams
-    completions: list[Completion]
-    stop: frozenset[int] = frozenset()  # tokens that end a sample
-    started: int = 0  # samples that have a slot of their own, or had
-    slot: int | None = None  # holds the prompt until the last sample takes it over
-    seen: int = 0  # prompt tokens the slot has seen
-    logits: Tensor | None = None  # [V] behind the prompt
+    id: int = 0
+    sequences: list["Sequence"] = field(init=False)
+    # The scheduler's notes.
+    stop: frozenset[int] = frozenset()  # tokens that end a sequence
+    started: int = 0  # sequences that have, or had, a slot
+    slot: int | None = None  # holds the prompt until the last sequence takes it over
+    computed: int = 0  # prompt tokens the slot has seen
+
+    def __post_init__(self) -> None:
+        self.sequences = [Sequence(self, index) for index in range(self.params.n)]
 
     @property
     def done(self) -> bool:
-        return all(completion.done for completion in self.completions)
+        return all(sequence.done for sequence in self.sequences)
 
 
-@dataclass(eq=False)
-class Running:
-    """A sample that is being decoded, in a slot and from a random stream of its own."""
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """One sample of a request: its tokens so far, their log-probabilities, and why it ended.
+
+    `token_ids` includes the stop token, if it was reached. `finish_reason` is "stop", "length", "nan" (the model's
+    logits), or "abort" as long as the sequence hasn't ended by itself.
+    """
 
     request: Request
-    completion: Completion
-    slot: int
-    stream: int
-
-    @property
-    def length(self) -> int:
-        """Tokens that the slot has seen: all but the last one sampled."""
-        return len(self.request.tokens) + len(self.completion.token_ids) - 1
-
-    @classmethod
-    def start(cls, request: Request, slot: int) -> "Running":
-        sample, request.started = request.started, request.started + 1
-        return cls(request, request.completions[sample], slot, stream_of(request.params.seed, sample))
+    index: int  # among the request's n
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish_reason: str = "abort"
+    done: bool = False
+    # The scheduler's notes.
+    id: int = -1  # unique among the sequences of an engine
+    slot: int = -1
+    length: int = 0  # tokens the slot has seen once all plans so far are executed
+    limit: int = 0  # length at which the last token has been drawn

@@ -19,8 +19,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from m1.engine import SamplingParams
-from m1.engine.sampling import stream_of
+from m1.engine import LLM, SamplingParams, fold_in
 from m1.errors import UserError
 from m1.evaluation.budget_curve import draw, summarize
 from m1.evaluation.folder import SETTINGS, refuse_other_settings
@@ -28,18 +27,18 @@ from m1.evaluation.generators import weights_hash
 from m1.evaluation.solvers import Solver, engine_solver, vllm_solver
 from m1.evaluation.tasks import Problem
 from m1.jsonl import append_jsonl, drop_torn_line, read_jsonl, write_json
+from m1.model.tokenizer import encode_chat
 from m1.peers.vllm_client import version
 from m1.plots import save_figure
 from m1.reasoning.answers import Grader
 from m1.reasoning.budget import Budget
-from m1.reasoning.solve import chat_prompt
 
 Models = dict[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the runs depend on beside models and problems. `max_batch`: samples of a problem decoded together.
+    """What the runs depend on beside models and problems. `max_num_seqs`: samples of a problem decoded together.
 
     Raises:
         UserError: seconds or seeds that can't be.
@@ -50,7 +49,7 @@ class Settings:
     seeds: int
     max_new_tokens: int
     temperature: float
-    max_batch: int
+    max_num_seqs: int
     prompt_template: str = "{problem}"
 
     def __post_init__(self) -> None:
@@ -89,7 +88,7 @@ def measure_budgets(
         solvers = _solvers(models, texts, settings, vllm, grader, stack) if missing else {}
         for seed, i, name in missing:
             on_progress(len(runs), len(jobs))
-            seconds, samples = solvers[name].solve(texts[i], stream_of(seed, i), settings.seconds)
+            seconds, samples = solvers[name].solve(texts[i], fold_in(seed, i), settings.seconds)
             run = {"model": name, "problem": problems[i].id, "seed": seed, "seconds": seconds, "samples": samples}
             runs.append(run)
             append_jsonl(out / "runs.jsonl", [run])
@@ -119,10 +118,11 @@ def _solvers(
     params = SamplingParams(max_tokens=settings.max_new_tokens, temperature=settings.temperature)
     solvers: dict[str, Solver] = {}
     for name, (model, tokenizer) in models.items():
-        prompts = [chat_prompt(tokenizer, text) for text in texts]
-        solvers[name] = engine_solver(model, tokenizer, prompts, params, settings.max_batch, grader)
+        prompts = [encode_chat(tokenizer, text) for text in texts]
+        llm = LLM(model, tokenizer, max_num_seqs=settings.max_num_seqs, prefix_cache=0)
+        solvers[name] = engine_solver(llm, prompts, params, grader)
         if name in vllm:
-            peer = vllm_solver(model, tokenizer, prompts, params, settings.max_batch)
+            peer = vllm_solver(llm, prompts, params, settings.max_num_seqs)
             solvers[_under_vllm(name)] = stack.enter_context(peer)
     return solvers
 

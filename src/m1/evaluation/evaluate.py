@@ -20,8 +20,7 @@ from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from m1.engine import SamplingParams
-from m1.engine.sampling import stream_of
+from m1.engine import SamplingParams, fold_in
 from m1.errors import UserError
 from m1.evaluation.folder import SETTINGS, refuse_other_settings
 from m1.evaluation.generators import Ask, Generator, Sample
@@ -152,7 +151,7 @@ def _missing(
     for i, problem in enumerate(problems):
         if missing := tuple(r for r in rounds if (problem.id, r) not in rows):
             prompt = settings.prompt_template.replace("{problem}", problem.text)
-            yield Ask(problem.id, prompt, missing, stream_of(settings.seed * 1_000_003 + missing[0], i))
+            yield Ask(problem.id, prompt, missing, fold_in(settings.seed * 1_000_003 + missing[0], i))
 
 
 def _graded(sample: Sample, golds: dict[str, tuple[str, ...]], grader: Grader) -> dict[str, Any]:

@@ -8,7 +8,9 @@ import collections.abc
 import hashlib
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -21,10 +23,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from m1.engine import Engine, SamplingParams, max_len_for, stop_tokens
+from m1.engine import LLM, Request, SamplingParams, stop_tokens
 from m1.errors import UserError
-from m1.model.configuration import cache_bytes
-from m1.reasoning.solve import chat_prompt
+from m1.model.cache_layout import slot_bytes
+from m1.model.tokenizer import encode_chat
 
 CONTEXT_FOR_CACHE = 4096
 
@@ -81,8 +83,7 @@ class EngineGenerator:
     """This project's engine. A sample depends on its prompt and seed alone.
 
     Args:
-        max_batch: sequences decoded together.
-        quantize: `Engine`'s.
+        max_num_seqs, quantize: as in `Engine`.
     """
 
     by_round = True
@@ -91,58 +92,40 @@ class EngineGenerator:
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        max_batch: int = 256,
+        max_num_seqs: int = 256,
         quantize: str | None = None,
     ):
-        self.model, self.tokenizer, self.max_batch, self.quantize = model, tokenizer, max_batch, quantize
-        self._engine: Engine | None = None
+        self.llm, self.quantize = LLM(model, tokenizer, max_num_seqs=max_num_seqs, quantize=quantize), quantize
 
     def identity(self) -> dict[str, str]:
         name = f"engine, {self.quantize}" if self.quantize else "engine"
-        return {"generator": name, "model": weights_hash(self.model)}
+        return {"generator": name, "model": weights_hash(self.llm.model)}
 
     def facts(self) -> dict[str, Any]:
-        return model_facts(self.model)
+        return model_facts(self.llm.model)
 
     def generate(self, asks: Sequence[Ask], params: SamplingParams) -> Samples:
-        prompts = [chat_prompt(self.tokenizer, ask.prompt) for ask in asks]
-        engine = self._engine_for(prompts, params.max_tokens)
-        requests = []
-        try:
-            for i, (ask, prompt) in enumerate(zip(asks, prompts, strict=True)):
-                requests.append(engine.submit(prompt, replace(params, seed=ask.seed), len(ask.rounds), prompt=i))
-            rounds = {
-                id(completion): round_
-                for ask, request in zip(asks, requests, strict=True)
-                for round_, completion in zip(ask.rounds, request.completions, strict=True)
-            }
-            started = time.monotonic()
-            while engine.busy:
-                for completion in engine.step():
-                    now = time.monotonic()
-                    yield Sample(
-                        asks[completion.prompt].problem,
-                        rounds[id(completion)],
-                        self.tokenizer.decode(completion.token_ids, skip_special_tokens=True),
-                        len(completion.token_ids),
-                        sum(completion.logprobs),
-                        completion.finish_reason,
-                        now - started,
-                    )
-                    started += time.monotonic() - now
-        finally:
-            for request in requests:
-                if not request.done:
-                    engine.abort(request)
-
-    def _engine_for(self, prompts: list[list[int]], max_tokens: int) -> Engine:
-        """The engine of the last round, if it has room for these prompts: its prefilled prompts are kept."""
-        needed = max_len_for(self.model, prompts, max_tokens)
-        if self._engine is None or self._engine.max_len < needed:
-            self._engine = None  # its memory is needed for the next one
-            stop = stop_tokens(self.model, self.tokenizer)
-            self._engine = Engine(self.model, stop, self.max_batch, needed, quantize=self.quantize)
-        return self._engine
+        prompts = [encode_chat(self.llm.tokenizer, ask.prompt) for ask in asks]
+        engine = self.llm.engine_for(prompts, params.max_tokens)
+        requests = [
+            Request(prompt, replace(params, seed=ask.seed, n=len(ask.rounds)), i)
+            for i, (ask, prompt) in enumerate(zip(asks, prompts, strict=True))
+        ]
+        started = time.monotonic()
+        with closing(engine.run(requests)) as steps:
+            for sequence in chain.from_iterable(steps):
+                now = time.monotonic()
+                ask = asks[sequence.request.id]
+                yield Sample(
+                    ask.problem,
+                    ask.rounds[sequence.index],
+                    self.llm.decode(sequence.token_ids),
+                    len(sequence.token_ids),
+                    sum(sequence.logprobs),
+                    sequence.finish_reason,
+                    now - started,
+                )
+                started += time.monotonic() - now
 
 
 class TransformersGenerator:
@@ -151,15 +134,15 @@ class TransformersGenerator:
     Nothing of the checkpoint's generation_config.json is used, so that both local generators sample alike.
 
     Args:
-        max_batch: sequences of a batch.
+        max_num_seqs: sequences of a batch.
     """
 
     by_round = True
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_batch: int = 256):
-        if max_batch < 1:
-            raise UserError(f"max_batch={max_batch}: must be at least 1")
-        self.model, self.tokenizer, self.max_batch = model.eval(), tokenizer, max_batch
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_num_seqs: int = 256):
+        if max_num_seqs < 1:
+            raise UserError(f"max_num_seqs={max_num_seqs}: must be at least 1")
+        self.model, self.tokenizer, self.max_num_seqs = model.eval(), tokenizer, max_num_seqs
 
     def identity(self) -> dict[str, str]:
         return {"generator": "transformers", "model": weights_hash(self.model)}
@@ -178,7 +161,7 @@ class TransformersGenerator:
             pad_token_id=next((token for token in (self.tokenizer.pad_token_id, *stop) if token is not None), 0),
         )
         jobs = [(ask, round_) for ask in asks for round_ in ask.rounds]
-        prompts = {ask.problem: chat_prompt(self.tokenizer, ask.prompt) for ask in asks}
+        prompts = {ask.problem: encode_chat(self.tokenizer, ask.prompt) for ask in asks}
         context = self.model.config.max_position_embeddings
         if (longest := max(map(len, prompts.values()), default=0)) + params.max_tokens > context:
             raise UserError(
@@ -186,8 +169,8 @@ class TransformersGenerator:
                 f"context of {context}: shorten one of them"
             )
         started = time.monotonic()
-        for first in range(0, len(jobs), self.max_batch):
-            batch = jobs[first : first + self.max_batch]
+        for first in range(0, len(jobs), self.max_num_seqs):
+            batch = jobs[first : first + self.max_num_seqs]
             outputs = self._sample([prompts[ask.problem] for ask, _ in batch], config, batch[0][0].seed + first)
             now = time.monotonic()
             for (ask, round_), tokens, logprobs in zip(batch, *outputs, strict=True):
@@ -248,10 +231,9 @@ LOCAL: dict[str, type[EngineGenerator] | type[TransformersGenerator]] = {
 
 
 def model_facts(model: PreTrainedModel) -> dict[str, Any]:
-    element = next(model.parameters()).element_size()
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
-        "cache_bytes_per_sequence_at_4k": cache_bytes(model.config, CONTEXT_FOR_CACHE, element),
+        "cache_bytes_per_sequence_at_4k": slot_bytes(model.config, CONTEXT_FOR_CACHE, next(model.parameters()).dtype),
     }
 
 

@@ -36,14 +36,19 @@ def byte_tokenizer(model_max_length: int = 4096) -> PreTrainedTokenizerFast:
     )
 
 
-def conversation_tokens(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], add_generation_prompt: bool = False
+def encode_chat(
+    tokenizer: PreTrainedTokenizerBase, messages: str | list[dict[str, str]], add_generation_prompt: bool = True
 ) -> list[int]:
-    """Token ids of whole messages, `add_generation_prompt`: ready for the assistant's next.
+    """Token ids of whole messages; a string is a user's one message.
+
+    Args:
+        add_generation_prompt: end with the beginning of the assistant's next message.
 
     Raises:
         UserError: the tokenizer has no chat template, or one that these messages break.
     """
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
     if not tokenizer.chat_template:
         raise UserError(
             f"the tokenizer of {tokenizer.name_or_path} has no chat template: add chat_template.jinja beside it, "

@@ -31,12 +31,12 @@ def version() -> str | None:
 
 
 @contextmanager
-def start_vllm(model: PreTrainedModel, max_len: int, max_seqs: int) -> Iterator[Ask]:
+def start_vllm(model: PreTrainedModel, max_model_len: int, max_num_seqs: int) -> Iterator[Ask]:
     """A worker on a copy of the model, in its dtype; ends with the context.
 
     Args:
-        max_len: tokens of a prompt and its sample together.
-        max_seqs: samples decoded together.
+        max_model_len: tokens of a prompt and its sample together.
+        max_num_seqs: samples decoded together.
 
     Raises:
         UserError: it isn't installed, or can't run this model.
@@ -46,7 +46,7 @@ def start_vllm(model: PreTrainedModel, max_len: int, max_seqs: int) -> Iterator[
     with tempfile.TemporaryDirectory() as folder, open(Path(folder, "log"), "w+") as log:
         model.save_pretrained(folder)
         command = [str(PYTHON), str(WORKER), folder, "--dtype", str(model.dtype).removeprefix("torch.")]
-        command += ["--max-len", str(max_len), "--max-seqs", str(max_seqs)]
+        command += ["--max-model-len", str(max_model_len), "--max-num-seqs", str(max_num_seqs)]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
         assert process.stdin and process.stdout
 

@@ -1,6 +1,6 @@
 """vLLM generates: a program of its own, run by the Python of `make peers`, without M1.
 
-    python vllm_worker.py MODEL_FOLDER --dtype bfloat16 --max-len N --max-seqs B
+    python vllm_worker.py MODEL_FOLDER --dtype bfloat16 --max-model-len N --max-num-seqs B
 
 On stdout is one JSON object a line, everything else goes to stderr. The first is {"ready": true, "versions": ...}.
 Then each line on stdin is work, and is answered by one line, {"error": why} where it can't be done:
@@ -8,7 +8,7 @@ Then each line on stdin is work, and is answered by one line, {"error": why} whe
     {"batch": 64, "prompt": 128, "new_tokens": 512, "seed": 0}
         random prompts -> {"seconds": of the whole call, prompts included, "tokens": sampled}
     {"tokens": [1, 2, 3], "new_tokens": 512, "temperature": 0.7, "stop": [2], "seconds": 10.0}
-        samples of one prompt, --max-seqs of them at a time, until the time is over
+        samples of one prompt, --max-num-seqs of them at a time, until the time is over
         -> {"seconds": until then, "samples": [{"seconds": when it ended, "token_ids": [...]}, ...]}
 
 The end of stdin ends it. An engine that can't start is an {"error": why} and exit status 1.
@@ -36,8 +36,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="folder of a Hugging Face checkpoint")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--max-len", type=int, required=True, help="prompt and new tokens of one sequence")
-    parser.add_argument("--max-seqs", type=int, required=True, help="sequences at a time")
+    parser.add_argument("--max-model-len", type=int, required=True, help="prompt and new tokens of one sequence")
+    parser.add_argument("--max-num-seqs", type=int, required=True, help="sequences at a time")
     options = parser.parse_args()
     choose_threads()
     with answers_only() as answers:
@@ -61,7 +61,7 @@ class Engine:
 
     def __init__(self, options: argparse.Namespace):
         self.vocabulary = json.loads((options.model / "config.json").read_text())["vocab_size"]
-        self.max_len, self.max_seqs = options.max_len, options.max_seqs
+        self.max_model_len, self.max_num_seqs = options.max_model_len, options.max_num_seqs
         self.begun = 0
         from vllm import LLM  # seconds, which a folder without a checkpoint needn't take
 
@@ -69,8 +69,8 @@ class Engine:
             str(options.model),
             skip_tokenizer_init=True,
             dtype=options.dtype,
-            max_model_len=options.max_len,
-            max_num_seqs=options.max_seqs,
+            max_model_len=options.max_model_len,
+            max_num_seqs=options.max_num_seqs,
             enable_prefix_caching=True,
             enforce_eager=True,  # compiled it is no faster here, and starts 20 s later
             kv_cache_memory_bytes=KV_CACHE,
@@ -111,7 +111,7 @@ class Engine:
         running: set[str] = set()
         start = time.perf_counter()
         while (spent := time.perf_counter() - start) < seconds:
-            while len(running) < self.max_seqs:
+            while len(running) < self.max_num_seqs:
                 self.begun += 1
                 running.add(str(self.begun))
                 engine.add_request(str(self.begun), {"prompt_token_ids": tokens}, params)
@@ -124,8 +124,10 @@ class Engine:
 
     def check_length(self, prompt: int, new_tokens: int) -> None:
         """vLLM itself would sample fewer tokens and say nothing."""
-        if prompt + new_tokens > self.max_len:
-            raise ValueError(f"prompt {prompt} and new_tokens {new_tokens} are more than --max-len {self.max_len}")
+        if prompt + new_tokens > self.max_model_len:
+            raise ValueError(
+                f"prompt {prompt} and new_tokens {new_tokens} are more than --max-model-len {self.max_model_len}"
+            )
 
 
 def read_work(line: str) -> dict[str, Any]:

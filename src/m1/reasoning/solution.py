@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from m1.engine import Completion
+from m1.engine import Sequence
 from m1.reasoning.voting import Vote
 
 
@@ -26,14 +26,14 @@ class Solution:
     """The vote, the samples behind it in the order they ended, and what they cost. It grows while it is being found.
 
     Attributes:
-        completions: of all samples that were begun or queued, aborted ones too.
+        sequences: of all samples that were begun or queued, aborted ones too.
         seconds: of wall-clock time since the start, with grading and weighing.
         reason: why it stopped: "all" (n samples ended), "decided", "confident" or "seconds"; None until then.
     """
 
     vote: Vote = field(default_factory=lambda: Vote({}, {}))
     samples: list[Sample] = field(default_factory=list)
-    completions: list[Completion] = field(default_factory=list, repr=False)
+    sequences: list[Sequence] = field(default_factory=list, repr=False)
     seconds: float = 0.0
     reason: str | None = None
 
@@ -44,12 +44,12 @@ class Solution:
     @property
     def tokens(self) -> int:
         """Generated, those of aborted samples too."""
-        return sum(len(completion.token_ids) for completion in self.completions)
+        return sum(len(sequence.token_ids) for sequence in self.sequences)
 
     @property
     def aborted(self) -> int:
         """Samples without an end of their own; until it stopped, those still open."""
-        return len(self.completions) - len(self.samples)
+        return len(self.sequences) - len(self.samples)
 
     def as_json(self) -> dict[str, Any]:
         tally = [

@@ -3,15 +3,11 @@
 import math
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 
-from transformers import PreTrainedTokenizerBase
-
-from m1.engine import Completion, Engine, SamplingParams
-from m1.engine.sampling import stream_of
-from m1.engine.sequence import Request
+from m1.engine import LLM, Engine, Request, SamplingParams, Sequence, fold_in
 from m1.errors import UserError
-from m1.model.tokenizer import conversation_tokens
 from m1.reasoning.answers import Grader, extract_answer
 from m1.reasoning.budget import Budget, TimedGrader, Timer
 from m1.reasoning.solution import Sample, Solution
@@ -21,8 +17,7 @@ from m1.reasoning.voting import vote
 
 def solve(
     problem: str,
-    engine: Engine,
-    tokenizer: PreTrainedTokenizerBase,
+    llm: LLM,
     grader: Grader,
     params: SamplingParams,
     budget: Budget,
@@ -35,9 +30,11 @@ def solve(
     When the budget's rule or its seconds end it, unfinished samples are aborted. Seconds are looked at before every
     step of the engine, so they are overrun by one step at most. Grading is on the clock: a sample that ends in the
     step that overruns is compared by its text alone. So is a verifier, which can't be interrupted: one call of it that
-    began in time is waited for, and samples that end too late for it weigh 0.
+    began in time is waited for, and samples that end too late for it weigh 0. Making the engine, where there is none
+    yet, is not.
 
     Args:
+        params: of a sample; the number of samples is the budget's.
         weights: of the votes; see verifier.py.
         on_step: called after every step with the solution so far; its time is on the clock.
         clock: seconds, for tests.
@@ -46,6 +43,8 @@ def solve(
         UserError: a prompt the engine refuses, a verifier's impossible score, or the rule "decided" with a verifier
             whose scores have no known bound.
     """
+    prompt = llm.encode([{"role": "user", "content": problem}])
+    engine = llm.engine_for([prompt], params.max_tokens)
     timer, bound, solution = Timer(budget.seconds, clock), bound_of(weights), Solution()
     if budget.rule == "decided" and bound is None:
         raise UserError(
@@ -54,18 +53,13 @@ def solve(
         )
     grader.start(timer.left())
     timed_grader = TimedGrader(grader, timer)
-    prompt = chat_prompt(tokenizer, problem)
     requests: list[Request] = []
-    mine: set[int] = set()  # others may use the engine, too
-    try:
+    with closing(engine.run(requests)) as steps:
         while not solution.reason and timer.left() > 0:
-            if wave := _wave(engine, budget, begun=len(mine)):
-                seeded = replace(params, seed=stream_of(params.seed, len(requests)))
-                requests.append(engine.submit(prompt, seeded, wave))
-                solution.completions += requests[-1].completions
-                mine |= {id(completion) for completion in requests[-1].completions}
-            fresh = [completion for completion in engine.step() if id(completion) in mine]
-            if ended := [_read(completion, tokenizer, timer.spent()) for completion in fresh]:
+            if wave := _wave(engine, budget, requests):
+                requests.append(Request(prompt, replace(params, n=wave, seed=fold_in(params.seed, len(requests)))))
+                solution.sequences += requests[-1].sequences
+            if ended := [_read(sequence, llm, timer.spent()) for sequence in next(steps)]:
                 if not callable(weights) or timer.left() > 0:
                     _weigh(ended, problem, weights)
                 solution.samples += ended
@@ -74,27 +68,23 @@ def solve(
                 solution.reason = budget.why_stop(solution.vote, len(answers), bound)
             solution.seconds = timer.spent()
             on_step(solution)
-    finally:
-        for request in requests:
-            if not request.done:
-                engine.abort(request)
     solution.reason = solution.reason or "seconds"
     solution.seconds = timer.spent()
     return solution
 
 
-def _wave(engine: Engine, budget: Budget, begun: int) -> int:
-    """Samples to begin now: all n at once, which the engine queues, or else as many as it has free slots."""
+def _wave(engine: Engine, budget: Budget, requests: list[Request]) -> int:
+    """Samples to begin now: all n at once, which the engine queues; without n, one for each free slot, or one that
+    waits where others have taken all."""
     if budget.n is not None:
-        return budget.n - begun
-    return 0 if engine.scheduler.waiting else len(engine.slots.free)
+        return 0 if requests else budget.n
+    return engine.free_slots or int(all(request.done for request in requests))
 
 
-def _read(completion: Completion, tokenizer: PreTrainedTokenizerBase, seconds: float) -> Sample:
-    text = tokenizer.decode(completion.token_ids, skip_special_tokens=True)
-    count = len(completion.token_ids)
-    logprob = math.fsum(completion.logprobs) / count if count else 0.0
-    return Sample(text, extract_answer(text), count, logprob, completion.finish_reason, seconds)
+def _read(sequence: Sequence, llm: LLM, seconds: float) -> Sample:
+    text, count = llm.decode(sequence.token_ids), len(sequence.token_ids)
+    logprob = math.fsum(sequence.logprobs) / count if count else 0.0
+    return Sample(text, extract_answer(text), count, logprob, sequence.finish_reason, seconds)
 
 
 def _weigh(samples: list[Sample], problem: str, weights: Weights) -> None:
@@ -104,13 +94,3 @@ def _weigh(samples: list[Sample], problem: str, weights: Weights) -> None:
         scores = weigh(weights, problem, [s.text for s in voters], [s.logprob for s in voters])
         for sample, score in zip(voters, scores, strict=True):
             sample.weight = score
-
-
-def chat_prompt(tokenizer: PreTrainedTokenizerBase, problem: str | list[dict[str, str]]) -> list[int]:
-    """Token ids of a user's message, or of whole messages, ready for the assistant's.
-
-    Raises:
-        UserError: the tokenizer has no chat template.
-    """
-    messages = [{"role": "user", "content": problem}] if isinstance(problem, str) else problem
-    return conversation_tokens(tokenizer, messages, add_generation_prompt=True)

@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from m1.errors import UserError
 from m1.model.checkpoint import IMPOSSIBLE, default_device, load_tokenizer, reason
-from m1.model.tokenizer import conversation_tokens
+from m1.model.tokenizer import encode_chat
 
 # (problem, texts of samples) -> a score a text, finite and at least 0. An attribute `bound`, if the callable has one,
 # promises that no score is larger: the rule "decided" needs it.
@@ -19,7 +19,7 @@ Verifier = Callable[[str, Sequence[str]], Sequence[float]]
 Weights = Literal["uniform", "logprob"] | Verifier
 
 
-def read_weights(name: str) -> Weights:
+def vote_weights(name: str) -> Weights:
     """ "uniform", "logprob", or the reward model of a folder or hub id. Raises UserError if it is none of these."""
     match name:
         case "uniform" | "logprob":
@@ -109,4 +109,4 @@ class RewardModel:
 
     def _tokens(self, problem: str, text: str) -> list[int]:
         chat = [{"role": "user", "content": problem}, {"role": "assistant", "content": text}]
-        return conversation_tokens(self.tokenizer, chat)
+        return encode_chat(self.tokenizer, chat, add_generation_prompt=False)

@@ -37,7 +37,7 @@ def grpo(recipe: GRPOStage, resume: bool = False) -> None:
             train_dataset=problems(recipe.data),
             processing_class=tokenizer,
             reward_funcs=correctness_reward(grader),
-            rollout_func=EngineRollouts(recipe.max_batch),
+            rollout_func=EngineRollouts(recipe.max_num_seqs),
         )
         stage.run(trainer, recipe.out, recipe, resume)
     if any(grader.counts[name] for name in ("timeout", "crash", "error")):

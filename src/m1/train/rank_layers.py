@@ -20,7 +20,7 @@ from m1.model.checkpoint import default_device, load_tokenizer, read_weights
 from m1.model.configuration import ATTENTION, MAMBA
 from m1.model.convert import hybrid_config, mixer_from_attention, model_from_weights, read_teacher_config
 from m1.model.modeling import M1ForCausalLM
-from m1.model.tokenizer import conversation_tokens
+from m1.model.tokenizer import encode_chat
 from m1.recipe import Data
 from m1.train.data import conversations
 from m1.train.distill import divergence_from_states
@@ -112,7 +112,7 @@ def _divergence(model: M1ForCausalLM, batches: list[Batch], targets: list[Tensor
 
 def _batches(data: Data, tokenizer: PreTrainedTokenizerBase, max_length: int, batch_size: int) -> list[Batch]:
     rows = conversations(data)["messages"]
-    encoded = [conversation_tokens(tokenizer, row)[:max_length] for row in rows]
+    encoded = [encode_chat(tokenizer, row, add_generation_prompt=False)[:max_length] for row in rows]
     encoded.sort(key=len)
     batches = []
     for start in range(0, len(encoded), batch_size):

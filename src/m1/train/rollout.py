@@ -6,9 +6,9 @@ import torch
 from transformers import PreTrainedModel
 from trl import GRPOTrainer
 
-from m1.engine import Completion, Engine, SamplingParams, max_len_for
+from m1.engine import LLM, SamplingParams, Sequence
 from m1.errors import UserError
-from m1.reasoning.solve import chat_prompt
+from m1.model.tokenizer import encode_chat
 
 PARITY_THRESHOLD = 0.02  # mean |difference| of log-probabilities, nats a token; float32 gives about 1e-6
 PARITY_SAMPLES = 8
@@ -21,40 +21,40 @@ class EngineRollouts:
     past PARITY_THRESHOLD: with wrong log-probabilities RL learns from noise and says nothing.
     """
 
-    def __init__(self, max_batch: int):
-        self.max_batch = max_batch
+    def __init__(self, max_num_seqs: int):
+        self.max_num_seqs = max_num_seqs
         self.checked = False
 
     def __call__(self, prompts: list[Any], trainer: GRPOTrainer) -> dict[str, list]:
         args = trainer.args
         model = trainer.accelerator.unwrap_model(trainer.model)
-        rendered = [chat_prompt(trainer.processing_class, prompt) for prompt in prompts]
+        rendered = [encode_chat(trainer.processing_class, prompt) for prompt in prompts]
+        n = trainer.num_generations if model.training else trainer.num_generations_eval
+        if any(rendered[i] != rendered[i - i % n] for i in range(len(rendered))) or len(rendered) % n:
+            n = 1  # groups are split over processes: no shared prefill
         params = SamplingParams(
+            n=n,
             max_tokens=args.max_completion_length,
             temperature=args.temperature,
             top_p=args.top_p,
             top_k=args.top_k or 0,
             seed=(args.seed + trainer.state.global_step) * 1009 + trainer.accelerator.process_index,
         )
-        n = trainer.num_generations if model.training else trainer.num_generations_eval
-        if any(rendered[i] != rendered[i - i % n] for i in range(len(rendered))) or len(rendered) % n:
-            n = 1  # groups are split over processes: no shared prefill
-        max_len = max_len_for(model, rendered, args.max_completion_length)
-        engine = Engine(model, trainer.eos_token_ids, self.max_batch, max_len)
-        completions = engine.generate(rendered[::n], params, n)
+        llm = LLM(model, trainer.processing_class, trainer.eos_token_ids, max_num_seqs=self.max_num_seqs)
+        sequences = llm.engine_for(rendered, params.max_tokens).generate(rendered[::n], params)
         if not self.checked:
-            check_parity(model, rendered, completions, args.temperature)
+            check_parity(model, rendered, sequences, args.temperature)
             self.checked = True
         return {
             "prompt_ids": rendered,
-            "completion_ids": [c.token_ids for c in completions],
-            "logprobs": [c.logprobs for c in completions],
+            "completion_ids": [s.token_ids for s in sequences],
+            "logprobs": [s.logprobs for s in sequences],
         }
 
 
 @torch.no_grad()
 def check_parity(
-    model: PreTrainedModel, prompts: list[list[int]], completions: list[Completion], temperature: float
+    model: PreTrainedModel, prompts: list[list[int]], sequences: list[Sequence], temperature: float
 ) -> float:
     """Mean |engine - trainer| log-probability over the first samples, by one full forward each.
 
@@ -62,12 +62,12 @@ def check_parity(
         UserError: it is above PARITY_THRESHOLD.
     """
     differences = []
-    for prompt, completion in list(zip(prompts, completions, strict=True))[:PARITY_SAMPLES]:
-        tokens = torch.tensor([prompt + completion.token_ids], device=model.device)
+    for prompt, sequence in list(zip(prompts, sequences, strict=True))[:PARITY_SAMPLES]:
+        tokens = torch.tensor([prompt + sequence.token_ids], device=model.device)
         logits = model(input_ids=tokens, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
         logprobs = (logits / (temperature or 1.0)).log_softmax(-1)
         picked = logprobs.gather(1, tokens[0, len(prompt) :, None]).squeeze(1)
-        differences.append((picked - torch.tensor(completion.logprobs, device=model.device)).abs())
+        differences.append((picked - torch.tensor(sequence.logprobs, device=model.device)).abs())
     drift = torch.cat(differences).mean().item()
     if not drift <= PARITY_THRESHOLD:
         raise UserError(

@@ -1,0 +1,114 @@
+"""Carries plans out: owns the slots' tensors, the network and the sampler.
+
+What a step reads stays on the device from step to step. Nothing here waits for a token's value.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from m1.engine.graphs import GraphRunner
+from m1.engine.runner import DecodeBatch, Runner
+from m1.engine.sampling import SamplingBatch
+from m1.engine.scheduler import Chunk, Decode, Fork, Plan
+from m1.engine.state import Slots, Snapshot
+
+Drawn = tuple[Tensor, Tensor]  # tokens [rows] int64, their log-probabilities [rows] float32
+
+
+class Executor:
+    """Executes the plans of a `Scheduler` with as many slots and prefix-cache entries.
+
+    Args:
+        max_model_len: tokens of a slot.
+        int8: rounds the weights of all linear layers (`PackedLinear`).
+
+    Raises:
+        UserError: a model that `Runner` can't run.
+    """
+
+    def __init__(self, model: PreTrainedModel, num_slots: int, max_model_len: int, prefix_cache: int, int8: bool):
+        self.device = model.device
+        self.slots = Slots(model.config, num_slots, max_model_len, model.dtype, model.device)
+        self.runner = (GraphRunner if model.device.type == "cuda" else Runner)(model, self.slots, int8)
+        self.prefix_cache: list[tuple[Snapshot, Tensor] | None] = [None] * prefix_cache
+        self.prompt_logits: dict[int, Tensor] = {}  # [V] after the prompt in a slot, until its last sequence starts
+        self.last_tokens = torch.zeros(num_slots + 1, dtype=torch.long, device=self.device)  # by slot
+        self.sequences: dict[int, Fork] = {}  # by slot: how its sequence started
+        self.batch = Batch(Decode([], [], []), self.sequences, self.last_tokens)
+
+    def execute(self, plan: Plan) -> Drawn:
+        """The tokens that the plan's forks and decodes draw, in this order, on the device."""
+        for entry, slot, length in plan.restore:
+            snapshot, self.prompt_logits[slot] = self.prefix_cache[entry]  # type: ignore[misc]  # a plan before kept it
+            self.slots.restore(slot, length, snapshot)
+        for chunk in plan.prefill:
+            self._prefill(chunk)
+        if not plan.fork and plan.decode.slots == self.batch.slots:  # the same sequences as in the last step
+            return self._decode()
+        self.last_tokens[self.batch.rows.slots] = self.batch.rows.tokens
+        first = self._fork(plan.fork)
+        self.batch = Batch(plan.decode, self.sequences, self.last_tokens)
+        tokens, logprobs = zip(first, self._decode(), strict=True)
+        return torch.cat(tokens), torch.cat(logprobs)
+
+    def _prefill(self, chunk: Chunk) -> None:
+        if chunk.start == 0:
+            self.slots.clear(chunk.slot)
+        tokens = torch.tensor(chunk.tokens, device=self.device)
+        logits = self.prompt_logits[chunk.slot] = self.runner.prefill(tokens, chunk.slot, chunk.start)
+        if chunk.entry is not None:
+            snapshot = self.slots.snapshot(chunk.slot, chunk.start + len(chunk.tokens))
+            self.prefix_cache[chunk.entry] = snapshot, logits
+
+    def _fork(self, forks: list[Fork]) -> Drawn:
+        """Copies the prompts' slots and draws the sequences' first tokens."""
+        if not forks:
+            return self.last_tokens.new_empty(0), torch.empty(0, device=self.device)
+        logits = torch.stack([self.prompt_logits[fork.source] for fork in forks])
+        for fork in forks:
+            self.sequences[fork.target] = fork
+            if fork.target == fork.source:
+                del self.prompt_logits[fork.source]
+            else:
+                self.slots.copy(fork.source, fork.target, fork.length)
+        tokens, logprobs = _sampling(forks, self.device).sample(logits, np.zeros(len(forks), dtype=np.int64))
+        self.last_tokens[[fork.target for fork in forks]] = tokens
+        return tokens, logprobs
+
+    def _decode(self) -> Drawn:
+        batch = self.batch
+        if not batch.slots:
+            return self.last_tokens.new_empty(0), torch.empty(0, device=self.device)
+        drawn = batch.sampling.sample(self.runner.decode(batch.rows), batch.drawn)
+        batch.advance(drawn[0])
+        return drawn
+
+
+class Batch:
+    """Sequences that are decoded together, and what a step of them reads, which stays on the device between steps.
+
+    Args:
+        sequences: by slot, how the sequence in it started.
+        last_tokens: by slot, the last token drawn.
+    """
+
+    def __init__(self, decode: Decode, sequences: dict[int, Fork], last_tokens: Tensor):
+        self.slots = decode.slots
+        forks = [sequences[slot] for slot in decode.slots]
+        self.sampling = _sampling(forks, last_tokens.device)
+        lengths = np.array(decode.lengths, dtype=np.int64)
+        self.drawn = lengths - np.array([fork.length for fork in forks], dtype=np.int64) + 1
+        slots, lengths_ = (torch.tensor(t, dtype=torch.long).to(last_tokens.device) for t in (decode.slots, lengths))
+        self.rows = DecodeBatch(last_tokens[slots], slots, lengths_)
+
+    def advance(self, tokens: Tensor) -> None:
+        """Makes the drawn tokens the next step's."""
+        self.drawn += 1
+        self.rows.tokens.copy_(tokens)
+        self.rows.lengths.add_(1)
+
+
+def _sampling(forks: list[Fork], device: torch.device) -> SamplingBatch:
+    return SamplingBatch([fork.params for fork in forks], [fork.stream for fork in forks], device)
