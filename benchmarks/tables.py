@@ -121,8 +121,8 @@ def long_chains() -> str:
     columns += [*(f"16 samples after, {m}" for m in both), "ratio", "lead of the hybrid, points", "of each training"]
     return markdown(columns, rows) + (
         f"\n{processor(bench['machine'])}; {bench['problems']} problems, each with the models of {bench['seeds']} "
-        f"trainings, up to {bench['max_num_seqs']} samples decoded together. Lead: how much more often the hybrid's vote "
-        "is right, mean over budgets from a 64th of the longest up to it, with a normal 95 % interval over problems "
+        f"trainings, up to {bench['max_num_seqs']} samples decoded together. Lead: how much more often the hybrid's "
+        "vote is right, mean over budgets from a 64th of the longest up to it, with a normal 95 % interval over problems "
         "for these trainings.\n"
     )
 

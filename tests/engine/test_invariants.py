@@ -116,12 +116,8 @@ def test_the_prefix_cache_spares_work_and_changes_nothing(model):
     params = SamplingParams(max_tokens=6, seed=5)
     system, question, other = list(range(1, 17)), [7, 8, 9], [9, 9, 3, 2]
     engine = Engine(model, [], max_model_len=64, prefill_chunk=8)
-    fresh = [
-        Engine(model, [], max_model_len=64, prefill_chunk=8, prefix_cache=0)
-        .generate([system + tail], params)[0]
-        .token_ids
-        for tail in (question, other)
-    ]
+    plain = Engine(model, [], max_model_len=64, prefill_chunk=8, prefix_cache=0)
+    fresh = [plain.generate([system + tail], params)[0].token_ids for tail in (question, other)]
     prompts = [system + question, system + other, system + question]
     assert [engine.generate([p], params)[0].token_ids for p in prompts] == [fresh[0], fresh[1], fresh[0]]
     assert engine.stats.prefix_hits == 16 + 19 and engine.stats.prefilled == 19 + 4

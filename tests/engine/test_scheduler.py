@@ -1,5 +1,7 @@
-"""The scheduler without a model: a plan's integers are checked against what a machine of slots may do, and every request
-gets its tokens, under any admission, chunking, prefix hits, aborts, slot exhaustion, and updates that come a plan late."""
+"""The scheduler without a model: plans are executed on slots that only remember tokens.
+
+Every request gets its tokens under any admission, chunking, prefix hits, aborts, exhausted slots, and late updates.
+"""
 
 from collections import deque
 

@@ -4,7 +4,7 @@ It knows no text and no HTTP; `LLM` (llm.py) knows text. A step is decided by in
 tensors (executor.py).
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from dataclasses import replace
 
 import torch
@@ -102,7 +102,7 @@ class Engine:
         tokens, logprobs = self.executor.execute(plan)
         return self.scheduler.update(plan, tokens.tolist(), logprobs.tolist())
 
-    def run(self, requests: list[Request]) -> Iterator[list[Sequence]]:
+    def run(self, requests: list[Request]) -> Generator[list[Sequence], None, None]:
         """Submits the requests and steps until they are done. Yields after every step those of their sequences that
         ended in it.
 

@@ -152,7 +152,7 @@ class MambaLayer(DecoderLayer):
         self.constants = tuple(t.float().contiguous() for t in layer.mamba.constants())
 
     def prefill(self, hidden: Tensor, cos: Tensor, sin: Tensor, slot: int, start: int) -> Tensor:
-        state = used(self.state, slot, start)
+        state = MambaState(self.state.conv[slot], self.state.ssm[slot])
         activations = self.mixer.activations(hidden)
         joined = torch.cat([state.conv, self.mixer.conv_inputs(activations).T], dim=1)
         inputs = tuple(t[None] for t in activations)

@@ -57,7 +57,7 @@ class Plan:
     restore: list[Restore] = field(default_factory=list)
     prefill: list[Chunk] = field(default_factory=list)
     fork: list[Fork] = field(default_factory=list)
-    decode: Decode = Decode([], [], [])
+    decode: Decode = field(default_factory=lambda: Decode([], [], []))
 
 
 @dataclass

@@ -4,6 +4,7 @@ model/cache_layout.py declares the buffers. On a CPU unwritten memory costs noth
 """
 
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ class Slots:
         self.count, self.spare = count, count
         self.layers: list[LayerState] = []
         for kind in layer_kinds(config):
-            layout = layer_layout(config, kind, capacity, dtype)
+            layout: Any = layer_layout(config, kind, capacity, dtype)
             buffers = (torch.empty(count + 1, *buffer.shape, dtype=buffer.dtype, device=device) for buffer in layout)
             self.layers.append(type(layout)(*buffers))
 

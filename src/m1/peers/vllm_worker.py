@@ -125,9 +125,8 @@ class Engine:
     def check_length(self, prompt: int, new_tokens: int) -> None:
         """vLLM itself would sample fewer tokens and say nothing."""
         if prompt + new_tokens > self.max_model_len:
-            raise ValueError(
-                f"prompt {prompt} and new_tokens {new_tokens} are more than --max-model-len {self.max_model_len}"
-            )
+            limit = f"--max-model-len {self.max_model_len}"
+            raise ValueError(f"prompt {prompt} and new_tokens {new_tokens} are more than {limit}")
 
 
 def read_work(line: str) -> dict[str, Any]:
