@@ -122,8 +122,8 @@ def long_chains() -> str:
     return markdown(columns, rows) + (
         f"\n{processor(bench['machine'])}; {bench['problems']} problems, each with the models of {bench['seeds']} "
         f"trainings, up to {bench['max_num_seqs']} samples decoded together. Lead: how much more often the hybrid's "
-        "vote is right, mean over budgets from a 64th of the longest up to it, with a normal 95 % interval over problems "
-        "for these trainings.\n"
+        "vote is right, mean over budgets from a 64th of the longest up to it, with a normal 95 % interval over "
+        "problems for these trainings.\n"
     )
 
 

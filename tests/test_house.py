@@ -38,6 +38,11 @@ def test_imports_point_downward(room):
                 assert name != forbidden and not name.startswith(forbidden + "."), f"{path.name} imports {name}"
 
 
+def test_the_scheduler_knows_integers_alone():
+    tensors = {"torch", "numpy", "m1.engine.executor", "m1.engine.runner", "m1.engine.state"}
+    assert not tensors & set(imports(SOURCES / "engine" / "scheduler.py"))
+
+
 def test_the_package_imports_without_the_trainers():
     code = (
         "import sys; sys.modules['trl'] = sys.modules['datasets'] = None;"

@@ -198,7 +198,7 @@ def evaluate(
     ] = 3600,
     seed: int = 0,
 ) -> None:
-    """Measure pass@1 (avg@n), pass@k and maj@k; every sample and its grade is kept. Run again, it goes on."""
+    """Measure pass@1 (avg@n), pass@k and maj@k; every sample and its grade is kept. Run again, it resumes."""
     from m1.evaluation.evaluate import Settings
     from m1.evaluation.evaluate import evaluate as run
     from m1.evaluation.generators import LOCAL, Generator
@@ -252,7 +252,7 @@ def compare_evaluations(
 @app.command("budget")
 def budget_command(
     model: Annotated[list[str], typer.Option(help="NAME=FOLDER; give two to compare them.")],
-    out: Annotated[Path, typer.Option(help="Folder for the runs, budget.json and budget.png; run again, it goes on.")],
+    out: Annotated[Path, typer.Option(help="Folder for the runs, budget.json and budget.png; run again, it resumes.")],
     seconds: Annotated[float, typer.Option(help="Longest budget of a problem.")],
     task: Annotated[str, typer.Option(help="As of `m1 eval`.")] = "chain",
     data: Annotated[str | None, typer.Option(help="As of `m1 eval`.")] = None,
@@ -302,7 +302,7 @@ def budget_command(
 def generate(
     model: Model,
     prompts: Annotated[Path, typer.Option(help='JSONL of {"prompt"}, {"problem"} or {"messages"}; "id" if you like.')],
-    out: Annotated[Path, typer.Option(help="JSONL, a line a sample as it finishes; run again, it goes on.")],
+    out: Annotated[Path, typer.Option(help="JSONL, a line a sample as it finishes; run again, it resumes.")],
     n: Annotated[int, typer.Option(help="Samples a prompt.")] = 1,
     max_new_tokens: int = 1024,
     temperature: float = 0.7,
@@ -386,7 +386,7 @@ def solve(
 
 @app.command()
 def pipeline(recipe_dir: Annotated[Path, typer.Argument(help="Recipe folder with a pipeline.toml.")]) -> None:
-    """Run all stages of a recipe folder; run it again to go on where it was cut off."""
+    """Run all stages of a recipe folder; run it again to resume."""
     summary = run_pipeline(recipe_dir)
     console.print_json(data=summary)
 

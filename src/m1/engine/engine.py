@@ -72,7 +72,7 @@ class Engine:
         self.vocab_size: int = model.config.vocab_size
         room = slots_that_fit(model.config, self.max_model_len, model.dtype, model.device)
         self.num_slots = min(max_num_seqs, room)
-        self.executor = Executor(model, self.num_slots, self.max_model_len, prefix_cache, quantize == "int8")
+        self.executor = Executor(model, self.num_slots, self.max_model_len, quantize == "int8")
         stop = stop_tokens(model) if stop_token_ids is None else stop_token_ids
         self.scheduler = Scheduler(self.num_slots, prefill_chunk, prefix_cache, frozenset(stop))
 

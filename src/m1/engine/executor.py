@@ -18,7 +18,7 @@ Drawn = tuple[Tensor, Tensor]  # tokens [rows] int64, their log-probabilities [r
 
 
 class Executor:
-    """Executes the plans of a `Scheduler` with as many slots and prefix-cache entries.
+    """Executes the plans of a `Scheduler` with as many slots.
 
     Args:
         max_model_len: tokens of a slot.
@@ -28,11 +28,13 @@ class Executor:
         UserError: a model that `Runner` can't run.
     """
 
-    def __init__(self, model: PreTrainedModel, num_slots: int, max_model_len: int, prefix_cache: int, int8: bool):
+    def __init__(self, model: PreTrainedModel, num_slots: int, max_model_len: int, int8: bool):
         self.device = model.device
         self.slots = Slots(model.config, num_slots, max_model_len, model.dtype, model.device)
         self.runner = (GraphRunner if model.device.type == "cuda" else Runner)(model, self.slots, int8)
-        self.prefix_cache: list[tuple[Snapshot, Tensor] | None] = [None] * prefix_cache
+        self.prefix_cache: dict[
+            int, tuple[Snapshot, Tensor]
+        ] = {}  # by entry: a prompt's state, and the logits after it
         self.prompt_logits: dict[int, Tensor] = {}  # [V] after the prompt in a slot, until its last sequence starts
         self.last_tokens = torch.zeros(num_slots + 1, dtype=torch.long, device=self.device)  # by slot
         self.sequences: dict[int, Fork] = {}  # by slot: how its sequence started
@@ -41,7 +43,7 @@ class Executor:
     def execute(self, plan: Plan) -> Drawn:
         """The tokens that the plan's forks and decodes draw, in this order, on the device."""
         for entry, slot, length in plan.restore:
-            snapshot, self.prompt_logits[slot] = self.prefix_cache[entry]  # type: ignore[misc]  # a plan before kept it
+            snapshot, self.prompt_logits[slot] = self.prefix_cache[entry]
             self.slots.restore(slot, length, snapshot)
         for chunk in plan.prefill:
             self._prefill(chunk)
