@@ -2,14 +2,14 @@
 back, and what was in a slot leaves no trace."""
 
 from collections import deque
-from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from m1.engine import Engine, Request, SamplingParams, fold_in
+from m1.engine import Engine, Request, SamplingParams
+from m1.engine.sequence import requests_for
 
 PATIENT = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -185,7 +185,7 @@ def test_a_plan_needs_no_token_values(model):
     params = SamplingParams(n=2, max_tokens=7, seed=3)
     expected = Engine(model, [7, 9], max_num_seqs=3, max_model_len=64).generate(prompts, params)
     engine = Engine(model, [7, 9], max_num_seqs=3, max_model_len=64)
-    requests = [Request(p, replace(params, seed=fold_in(params.seed, i)), i) for i, p in enumerate(prompts)]
+    requests = requests_for(prompts, params)
     for request in requests:
         engine.submit(request)
     flying = deque()

@@ -47,6 +47,17 @@ def test_a_stop_string_over_several_tokens_ends_its_sample_alone(llm):
     assert llm.engine.free_slots == llm.engine.num_slots
 
 
+def test_of_stop_strings_that_end_together_the_earliest_cuts(llm):
+    text = llm.generate(["ab"], PARAMS)[0].text
+    stopped = llm.generate(["ab"], replace(PARAMS, stop=(text[6:8], text[5:8])))[0]
+    assert stopped.text == text[: text.find(text[5:8])]
+
+
+def test_equal_prompts_have_seeds_of_their_own(llm):
+    first, second = llm.generate(["ab", "ab"], PARAMS)
+    assert first.text != second.text and llm.generate(["ab"], PARAMS)[0].text == first.text
+
+
 def test_an_abandoned_stream_frees_its_slots(llm):
     stream = llm.stream(["ab"], replace(PARAMS, n=3))
     next(stream)

@@ -5,15 +5,14 @@ tensors (executor.py).
 """
 
 from collections.abc import Generator, Iterable
-from dataclasses import replace
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from m1.engine.executor import Executor
-from m1.engine.sampling import SamplingParams, fold_in
+from m1.engine.sampling import SamplingParams
 from m1.engine.scheduler import Scheduler, Stats
-from m1.engine.sequence import Request, Sequence
+from m1.engine.sequence import Request, Sequence, requests_for
 from m1.engine.state import slots_that_fit
 from m1.errors import UserError
 
@@ -133,15 +132,12 @@ class Engine:
                     self.abort(request)
 
     def generate(self, prompts: Iterable[list[int]], params: SamplingParams) -> list[Sequence]:
-        """`params.n` sequences of each prompt, prompt by prompt. A request's id is its prompt's number, which is folded
-        into the seed.
+        """`params.n` sequences of each prompt, prompt by prompt, of the requests that `requests_for` makes.
 
         Raises:
             UserError: as `check`; nothing is generated then.
         """
-        requests = [
-            Request(prompt, replace(params, seed=fold_in(params.seed, i)), i) for i, prompt in enumerate(prompts)
-        ]
+        requests = requests_for(prompts, params)
         for _ in self.run(requests):
             pass
         return [sequence for request in requests for sequence in request.sequences]

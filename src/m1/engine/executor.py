@@ -32,9 +32,7 @@ class Executor:
         self.device = model.device
         self.slots = Slots(model.config, num_slots, max_model_len, model.dtype, model.device)
         self.runner = (GraphRunner if model.device.type == "cuda" else Runner)(model, self.slots, int8)
-        self.prefix_cache: dict[
-            int, tuple[Snapshot, Tensor]
-        ] = {}  # by entry: a prompt's state, and the logits after it
+        self.prefix_cache: dict[int, tuple[Snapshot, Tensor]] = {}  # by entry: a state, and the logits after it
         self.prompt_logits: dict[int, Tensor] = {}  # [V] after the prompt in a slot, until its last sequence starts
         self.last_tokens = torch.zeros(num_slots + 1, dtype=torch.long, device=self.device)  # by slot
         self.sequences: dict[int, Fork] = {}  # by slot: how its sequence started

@@ -3,15 +3,15 @@
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from m1.engine.engine import Engine, stop_tokens
-from m1.engine.sampling import SamplingParams, fold_in
-from m1.engine.sequence import Request, Sequence
+from m1.engine.sampling import SamplingParams
+from m1.engine.sequence import Sequence, requests_for
 from m1.errors import UserError
 from m1.jsonl import append_jsonl, drop_torn_line, read_jsonl
 from m1.model.checkpoint import load_model
@@ -78,7 +78,7 @@ class LLM:
         return [samples[i, j] for i in range(len(prompts)) for j in range(params.n)]
 
     def stream(self, prompts: list[Prompt], params: SamplingParams) -> Iterator["TextSequence"]:
-        """Samples whose text has grown or ended, each as often as that happens. Prompt i's seed is folded with i.
+        """Samples whose text has grown or ended, each as often as that happens. Seeds are those of `requests_for`.
 
         Raises:
             UserError: a prompt the engine refuses, or messages without a chat template.
@@ -87,9 +87,7 @@ class LLM:
 
     def stream_tokens(self, prompts: list[list[int]], params: SamplingParams) -> Iterator["TextSequence"]:
         """`stream` of encoded prompts."""
-        requests = [
-            Request(prompt, replace(params, seed=fold_in(params.seed, i)), i) for i, prompt in enumerate(prompts)
-        ]
+        requests = requests_for(prompts, params)
         engine = self.engine_for(prompts, params.max_tokens)
         skip = frozenset([*self.stop_token_ids, *params.stop_token_ids])
         samples = [TextSequence(sequence) for request in requests for sequence in request.sequences]

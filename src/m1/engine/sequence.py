@@ -1,8 +1,9 @@
 """What the engine is asked for, and the samples it makes of it."""
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 
-from m1.engine.sampling import SamplingParams
+from m1.engine.sampling import SamplingParams, fold_in
 
 
 @dataclass(eq=False)
@@ -52,3 +53,8 @@ class Sequence:
     slot: int = -1
     length: int = 0  # tokens the slot has seen once all plans so far are executed
     limit: int = 0  # length at which the last token has been drawn
+
+
+def requests_for(prompts: Iterable[list[int]], params: SamplingParams) -> list[Request]:
+    """One request for each prompt. The prompt's number is the request's id, and is folded into its seed."""
+    return [Request(prompt, replace(params, seed=fold_in(params.seed, i)), i) for i, prompt in enumerate(prompts)]
