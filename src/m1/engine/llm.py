@@ -59,14 +59,14 @@ class LLM:
         """The text of tokens, without special ones."""
         return self.tokenizer.decode(token_ids, skip_special_tokens=True)
 
-    def longest(self, prompts: Iterable[list[int]], max_tokens: int) -> int:
+    def length_for(self, prompts: Iterable[list[int]], max_tokens: int) -> int:
         """Tokens of the longest prompt and its sequence, but no more than the model's context, past which `Engine`
         refuses."""
         return min(max(map(len, prompts), default=0) + max_tokens, self.model.config.max_position_embeddings)
 
     def engine_for(self, prompts: Iterable[list[int]], max_tokens: int) -> Engine:
         """An engine with room for any of these prompts and `max_tokens` more: the one there is, or a larger one."""
-        length = self.max_model_len or self.longest(prompts, max_tokens)
+        length = self.max_model_len or self.length_for(prompts, max_tokens)
         if self.engine is None or self.engine.max_model_len < length:
             self.engine = None  # its memory is needed for the next one
             self.engine = Engine(self.model, self.stop_token_ids, max_model_len=length, **self.engine_options)

@@ -79,7 +79,7 @@ def vllm_solver(llm: LLM, prompts: list[list[int]], params: SamplingParams, max_
     """
     if llm.model.device.type != "cpu":
         raise UserError(f"vllm: `make peers` installs it for CPUs, and the model is on {llm.model.device}")
-    with start_vllm(llm.model, llm.longest(prompts, params.max_tokens), max_num_seqs) as ask:
+    with start_vllm(llm.model, llm.length_for(prompts, params.max_tokens), max_num_seqs) as ask:
         solver = VLLMSolver(llm, ask, params)
         ask({"tokens": prompts[0], "new_tokens": 2, "temperature": params.temperature, "stop": [], "seconds": 1.0})
         yield solver
