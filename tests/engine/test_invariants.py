@@ -182,9 +182,9 @@ def test_nan_logits_end_a_sample_and_the_others_go_on(hybrid, monkeypatch):
 
 def test_slots_take_no_more_than_memory(hybrid, monkeypatch):
     from m1.engine import state
-    from m1.model.configuration import cache_bytes
+    from m1.model.cache_layout import slot_bytes
 
-    one = cache_bytes(hybrid.config, 64, 4)
+    one = slot_bytes(hybrid.config, 64, torch.float32)
     monkeypatch.setattr(state, "free_memory", lambda device: 10 * one)
     assert Engine(hybrid, [], max_batch=100, max_len=64).slots.count == 7  # 80 %, less the spare one
     assert Engine(hybrid, [], max_batch=3, max_len=64).slots.count == 3

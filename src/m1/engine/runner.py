@@ -16,6 +16,8 @@ from transformers import PreTrainedModel
 
 from m1.engine.state import LayerState, Slots
 from m1.errors import UserError
+from m1.model.cache_layout import MambaState
+from m1.model.mixer import Constants
 from m1.ops import PackedLinear, add_rms_norm, decode_attention, swiglu
 
 MODELS = ("m1", "llama", "qwen2", "qwen3")
@@ -85,7 +87,7 @@ class Layer:
         self.gate_up, self.down = pack(layer.mlp.gate_proj, layer.mlp.up_proj), pack(layer.mlp.down_proj)
         if hasattr(layer, "mamba"):
             self.mixer: Any = with_packed_linears(layer.mamba, pack)
-            self.constants = tuple(t.float().contiguous() for t in layer.mamba.constants())
+            self.constants = Constants(*(t.float().contiguous() for t in layer.mamba.constants()))
             self.prefill, self.decode = self._prefill_mamba, self._decode_mamba
         else:
             attention = layer.self_attn
@@ -127,18 +129,18 @@ class Layer:
         return self.out(decode_attention(q, keys, values, lengths + 1, slots).flatten(1))
 
     def _prefill_mamba(self, hidden: Tensor, cos: Tensor, sin: Tensor, slot: int, start: int) -> Tensor:
-        window, state = self.state.used(slot, start)
-        activations = tuple(t[None] for t in self.mixer.activations(hidden))
-        inputs = torch.cat([window.T[None], self.mixer.conv_inputs(activations)], dim=1)
-        past = len(window.T)
-        y, last = self.mixer.scan(activations, self.constants, None, inputs[:, :past], state[None])
-        window.copy_(inputs[0, len(inputs[0]) - past :].T)
-        state.copy_(last[0])
+        conv_state, ssm_state = self.state.used(slot, start)
+        activations = self.mixer.activations(hidden)
+        inputs = torch.cat([conv_state, self.mixer.conv_inputs(activations).T], dim=1)
+        sequence = activations._make(t[None] for t in activations)
+        y, last = self.mixer.scan(sequence, self.constants, None, MambaState(conv_state[None], ssm_state[None]))
+        conv_state.copy_(inputs[:, inputs.shape[1] - conv_state.shape[1] :])
+        ssm_state.copy_(last[0])
         return self.mixer.out_proj(y[0])
 
     def _decode_mamba(self, hidden: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, lengths: Tensor) -> Tensor:
         activations = self.mixer.activations(hidden)
-        y = self.mixer.step(activations, self.constants, self.state.first, self.state.second, slots)
+        y = self.mixer.step(activations, self.constants, MambaState(self.state.first, self.state.second), slots)
         return self.mixer.out_proj(y)
 
 
@@ -151,18 +153,10 @@ def packed(*linears: nn.Linear, int8: bool) -> PackedLinear:
     return PackedLinear(weight, torch.cat(biases) if biases else None, int8=int8)
 
 
-class Packed(nn.Module):
-    """A PackedLinear where a module is expected."""
-
-    def __init__(self, product: PackedLinear):
-        super().__init__()
-        self.forward = product
-
-
 def with_packed_linears(module: nn.Module, pack: Callable[..., PackedLinear]) -> nn.Module:
     """A copy that shares all parameters but those of its linear layers, which are packed."""
     if type(module) is nn.Linear:
-        return Packed(pack(module))
+        return pack(module)
     clone = copy.copy(module)
     clone._modules = {name: with_packed_linears(child, pack) for name, child in module.named_children()}
     return clone

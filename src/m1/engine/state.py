@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from m1.model.configuration import ATTENTION, cache_bytes, layer_kinds
+from m1.model.cache_layout import slot_bytes
+from m1.model.configuration import ATTENTION, layer_kinds
 
 SHARE = {"cuda": 0.9}  # of the free memory, for slots; 0.8 elsewhere
 
@@ -93,9 +94,7 @@ def layer_shapes(config: PreTrainedConfig, kind: str, capacity: int) -> tuple[tu
 
 def slots_that_fit(config: PreTrainedConfig, capacity: int, dtype: torch.dtype, device: torch.device) -> int:
     """How many slots the memory that is free holds, but for a share that is left for computing; at least 1."""
-    return max(
-        1, int(SHARE.get(device.type, 0.8) * free_memory(device)) // cache_bytes(config, capacity, dtype.itemsize) - 1
-    )
+    return max(1, int(SHARE.get(device.type, 0.8) * free_memory(device)) // slot_bytes(config, capacity, dtype) - 1)
 
 
 def free_memory(device: torch.device) -> int:

@@ -23,7 +23,7 @@ from transformers import (
 
 from m1.engine import Engine, SamplingParams, max_len_for, stop_tokens
 from m1.errors import UserError
-from m1.model.configuration import cache_bytes
+from m1.model.cache_layout import slot_bytes
 from m1.reasoning.solve import chat_prompt
 
 CONTEXT_FOR_CACHE = 4096
@@ -248,10 +248,9 @@ LOCAL: dict[str, type[EngineGenerator] | type[TransformersGenerator]] = {
 
 
 def model_facts(model: PreTrainedModel) -> dict[str, Any]:
-    element = next(model.parameters()).element_size()
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
-        "cache_bytes_per_sequence_at_4k": cache_bytes(model.config, CONTEXT_FOR_CACHE, element),
+        "cache_bytes_per_sequence_at_4k": slot_bytes(model.config, CONTEXT_FOR_CACHE, next(model.parameters()).dtype),
     }
 
 
