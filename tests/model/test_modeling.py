@@ -9,7 +9,7 @@ from tolerance import assert_rms_close
 from transformers import DynamicCache
 
 from m1.model import M1Config
-from m1.model.configuration import cache_bytes
+from m1.model.cache_layout import slot_bytes
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 
@@ -112,7 +112,7 @@ def test_chunked_prefill_of_a_left_padded_batch(hybrid, tokens):
     torch.testing.assert_close(logits[0, 7:], hybrid(tokens[:1, 22:]).logits[0], **TOLERANCE)
 
 
-def test_cache_bytes_is_what_the_cache_holds(hybrid, tokens):
+def test_slot_bytes_is_what_the_cache_holds(hybrid, tokens):
     cache = DynamicCache(config=hybrid.config)
     hybrid(tokens[:1], past_key_values=cache)
     held = 0
@@ -121,7 +121,7 @@ def test_cache_bytes_is_what_the_cache_holds(hybrid, tokens):
             [layer.keys, layer.values] if hasattr(layer, "keys") else [layer.conv_states[0], layer.recurrent_states[0]]
         )
         held += sum(t.numel() * t.element_size() for t in states)
-    assert held == cache_bytes(hybrid.config, 37, 4)
+    assert held == slot_bytes(hybrid.config, 37, torch.float32)
 
 
 def test_head_dim_must_be_a_multiple_of_the_state_size():

@@ -26,7 +26,7 @@ def make(lengths, kv_heads=2, group=3, capacity=400, head_dim=64, dtype=torch.fl
         cache[b] = torch.nan
         for slot, length in zip(slots, lengths, strict=True):
             cache[slot, :, length:] = torch.nan
-    return q, *caches, torch.tensor(lengths), slots
+    return q, *caches, torch.tensor(lengths, dtype=torch.long), slots
 
 
 def run(backend, *arguments):
@@ -117,7 +117,12 @@ def test_slots_and_lengths_that_do_not_exist_are_refused(slots, lengths):
 def test_shapes_that_do_not_fit_are_refused(which):
     q, k, v, lengths, slots = make([5, 5])
     q, v = (q[:, :5] if which == "heads" else q), (v[:2] if which == "cache" else v)
-    with pytest.raises(ValueError, match="don't fit"):
+    named = {
+        "heads": "kv_heads must divide heads, but kv_heads is 2 from k_cache, heads is 5 from q",
+        "cache": r"v_cache has shape \(2, 2, 400, 64\)",
+        "lengths": r"lengths has shape \(1,\)",
+    }
+    with pytest.raises(ValueError, match=f"decode_attention: {named[which]}"):
         decode_attention(q, k, v, lengths[:1] if which == "lengths" else lengths, slots)
 
 

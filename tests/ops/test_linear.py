@@ -119,19 +119,19 @@ def test_processors_own_bfloat16(monkeypatch):
 @pytest.mark.parametrize("shapes", [((40,), (40,)), ((0, 40), (0,)), ((50, 40), (40,)), ((50, 40), (50, 1))])
 def test_weights_that_do_not_fit_are_refused(shapes):
     weight, bias = map(torch.randn, shapes)
-    with pytest.raises(ValueError, match=r"weight .* bias .*float32"):
+    with pytest.raises(ValueError, match=r"PackedLinear: .*(weight|bias has shape .* float32)"):
         PackedLinear(weight, bias)
 
 
 def test_weights_of_other_dtypes_are_refused():
-    with pytest.raises(ValueError, match=r"weight \(50, 40\) torch.float16"):
+    with pytest.raises(ValueError, match=r"weight has shape \(50, 40\) and dtype float16"):
         PackedLinear(torch.randn(50, 40).half())
 
 
 @pytest.mark.parametrize("x", [torch.randn(3, 41), torch.randn(40), torch.randn(1, 3, 40), torch.randn(3, 40).double()])
 def test_rows_that_do_not_fit_are_refused(x):
     layer = PackedLinear(torch.randn(50, 40))
-    with pytest.raises(ValueError, match=r"of 40 inputs on cpu: rows on cpu don't fit: x \("):
+    with pytest.raises(ValueError, match=r"PackedLinear: x has shape \(.*must be \[rows, 40\]"):
         layer(x)
 
 

@@ -9,13 +9,14 @@ from kernels import BACKENDS, cases, interpreted, to_backend
 from tolerance import assert_rms_close
 
 from m1.ops import reference, selective_scan
+from m1.ops.inputs import ScanInputs
 from m1.ops.reference import repeat_groups
 
 pytestmark = pytest.mark.filterwarnings("error:no C.. compiler", "error:compiling")
 
 ACTIVATIONS = ["z", "x", "B", "C", "dt"]
 PARAMETERS = ["A", "D", "conv_weight", "conv_bias"]
-STATES = ["window", "initial_state"]
+STATES = ["conv_state", "ssm_state"]
 NAMES = ["y", "state", *(f"d{name}" for name in [*ACTIVATIONS, *PARAMETERS, *STATES])]
 
 
@@ -30,7 +31,7 @@ def make(b, T, d=64, x_width=32, seed=0, dtype=torch.float32, taps=4):
     A = -torch.rand(d, 16, generator=g) * 4 - 0.1
     parameters = [A, normal(d), normal(d, taps) * 0.5, normal(d) * 0.1]
     inputs = dict(zip(ACTIVATIONS + PARAMETERS, [t.to(dtype) for t in activations] + parameters, strict=True))
-    inputs |= {"window": normal(b, taps - 1, x_width).to(dtype), "initial_state": normal(b, d, 16)}
+    inputs |= {"conv_state": normal(b, taps - 1, x_width).mT.to(dtype), "ssm_state": normal(b, d, 16)}
     seq_idx = (torch.rand(b, T, generator=g) < 0.1).int().cumsum(1)
     return inputs, seq_idx
 
@@ -76,7 +77,7 @@ def test_inference_path(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_training_path_without_states(backend):
-    """No window, no initial state, no gradient into the final one: what the model's training runs."""
+    """No states before the first token, no gradient into the final one: what the model's training runs."""
     inputs, seq_idx = make_for(backend, 2, 35)
     inputs = {name: inputs[name] for name in ACTIVATIONS + PARAMETERS}
     results = []
@@ -99,7 +100,7 @@ def test_bfloat16_inputs(backend):
 def test_shorter_convolutions(backend, taps):
     inputs, seq_idx = make(1, 9, taps=taps)
     if taps == 1:
-        del inputs["window"]  # holds nothing
+        del inputs["conv_state"]  # holds nothing
     assert_equals_reference(backend, inputs, seq_idx)
 
 
@@ -164,10 +165,10 @@ def test_state_carries_over():
     inputs, _ = make(2, 40)
     parameters = [inputs[name] for name in PARAMETERS]
     activations = [inputs[name] for name in ACTIVATIONS]
-    window, h0 = inputs["window"], inputs["initial_state"]
-    y, state = selective_scan(*activations, *parameters, None, window, h0)
-    y1, middle = selective_scan(*(t[:, :23] for t in activations), *parameters, None, window, h0)
-    y2, end = selective_scan(*(t[:, 23:] for t in activations), *parameters, None, inputs["x"][:, 20:23], middle)
+    states = [inputs[name] for name in STATES]
+    y, state = selective_scan(*activations, *parameters, None, *states)
+    y1, middle = selective_scan(*(t[:, :23] for t in activations), *parameters, None, *states)
+    y2, end = selective_scan(*(t[:, 23:] for t in activations), *parameters, None, inputs["x"][:, 20:23].mT, middle)
     torch.testing.assert_close(torch.cat([y1, y2], 1), y)
     torch.testing.assert_close(end, state)
 
@@ -178,15 +179,15 @@ def test_reference_by_hand():
     u = torch.tensor([2.0, 3.0])
     A = torch.tensor([[-1.0, -2.0], [-1.0, -4.0]])
     B, C, D = torch.tensor([[[1.0, 10.0]]]), torch.tensor([[[1.0, 0.1]]]), torch.tensor([5.0, 7.0])
-    h0 = torch.tensor([[[1.0, 1.0], [2.0, 2.0]]])
+    ssm_state = torch.tensor([[[1.0, 1.0], [2.0, 2.0]]])
     x = torch.tensor([[[-1.0, 0.5]]])
-    window = torch.tensor([[[4.0, 2.0]]])
+    conv_state = torch.tensor([[[4.0], [2.0]]])
     conv_weight = torch.tensor([[0.25, 1.0], [1.0, -2.0]])
     conv_bias = _silu_inverse(u) - torch.tensor([0.25 * 4.0 - 1.0, 2.0 - 2.0 * 0.5])  # so that silu(conv) is u
     z = torch.tensor([[[0.3, -0.7]]])
-    y, h = reference.selective_scan(
-        z, x, B, C, softplus_inverse.view(1, 1, 2), A, D, conv_weight, conv_bias, None, window, h0
-    )
+    dt = softplus_inverse.view(1, 1, 2)
+    inputs = ScanInputs(z, x, B, C, dt, A, D, conv_weight, conv_bias, None, conv_state, ssm_state)
+    y, h = reference.selective_scan(inputs)
     e = torch.exp(torch.tensor([-1.0, -2.0, -0.5, -2.0]))
     expected = torch.tensor([[[e[0] + 2, e[1] + 20], [2 * e[2] + 1.5, 2 * e[3] + 15]]])
     torch.testing.assert_close(h, expected, rtol=1e-4, atol=1e-4)
@@ -234,7 +235,10 @@ def test_groups_repeat_as_in_grouped_query_attention():
 @pytest.mark.parametrize(("d", "x_width"), [(60, 32), (64, 24), (64, 48)])
 def test_shapes_that_do_not_fit(d, x_width):
     inputs, _ = make(1, 2, d, x_width)
-    with pytest.raises(ValueError, match="must be multiples"):
+    with pytest.raises(
+        ValueError,
+        match=r"X must be a multiple of N that divides D, but X is \d+ from x, N is 16 from A, D is \d+ from z",
+    ):
         selective_scan(**inputs)
 
 
@@ -244,14 +248,14 @@ def test_operands_of_another_batch_or_width_are_refused(name):
     inputs, seq_idx = make(2, 5)
     inputs["seq_idx"] = seq_idx
     inputs[name] = inputs[name][:1]
-    with pytest.raises(ValueError, match=f"don't fit: .*{name} "):
+    with pytest.raises(ValueError, match=f"selective_scan: .*({name} has shape|from {name})"):
         selective_scan(**inputs)
 
 
 def test_a_backend_that_cannot_run_this_says_why():
     inputs, _ = make(1, 3)
     inputs["A"] = inputs["A"][:, :8]
-    del inputs["initial_state"]
+    del inputs["ssm_state"]
     with pytest.raises(ValueError, match="'cpu' needs state size 16"):
         selective_scan(**inputs, backend="cpu")
     selective_scan(**inputs)
@@ -262,9 +266,9 @@ def test_a_backend_that_cannot_run_this_says_why():
 def test_is_a_proper_pytorch_operator(backend, packed):
     """Schema, fake tensors, autograd registration and tracing, as torch.compile relies on them."""
     inputs, seq_idx = make_for(backend, 2, 5 if interpreted(backend) else 17)
-    *leaves, window, h0, documents = to_backend(backend, *inputs.values(), seq_idx)
+    *leaves, conv_state, ssm_state, documents = to_backend(backend, *inputs.values(), seq_idx)
     leaves = [t.requires_grad_() for t in leaves]
-    states = (documents, window, h0) if packed else (None, None, None)
+    states = (documents, conv_state, ssm_state) if packed else (None, None, None)
     torch.library.opcheck(torch.ops.m1.selective_scan, (*leaves, *states, backend, True))
 
 

@@ -19,7 +19,8 @@ from m1.bench.contest import begin
 from m1.bench.decoders import DecodeOptions, Decoder, Run, is_hybrid, make_model, start
 from m1.bench.options import DTYPES
 from m1.bench.roofline import Limits
-from m1.model.configuration import ATTENTION, layer_cache_bytes, layer_kinds
+from m1.model.cache_layout import layer_bytes
+from m1.model.configuration import ATTENTION, layer_kinds
 from m1.peers.vllm_client import version
 
 
@@ -82,7 +83,7 @@ def floor_of_step(model: PreTrainedModel, batch: int, context: int, limits: Limi
     config, products, itemsize = model.config, product_weights(model), model.dtype.itemsize
     kept = Counter[str]()
     for kind in layer_kinds(config):
-        kept["attention" if kind == ATTENTION else "states"] += layer_cache_bytes(config, kind, context, itemsize)
+        kept["attention" if kind == ATTENTION else "states"] += layer_bytes(config, kind, context, model.dtype)
     return {
         "matrix products": max(products * itemsize / limits.copy, 2 * products * batch / limits.gemm),
         "attention": batch * kept["attention"] / limits.copy,

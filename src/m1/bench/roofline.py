@@ -55,10 +55,10 @@ def gemm_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 def beyond_caches(device: torch.device) -> int:
     """Bytes of a working set that comes from memory each time it is read in turn."""
-    return min(CACHES * cache_bytes(device), LARGEST_BUFFER)
+    return min(CACHES * processor_cache_bytes(device), LARGEST_BUFFER)
 
 
-def cache_bytes(device: torch.device) -> int:
+def processor_cache_bytes(device: torch.device) -> int:
     """All last-level caches together; 32 MiB where the system doesn't tell."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
@@ -108,7 +108,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "isa": torch.backends.cpu.get_cpu_capability(),
-        "cache_bytes": cache_bytes(device),
+        "cache_bytes": processor_cache_bytes(device),
         "torch": torch.__version__,
     }
     if device.type == "cuda":

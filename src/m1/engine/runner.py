@@ -149,20 +149,21 @@ class MambaLayer(DecoderLayer):
         super().__init__(layer, pack)
         self.state = state
         self.mixer: Any = with_packed_linears(layer.mamba, pack)
-        self.constants = tuple(t.float().contiguous() for t in layer.mamba.constants())
+        constants = layer.mamba.constants()
+        self.constants = type(constants)(*(t.float().contiguous() for t in constants))
 
     def prefill(self, hidden: Tensor, cos: Tensor, sin: Tensor, slot: int, start: int) -> Tensor:
         state = MambaState(self.state.conv[slot], self.state.ssm[slot])
         activations = self.mixer.activations(hidden)
         joined = torch.cat([state.conv, self.mixer.conv_inputs(activations).T], dim=1)
-        inputs = tuple(t[None] for t in activations)
-        y, ssm = self.mixer.scan(inputs, self.constants, None, state.conv.T[None], state.ssm[None])
+        inputs = activations._make(t[None] for t in activations)
+        y, ssm = self.mixer.scan(inputs, self.constants, None, MambaState(state.conv[None], state.ssm[None]))
         state.conv.copy_(joined[:, len(hidden) :])
         state.ssm.copy_(ssm[0])
         return self.mixer.out_proj(y[0])
 
     def decode(self, hidden: Tensor, cos: Tensor, sin: Tensor, rows: DecodeBatch) -> Tensor:
-        y = self.mixer.step(self.mixer.activations(hidden), self.constants, *self.state, rows.slots)
+        y = self.mixer.step(self.mixer.activations(hidden), self.constants, self.state, rows.slots)
         return self.mixer.out_proj(y)
 
 
@@ -178,13 +179,7 @@ def packed(*linears: nn.Linear, int8: bool) -> PackedLinear:
 def with_packed_linears(module: nn.Module, pack: Pack) -> nn.Module:
     """A copy that shares all parameters but those of its linear layers, which are packed."""
     if type(module) is nn.Linear:
-        return Packed(pack(module))
+        return pack(module)
     clone = copy.copy(module)
     clone._modules = {name: with_packed_linears(child, pack) for name, child in module.named_children()}
     return clone
-
-
-class Packed(nn.Module):
-    def __init__(self, product):
-        super().__init__()
-        self.forward = product

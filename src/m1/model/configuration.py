@@ -143,20 +143,3 @@ def check_sizes(config: PreTrainedConfig) -> None:
 def layer_kinds(config: PreTrainedConfig) -> list[str]:
     """What each layer of an M1 model or a transformer is."""
     return getattr(config, "layer_types", None) or [ATTENTION] * config.num_hidden_layers
-
-
-def cache_bytes(config: PreTrainedConfig, context: int, element_size: int) -> int:
-    """Bytes of one sequence's cache after `context` tokens, for an M1 model or a transformer."""
-    return sum(layer_cache_bytes(config, kind, context, element_size) for kind in layer_kinds(config))
-
-
-def layer_cache_bytes(config: PreTrainedConfig, kind: str, context: int, element_size: int) -> int:
-    """Bytes one layer of one sequence caches after `context` tokens.
-
-    Attention keeps keys and values of every token; Mamba a fixed number of convolution inputs and a float32 state.
-    """
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if kind == ATTENTION:
-        return 2 * config.num_key_value_heads * head_dim * context * element_size
-    window = config.conv_cache_size * (config.conv_kernel - 1) * element_size
-    return window + config.num_attention_heads * head_dim * config.state_size * 4

@@ -8,13 +8,25 @@
 One layer keeps the last K-1 inputs of the convolution, before the repeat, and a float32 state [D, N] per sequence.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
 from m1.model.configuration import M1Config
-from m1.model.mixer import Activations, Constants, Mixer, initial_time_step_bias
+from m1.model.mixer import Constants, Mixer, PastState, SlotStates, initial_time_step_bias
 from m1.ops import selective_scan, state_update
+
+
+class MambaActivations(NamedTuple):
+    """What the scan reads of every token. X = kv_heads * head_dim."""
+
+    z: Tensor  # [..., D]
+    x: Tensor  # [..., X], the convolution's inputs
+    B: Tensor  # [..., X]
+    C: Tensor  # [..., D]
+    dt: Tensor  # [..., D], before softplus
 
 
 class MambaMixer(Mixer):
@@ -37,35 +49,23 @@ class MambaMixer(Mixer):
         init.copy_(self.dt_proj.bias, initial_time_step_bias(self.dt_proj.out_features, device))
         init.uniform_(self.dt_proj.weight, -(self.dt_proj.in_features**-0.5), self.dt_proj.in_features**-0.5)
 
-    def activations(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> Activations:
-        """[..., H] -> z, x, B, C, dt. Padding becomes a step of size 0 on a zero input."""
+    def activations(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> MambaActivations:
         z, x, B, C, dt = self.project(hidden_states)
         dt = self.dt_proj(dt)
         if padding_mask is not None:
             real = padding_mask.to(torch.bool).unsqueeze(-1)
             x, dt = x * real, dt.masked_fill(~real, -torch.inf)
-        return z, x, B, C, dt
+        return MambaActivations(z, x, B, C, dt)
+
+    def conv_inputs(self, activations: MambaActivations) -> Tensor:
+        return activations.x
 
     def scan(
-        self,
-        activations: Activations,
-        constants: Constants,
-        seq_idx: Tensor | None,
-        window: Tensor | None,
-        state: Tensor | None,
+        self, activations: MambaActivations, constants: Constants, seq_idx: Tensor | None, state: PastState
     ) -> tuple[Tensor, Tensor]:
-        z, x, B, C, dt = activations
-        A, D, conv_weight, conv_bias = constants
-        return selective_scan(z, x, B, C, dt, A, D, conv_weight, conv_bias, seq_idx, window, state)
+        return selective_scan(*activations, *constants, seq_idx, *state)
 
     def step(
-        self,
-        activations: Activations,
-        constants: Constants,
-        conv_state: Tensor,
-        ssm_state: Tensor,
-        slots: Tensor | None = None,
+        self, activations: MambaActivations, constants: Constants, state: SlotStates, slots: Tensor | None = None
     ) -> Tensor:
-        z, x, B, C, dt = activations
-        A, D, conv_weight, conv_bias = constants
-        return state_update(z, x, B, C, dt, A, D, conv_weight, conv_bias, conv_state, ssm_state, slots)
+        return state_update(*activations, *constants, *state, slots)

@@ -9,17 +9,27 @@
 One layer keeps the last K-1 inputs of the convolution and a float32 state [heads, head_dim, head_dim] per sequence.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
 from m1.model.configuration import M1Config
-from m1.model.mixer import Activations, Constants, HeadRMSNorm, Mixer, initial_time_step_bias
+from m1.model.mixer import Constants, HeadRMSNorm, Mixer, PastState, SlotStates, initial_time_step_bias
 from m1.ops import causal_conv, ssd, ssd_update
 
 A_RANGE = (1.0, 16.0)  # initial -A, uniform (Mamba-2)
 GATED_NORM_EPS = 1e-5  # a constant of the released code
+
+
+class Mamba2Activations(NamedTuple):
+    """What the scan reads of every token."""
+
+    z: Tensor  # [..., D]
+    xBC: Tensor  # [..., channels], x | B | C, the convolution's inputs
+    dt: Tensor  # [..., heads], before softplus; float32
 
 
 class Mamba2Mixer(Mixer):
@@ -43,40 +53,31 @@ class Mamba2Mixer(Mixer):
         init.ones_(self.D)
         init.copy_(self.dt_bias, initial_time_step_bias(self.dt_bias.numel(), self.dt_bias.device))
 
-    def activations(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> Activations:
-        """[..., H] -> z, x | B | C, dt. Padding becomes a step of size 0 on a zero input."""
+    def activations(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> Mamba2Activations:
         z, x, B, C, dt = self.project(hidden_states)
         xBC = torch.cat([x, B, C], dim=-1)
         dt = dt.float() + self.dt_bias.float()
         if padding_mask is not None:
             real = padding_mask.to(torch.bool).unsqueeze(-1)
             xBC, dt = xBC * real, dt.masked_fill(~real, -torch.inf)
-        return z, xBC, dt
+        return Mamba2Activations(z, xBC, dt)
+
+    def conv_inputs(self, activations: Mamba2Activations) -> Tensor:
+        return activations.xBC
 
     def scan(
-        self,
-        activations: Activations,
-        constants: Constants,
-        seq_idx: Tensor | None,
-        window: Tensor | None,
-        state: Tensor | None,
+        self, activations: Mamba2Activations, constants: Constants, seq_idx: Tensor | None, state: PastState
     ) -> tuple[Tensor, Tensor]:
         z, xBC, dt = activations
         A, D, conv_weight, conv_bias = constants
-        xBC = F.silu(causal_conv(xBC, conv_weight, conv_bias, seq_idx, window))
+        xBC = F.silu(causal_conv(xBC, conv_weight, conv_bias, seq_idx, state.conv))
         x, B, C = (t.unflatten(-1, (-1, self.head_dim)) for t in xBC.split(self.conv_widths, dim=-1))
-        y, state = ssd(x, F.softplus(dt), A, B, C, D, seq_idx, state)
-        return self.norm(y.flatten(-2) * F.silu(z)), state
+        y, ssm_state = ssd(x, F.softplus(dt), A, B, C, D, seq_idx, state.ssm)
+        return self.norm(y.flatten(-2) * F.silu(z)), ssm_state
 
     def step(
-        self,
-        activations: Activations,
-        constants: Constants,
-        conv_state: Tensor,
-        ssm_state: Tensor,
-        slots: Tensor | None = None,
+        self, activations: Mamba2Activations, constants: Constants, state: SlotStates, slots: Tensor | None = None
     ) -> Tensor:
         z, xBC, dt = activations
-        A, D, conv_weight, conv_bias = constants
-        y = ssd_update(xBC, dt, A, D, conv_weight, conv_bias, conv_state, ssm_state, slots)
+        y = ssd_update(xBC, dt, *constants, *state, slots)
         return self.norm(y.flatten(-2) * F.silu(z))

@@ -9,6 +9,7 @@ is no rotation, no softmax and no growing cache.
 """
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,16 +17,29 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers import initialization as init
 
+from m1.model.cache_layout import MambaState
 from m1.model.configuration import M1Config
 
-Activations = tuple[Tensor, ...]  # what a scan reads at every token
-Constants = tuple[Tensor, Tensor, Tensor, Tensor]  # A, D, conv weight [channels, K], conv bias [channels]
+PastState = MambaState[Tensor | None]  # of whole sequences, before their first token; None is zero
+SlotStates = MambaState[Tensor]  # of all slots
 
 TIME_STEP_RANGE = (1e-3, 1e-1)  # initial step sizes (Mamba, §3.6)
 
 
+class Constants(NamedTuple):
+    """What a scan reads once: A and D, whose shapes are the subclass's, and the convolution."""
+
+    A: Tensor
+    D: Tensor
+    conv_weight: Tensor  # [channels, K]
+    conv_bias: Tensor  # [channels]
+
+
 class Mixer(nn.Module):
     """Base class. Parameter names are those of the released checkpoints.
+
+    A subclass has a NamedTuple of activations [..., channels], what its scan reads of every token; a step reads the
+    same of one token per row.
 
     A teacher's QK-norm becomes B_norm and C_norm: B and C are its keys and queries, less the rotation.
     """
@@ -66,38 +80,37 @@ class Mixer(nn.Module):
         init.uniform_(self.conv1d.bias, -bound, bound)
 
     def constants(self) -> Constants:
-        """A, D and the convolution's taps and bias."""
-        conv_weight, conv_bias = self.conv1d()
-        return -torch.exp(self.A_log.float()), self.D, conv_weight, conv_bias
+        return Constants(-torch.exp(self.A_log.float()), self.D, *self.conv1d())
 
-    def activations(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> Activations:
-        """[..., H] -> z, the convolution's inputs, and the rest. Padding becomes a step of size 0 on a zero input."""
+    def activations(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> Any:
+        """hidden_states [..., H], padding_mask [...] -> the subclass's activations. Padding becomes a step of size 0 on
+        a zero input."""
         raise NotImplementedError
 
-    def conv_inputs(self, activations: Activations) -> Tensor:
-        """[..., channels]: what the convolution's window keeps the last K-1 of."""
-        return activations[1]
+    def conv_inputs(self, activations: Any) -> Tensor:
+        """[..., channels], of which conv_state keeps the last K-1."""
+        raise NotImplementedError
 
     def scan(
-        self,
-        activations: Activations,
-        constants: Constants,
-        seq_idx: Tensor | None,
-        window: Tensor | None,
-        state: Tensor | None,
+        self, activations: Any, constants: Constants, seq_idx: Tensor | None, state: PastState
     ) -> tuple[Tensor, Tensor]:
-        """Whole sequences [b, T, ...] from a window [b, K-1, channels] and a state: y [b, T, D] and the final state."""
+        """Whole sequences: y [b, T, D] and the final ssm state, float32.
+
+        Args:
+            activations: [b, T, ...] each.
+            seq_idx: [b, T] integers, the document of each packed token.
+            state: conv [b, channels, K-1] and ssm [b, ...].
+        """
         raise NotImplementedError
 
-    def step(
-        self,
-        activations: Activations,
-        constants: Constants,
-        conv_state: Tensor,
-        ssm_state: Tensor,
-        slots: Tensor | None = None,
-    ) -> Tensor:
-        """One token a row, [b, ...]: y [b, D]; updates the states in the rows' slots."""
+    def step(self, activations: Any, constants: Constants, state: SlotStates, slots: Tensor | None = None) -> Tensor:
+        """One token per row: y [b, D].
+
+        Args:
+            activations: [b, ...] each.
+            state: conv [S, channels, K-1] and ssm [S, ...] float32; those of the rows' slots are updated.
+            slots: [b] integers; row i has slot i when None.
+        """
         raise NotImplementedError
 
     def forward(
@@ -111,22 +124,22 @@ class Mixer(nn.Module):
 
         Args:
             seq_idx: [b, T] integers, the document of each packed token.
-            padding_mask: [b, T], zero at padding, which leaves conv window and state as in a sequence without it.
+            padding_mask: [b, T], zero at padding, which leaves both states as in a sequence without it.
             past_key_values: continues from, and updates, this layer's conv and recurrent state.
         """
         activations, constants = self.activations(hidden_states, padding_mask), self.constants()
         inputs = self.conv_inputs(activations)
-        states = self.states_to_update(inputs, past_key_values)
-        if states is not None:
-            y = self.step(tuple(t[:, 0] for t in activations), constants, *states)
+        state = self.state_to_update(inputs, past_key_values)
+        if state is not None:
+            y = self.step(activations._make(t[:, 0] for t in activations), constants, state)
             return self.out_proj(y.unsqueeze(1))
-        window = state = None
-        if past_key_values is not None:
-            state = self.recurrent_state(past_key_values)
-            window = self.conv_window(inputs, past_key_values)
-        y, state = self.scan(activations, constants, seq_idx, window, state)
-        if past_key_values is not None:
-            past_key_values.update_recurrent_state(state, self.layer_idx)
+        if past_key_values is None:
+            y, _ = self.scan(activations, constants, seq_idx, MambaState(None, None))
+            return self.out_proj(y)
+        ssm_state = self.ssm_state(past_key_values)  # before the cache takes the inputs in
+        conv_state = self.conv_state(inputs, past_key_values)
+        y, ssm_state = self.scan(activations, constants, seq_idx, MambaState(conv_state, ssm_state))
+        past_key_values.update_recurrent_state(ssm_state, self.layer_idx)
         return self.out_proj(y)
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -134,26 +147,29 @@ class Mixer(nn.Module):
         z, x, B, C, dt = self.in_proj(hidden_states).split(self.widths, dim=-1)
         return z, x, self.B_norm(B), self.C_norm(C), dt
 
-    def conv_window(self, inputs: Tensor, cache: Cache) -> Tensor:
-        """The K-1 convolution inputs in front of `inputs` [b, T, ·], [b, K-1, ·]; pushes `inputs` into the cache."""
+    def conv_state(self, inputs: Tensor, cache: Cache) -> Tensor:
+        """[b, channels, K-1], the convolution inputs before `inputs` [b, T, channels], which the cache takes in."""
         K1 = self.conv_kernel - 1
-        window = cache.update_conv_state(inputs.transpose(1, 2), self.layer_idx, conv_kernel_size=K1)
-        past = window.transpose(1, 2)[:, : -inputs.shape[1]][:, -K1:] if K1 else inputs[:, :0]
-        return F.pad(past, (0, 0, K1 - past.shape[1], 0))
+        inputs = inputs.transpose(1, 2)
+        held = cache.update_conv_state(inputs, self.layer_idx, conv_kernel_size=K1)
+        past = held[..., : -inputs.shape[2]][..., -K1:] if K1 else inputs[..., :0]
+        return F.pad(past, (K1 - past.shape[2], 0))
 
-    def recurrent_state(self, cache: Cache) -> Tensor | None:
-        """This layer's float32 state after what the cache has seen, None before the first token."""
+    def ssm_state(self, cache: Cache) -> Tensor | None:
+        """This layer's float32 state after what the cache has seen; None before the first token."""
         layer = cache.layers[self.layer_idx] if self.layer_idx < len(cache.layers) else None
         return layer.recurrent_states[0] if layer is not None and layer.has_previous_state[0] else None
 
-    def states_to_update(self, inputs: Tensor, cache: Cache | None) -> tuple[Tensor, Tensor] | None:
-        """Conv and recurrent state, to be updated in place by one more token a row; None where that can't be: no state
-        yet, several tokens, gradients, or a cache that records its past."""
+    def state_to_update(self, inputs: Tensor, cache: Cache | None) -> SlotStates | None:
+        """The cache's own tensors, for an update in place by one more token per row.
+
+        None where that can't be: no state yet, several tokens, gradients, or a cache that records its past.
+        """
         if cache is None or inputs.shape[1] != 1 or torch.is_grad_enabled():
             return None
-        state = self.recurrent_state(cache)
-        layer = cache.layers[self.layer_idx] if state is not None else None
-        return None if layer is None or layer.record_past else (layer.conv_states[0], state)
+        ssm_state = self.ssm_state(cache)
+        layer = cache.layers[self.layer_idx] if ssm_state is not None else None
+        return None if layer is None or layer.record_past else MambaState(layer.conv_states[0], ssm_state)
 
 
 class ConvTaps(nn.Conv1d):

@@ -1,15 +1,14 @@
 """M1ForCausalLM: a Llama-style decoder with Mamba mixers in most layers. One stack for training and decoding.
 
 Norms, rotary attention and MLPs are transformers' own modules, so a model whose layers are all attention *is* the
-teacher. What this file adds: the mixer per layer, and the bookkeeping that makes packed and padded batches exact.
+teacher. What this file adds is the mixer per layer; what makes packed and padded batches exact is in packing.py.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
-from transformers.masking_utils import create_causal_mask, create_recurrent_attention_mask
+from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
@@ -18,10 +17,11 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from m1.model.configuration import ATTENTION, MAMBA, M1Config
+from m1.model.configuration import ATTENTION, M1Config
 from m1.model.mamba import MambaMixer
 from m1.model.mamba2 import Mamba2Mixer
 from m1.model.mixer import Mixer
+from m1.model.packing import prepare
 
 
 def new_mixer(config: M1Config, layer_idx: int) -> Mixer:
@@ -118,80 +118,24 @@ class M1Model(M1PreTrainedModel):
         seq_idx: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Last hidden states [b, T, H].
-
-        Packed rows are told by `seq_idx` [b, T] (the document of each token) or by `position_ids` that start again;
-        either implies the other. As everywhere in transformers, positions tell packing only without a cache and
-        without `attention_mask`. Padding is told by a 2D `attention_mask` over cache and input; padding on the left is
-        exact, also when generating.
+        """Last hidden states [b, T, H]; packing, padding and caches as `packing.prepare`.
 
         Raises:
-            ValueError: both or neither of input_ids and inputs_embeds; `seq_idx` with a cache; packed rows of a batch
-                under flash attention, which takes one.
+            ValueError: both or neither of input_ids and inputs_embeds; as `packing.prepare`.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if seq_idx is None and position_ids is not None and attention_mask is None and past_key_values is None:
-            # a compiled graph can't depend on what the positions are: there, one document is packed as well as many
-            always = torch.compiler.is_compiling() and not use_cache
-            seq_idx = documents_of(position_ids.expand(inputs_embeds.shape[:2]), always)
-        if seq_idx is not None and past_key_values is not None:
-            raise ValueError("seq_idx tells a packed row, which a cache can't continue: give one of the two")
-        flash = "flash" in (self.config._attn_implementation or "")
-        if flash and seq_idx is not None and len(seq_idx) > 1 and not torch.compiler.is_compiling():
-            raise ValueError("flash attention takes packed rows in batches of one: flatten the batch into one row")
-        if use_cache and past_key_values is None and seq_idx is None:  # a packed row has nothing to continue
-            past_key_values = DynamicCache(config=self.config)
-        if position_ids is None:
-            position_ids = self._position_ids(inputs_embeds, past_key_values, seq_idx)
-        masks = (
-            attention_mask  # `generate` has prepared them
-            if isinstance(attention_mask, dict)
-            else self._masks(inputs_embeds, attention_mask, past_key_values, position_ids, seq_idx)
+        packing = prepare(
+            self.config, inputs_embeds, attention_mask, position_ids, past_key_values, seq_idx, bool(use_cache)
         )
-        position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
+        position_embeddings = self.rotary_emb(inputs_embeds, position_ids=packing.position_ids)
         hidden_states = inputs_embeds
         for layer in self.layers:
-            hidden_states = layer(
-                hidden_states,
-                masks=masks,
-                position_embeddings=position_embeddings,
-                seq_idx=seq_idx,
-                past_key_values=past_key_values,
-                position_ids=position_ids,
-                **kwargs,
-            )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
-
-    def _position_ids(self, embeds: Tensor, cache: Cache | None, seq_idx: Tensor | None) -> Tensor:
-        """Counted on from the cache, or from each document's first token."""
-        if seq_idx is not None:
-            return positions_of(seq_idx)
-        seen = cache.get_seq_length() if cache is not None and self.config.attention_layers else 0
-        return (torch.arange(embeds.shape[1], device=embeds.device) + seen).unsqueeze(0)
-
-    def _masks(
-        self,
-        embeds: Tensor,
-        attention_mask: Tensor | None,
-        cache: Cache | None,
-        position_ids: Tensor,
-        seq_idx: Tensor | None,
-    ) -> dict[str, Tensor | None]:
-        """The mask of each layer type, by transformers' own functions.
-
-        They read packing from positions that restart, and only without a 2D mask. Nothing is lost by leaving that out
-        for packed rows: their padding stands behind the documents, where no real token looks.
-        """
-        arguments = {"config": self.config, "inputs_embeds": embeds, "past_key_values": cache}
-        masks = {MAMBA: create_recurrent_attention_mask(attention_mask=attention_mask, **arguments)}
-        if self.config.attention_layers:
-            if seq_idx is not None:
-                attention_mask, position_ids = None, positions_of(seq_idx)
-            masks[ATTENTION] = create_causal_mask(attention_mask=attention_mask, position_ids=position_ids, **arguments)
-        return masks
+            hidden_states = layer(hidden_states, position_embeddings=position_embeddings, **packing._asdict(), **kwargs)
+        hidden_states = self.norm(hidden_states)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=packing.past_key_values)
 
 
 class M1ForCausalLM(M1PreTrainedModel, GenerationMixin):
@@ -243,21 +187,3 @@ class M1ForCausalLM(M1PreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-
-def documents_of(position_ids: Tensor, always: bool = False) -> Tensor | None:
-    """[b, T] document numbers of packed rows, a new one wherever positions don't go on by 1.
-
-    None if that is nowhere, unless `always`.
-    """
-    starts = torch.zeros_like(position_ids)
-    starts[:, 1:] = position_ids.diff(dim=1) != 1
-    return starts.cumsum(dim=1) if always or starts.any() else None
-
-
-def positions_of(seq_idx: Tensor) -> Tensor:
-    """[b, T] position of each token in its document."""
-    index = torch.arange(seq_idx.shape[1], device=seq_idx.device).expand_as(seq_idx)
-    starts = torch.ones_like(seq_idx, dtype=torch.bool)
-    starts[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
-    return index - torch.where(starts, index, 0).cummax(dim=1).values

@@ -13,8 +13,9 @@ from rich.table import Column, Table
 from transformers import PreTrainedConfig
 
 from m1.errors import UserError
+from m1.model.cache_layout import layer_bytes, slot_bytes
 from m1.model.checkpoint import load_config, model_without_weights
-from m1.model.configuration import ATTENTION, MAMBA, cache_bytes, layer_cache_bytes, layer_kinds
+from m1.model.configuration import ATTENTION, MAMBA, layer_kinds
 from m1.model.convert import TEACHERS
 
 CONTEXTS = tuple(1024 * 2**i for i in range(0, 9, 2))  # 1k ... 256k tokens
@@ -41,10 +42,10 @@ class Summary:
     dtype: torch.dtype  # of weights and cached values
 
     def cache_bytes(self, context: int) -> int:
-        return cache_bytes(self.config, context, self.dtype.itemsize)
+        return slot_bytes(self.config, context, self.dtype)
 
     def teacher_cache_bytes(self, context: int) -> int:
-        return cache_bytes(self.teacher, context, self.dtype.itemsize)
+        return slot_bytes(self.teacher, context, self.dtype)
 
     @property
     def break_even(self) -> int | None:
@@ -52,7 +53,7 @@ class Summary:
         mamba = [layer for layer in self.layers if layer.kind != "attention"]
         if not mamba:
             return None
-        a_token = layer_cache_bytes(self.config, ATTENTION, 1, self.dtype.itemsize)
+        a_token = layer_bytes(self.config, ATTENTION, 1, self.dtype)
         return mamba[0].cache_bytes // a_token + 1
 
 
@@ -84,7 +85,7 @@ def summarize(folder: str | Path, context: int = 4096) -> Summary:
                 kind=config.mixer if layer_kind == MAMBA else "attention",
                 mixer_parameters=mixer_parameters,
                 mlp_parameters=sum(p.numel() for p in layer.parameters()) - mixer_parameters,
-                cache_bytes=layer_cache_bytes(config, layer_kind, context, dtype.itemsize),
+                cache_bytes=layer_bytes(config, layer_kind, context, dtype),
             )
         )
     return Summary(config, teacher, layers, model.num_parameters(), teacher_parameters, context, dtype)

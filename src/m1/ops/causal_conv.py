@@ -3,13 +3,20 @@
 import torch
 from torch import Tensor
 
+from m1.ops.shapes import Shapes
+
+CHECK = Shapes(
+    "causal_conv", where={"K must be at least 1": lambda K: K > 0},
+    x="b T D", weight="D K", bias="D or None", seq_idx="b T: int or None", conv_state="b D K-1 or None",
+)  # fmt: skip
+
 
 def causal_conv(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     seq_idx: Tensor | None = None,
-    initial_state: Tensor | None = None,
+    conv_state: Tensor | None = None,
 ) -> Tensor:
     """Depthwise causal convolution; the specification is `reference.causal_conv`.
 
@@ -20,18 +27,22 @@ def causal_conv(
         weight: [D, K]; the last tap multiplies the current token.
         bias: [D] or None.
         seq_idx: [b, T] integers, the document of each token. Taps never reach into another document.
-        initial_state: [b, K-1, D], the inputs in front of the first token (which then belong to its document).
+        conv_state: [b, D, K-1], the inputs before the first token, oldest first, which then belong to its document;
+            zero when None.
 
     Returns:
         [b, T, D] in x's dtype.
+
+    Raises:
+        ValueError: a tensor that doesn't fit.
     """
+    CHECK(x, weight, bias, seq_idx, conv_state)
     T, K = x.shape[1], weight.shape[1]
     y = x * weight[:, K - 1]
     if bias is not None:
         y = y + bias
-    if initial_state is None:
-        initial_state = x.new_zeros(x.shape[0], K - 1, x.shape[2])
-    padded = torch.cat([initial_state.to(x.dtype), x], dim=1)
+    past = x.new_zeros(x.shape[0], K - 1, x.shape[2]) if conv_state is None else conv_state.mT.to(x.dtype)
+    padded = torch.cat([past, x], dim=1)
     if seq_idx is not None:
         documents = torch.cat([seq_idx[:, :1].expand(-1, K - 1), seq_idx], dim=1)
     for k in range(1, K):
@@ -39,4 +50,4 @@ def causal_conv(
         if seq_idx is not None:
             past = past * (documents[:, K - 1 - k : K - 1 - k + T] == seq_idx).unsqueeze(-1)
         y = torch.addcmul(y, past, weight[:, K - 1 - k])
-    return y
+    return y.to(x.dtype)

@@ -1,14 +1,19 @@
 """Attention of one new token a sequence over the keys and values in its slot."""
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
 from m1.ops import reference
-from m1.ops.backend import Backend, choose, decode_operator, kernels, require_shapes
+from m1.ops.backend import Backend, choose, decode_operator
 from m1.ops.selective_scan import kernel_dtype
+from m1.ops.shapes import SLOT_FOR_EVERY_ROW, Rule, Shapes
 from m1.ops.state_update import rows_as_slots
+
+GROUPED: dict[str, Rule] = {"kv_heads must divide heads": lambda kv_heads, heads: kv_heads and heads % kv_heads == 0}
+CHECK = Shapes(
+    "decode_attention", where=GROUPED | SLOT_FOR_EVERY_ROW,
+    q="b heads head_dim", k_cache="S kv_heads L head_dim", v_cache="S kv_heads L head_dim",
+    lengths="b: int", slots="b: int or None",
+)  # fmt: skip
 
 
 def decode_attention(
@@ -38,14 +43,10 @@ def decode_attention(
         [b, heads, head_dim] in q's dtype. Sums and softmax are in float32.
 
     Raises:
-        ValueError: shapes that don't fit, or a backend that can't run this.
+        ValueError: a tensor that doesn't fit, or a backend that can't run this.
     """
-    b, heads, head_dim = q.shape
-    S, kv_heads = k_cache.shape[:2]
-    fits = [k_cache.shape == v_cache.shape, k_cache.shape[3] == head_dim, heads % kv_heads == 0]
-    fits += [lengths.shape == (b,), b <= S if slots is None else slots.shape == (b,)]
-    named = dict(q=q, k_cache=k_cache, v_cache=v_cache, lengths=lengths, slots=slots)
-    require_shapes("decode_attention", fits, named)
+    CHECK(q, k_cache, v_cache, lengths, slots)
+    head_dim = q.shape[2]
     slots = rows_as_slots(slots, q)
     scale = head_dim**-0.5 if scale is None else scale
     contiguous = k_cache.stride(3) == v_cache.stride(3) == 1
@@ -54,19 +55,13 @@ def decode_attention(
     if backend == "reference":
         return reference.decode_attention(q, k_cache, v_cache, lengths, slots, scale)
     dtype = kernel_dtype(backend, q, k_cache, v_cache)  # converts the caches where nothing is shared: not a fast path
-    arguments = (q.to(dtype), k_cache.to(dtype), v_cache.to(dtype), lengths.long(), slots, scale, backend)
+    arguments = (q.to(dtype), k_cache.to(dtype), v_cache.to(dtype), lengths.long().contiguous(), slots, scale, backend)
     return _decode_attention(*arguments).to(q.dtype)
 
 
-@decode_operator("decode_attention")
-def _decode_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, slots: Tensor, scale: float, backend: str
-) -> Tensor:
-    out = q.new_empty(q.shape)
-    kernels(backend, "decode_attention").decode_attention(q, k_cache, v_cache, lengths, slots, scale, out)
-    return out
-
-
-@torch.library.register_fake("m1::decode_attention")
-def _(q: Tensor, *rest: Any) -> Tensor:
-    return q.new_empty(q.shape)
+_decode_attention = decode_operator(
+    "decode_attention",
+    "decode_attention",
+    "Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor slots, float scale",
+    outputs=lambda q, *rest: q.new_empty(q.shape),
+)

@@ -1,13 +1,14 @@
 """What stands between a decoder layer's matrix products, in one pass over memory each. For inference only."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from m1.ops import reference
-from m1.ops.backend import Backend, choose, decode_operator, kernels, require_shapes
+from m1.ops.backend import Backend, choose, decode_operator
+from m1.ops.shapes import Shapes
 
+CHECK = Shapes("add_rms_norm", hidden="rows H", update="rows H: as hidden or None", weight="H: as hidden")
+CHECK_SWIGLU = Shapes("swiglu", gate_up="rows width", where={"width must be even": lambda width: width % 2 == 0})
 LANES = 16  # numbers that the CPU kernel takes at a time
 
 
@@ -28,11 +29,9 @@ def add_rms_norm(
         [rows, H] in hidden's dtype. Sums are in float32.
 
     Raises:
-        ValueError: shapes or dtypes that don't fit, or a backend that can't run this.
+        ValueError: a tensor that doesn't fit, or a backend that can't run this.
     """
-    fits = [hidden.dim() == 2, weight.shape == hidden.shape[1:], weight.dtype == hidden.dtype]
-    fits += [update is None or (update.shape == hidden.shape and update.dtype == hidden.dtype)]
-    require_shapes("add_rms_norm", fits, dict(hidden=hidden, update=update, weight=weight))
+    CHECK(hidden, update, weight)
     backend = choose("add_rms_norm", backend, hidden, _limits(hidden, hidden.shape[1], hidden.is_contiguous()))
     if backend == "reference":
         return reference.add_rms_norm(hidden, update, weight, eps)
@@ -51,7 +50,7 @@ def swiglu(gate_up: Tensor, backend: Backend = "auto") -> Tensor:
     Raises:
         ValueError: an odd width, or a backend that can't run this.
     """
-    require_shapes("swiglu", [gate_up.dim() == 2, gate_up.shape[-1] % 2 == 0], dict(gate_up=gate_up))
+    CHECK_SWIGLU(gate_up)
     backend = choose("swiglu", backend, gate_up, _limits(gate_up, gate_up.shape[1] // 2, gate_up.is_contiguous()))
     return reference.swiglu(gate_up) if backend == "reference" else _swiglu(gate_up, backend)
 
@@ -64,25 +63,15 @@ def _limits(rows: Tensor, width: int, contiguous: bool) -> dict[str, bool]:
     }
 
 
-@decode_operator("add_rms_norm", mutates=("hidden",))
-def _add_rms_norm(hidden: Tensor, update: Tensor | None, weight: Tensor, eps: float, backend: str) -> Tensor:
-    out = torch.empty_like(hidden)
-    kernels(backend, "elementwise").add_rms_norm(hidden, update, weight, eps, out)
-    return out
-
-
-@decode_operator("swiglu")
-def _swiglu(gate_up: Tensor, backend: str) -> Tensor:
-    out = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
-    kernels(backend, "elementwise").swiglu(gate_up, out)
-    return out
-
-
-@torch.library.register_fake("m1::add_rms_norm")
-def _(hidden: Tensor, *rest: Any) -> Tensor:
-    return torch.empty_like(hidden)
-
-
-@torch.library.register_fake("m1::swiglu")
-def _(gate_up: Tensor, *rest: Any) -> Tensor:
-    return gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
+_add_rms_norm = decode_operator(
+    "add_rms_norm",
+    "elementwise",
+    "Tensor(a!) hidden, Tensor? update, Tensor weight, float eps",
+    outputs=lambda hidden, *rest: torch.empty_like(hidden),
+)
+_swiglu = decode_operator(
+    "swiglu",
+    "elementwise",
+    "Tensor gate_up",
+    outputs=lambda gate_up: gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2),
+)

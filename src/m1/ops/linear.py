@@ -1,18 +1,25 @@
 """A linear layer for inference, its weights packed once: for the few rows of a decode step."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from m1.ops import reference
-from m1.ops.backend import Backend, choose, kernels, require_shapes
+from m1.ops.backend import Backend, choose, kernels
+from m1.ops.shapes import Shapes
 
-DTYPES = (torch.float32, torch.bfloat16)
+CHECK = Shapes(
+    "PackedLinear",
+    weight="outputs inputs: float32 or bfloat16",
+    bias="outputs or None",
+    where={"weight must not be empty": lambda outputs, inputs: outputs * inputs > 0},
+)
 
 
-class PackedLinear:
+class PackedLinear(nn.Module):
     """x weight^T + bias, summed in float32. Not differentiable.
 
     With the CPU kernel a row's outputs are the same bits whatever its batch-mates and however many threads there are.
@@ -32,13 +39,13 @@ class PackedLinear:
                 then reads a quarter of what it reads in float32; activations stay as they are.
 
         Raises:
-            ValueError: shapes or dtypes that don't fit, or a backend that can't run this.
+            ValueError: a tensor that doesn't fit, or a backend that can't run this.
         """
-        fits = [weight.dim() == 2 and weight.numel() > 0, weight.dtype in DTYPES]
-        fits += [bias is None or (bias.shape == weight.shape[:1] and bias.device == weight.device)]
-        require_shapes("PackedLinear", fits, dict(weight=weight, bias=bias))
+        super().__init__()
+        CHECK(weight, bias)
         self.out_features, self.in_features = weight.shape
         self.dtype, self.device = weight.dtype, weight.device
+        self._check = Shapes("PackedLinear", x=f"rows {self.in_features}: float32 or bfloat16")
         limits = {"CPU tensors, as there is no Triton kernel": self.device.type == "cpu" and backend != "triton"}
         weight, bias = weight.detach(), None if bias is None else bias.detach()
         scale = None
@@ -46,26 +53,18 @@ class PackedLinear:
             weight, scale = reference.quantize_outputs(weight)
         self._multiply: Callable[[Tensor], Tensor]
         if choose("PackedLinear", backend, weight, limits) == "reference":
-            self._multiply = _Torch(weight if scale is None else (weight * scale[:, None]).to(self.dtype), bias)
+            weight = weight if scale is None else (weight * scale[:, None]).to(self.dtype)
+            self._multiply = partial(_multiply_by_torch, weight, bias)
         else:
             self._multiply = kernels("cpu", "linear").pack(weight, bias, scale)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """[rows, out] in x's dtype, for x [rows, in] float32 or bfloat16. Raises ValueError for any other."""
-        shape = x.shape
-        if len(shape) != 2 or shape[1] != self.in_features or x.dtype not in DTYPES or x.device != self.device:
-            of = f"PackedLinear of {self.in_features} inputs on {self.device}"
-            require_shapes(of, [False], dict(x=x), f"rows on {x.device} don't fit")
-        return self._multiply(x) if shape[0] else x.new_empty(0, self.out_features)
+        self._check(x, device=self.device)
+        return self._multiply(x) if x.shape[0] else x.new_empty(0, self.out_features)
 
 
-class _Torch:
-    """F.linear, in float32 where dtypes differ."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self._weight, self._bias = weight, bias
-
-    def __call__(self, x: Tensor) -> Tensor:
-        dtype = torch.promote_types(x.dtype, self._weight.dtype)
-        bias = None if self._bias is None else self._bias.to(dtype)
-        return F.linear(x.to(dtype), self._weight.to(dtype), bias).to(x.dtype)
+def _multiply_by_torch(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    """In float32 where dtypes differ."""
+    dtype = torch.promote_types(x.dtype, weight.dtype)
+    return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)).to(x.dtype)

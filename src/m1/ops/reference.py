@@ -1,7 +1,8 @@
 """The specification of every op: plain loops over time, one line per term of the formula.
 
 Every other backend must equal these functions: outputs, final states and gradients (tests/ops). They run anywhere
-PyTorch runs and are differentiable, so they are also the fallback where no kernel is available.
+PyTorch runs and are differentiable, so they are also the fallback where no kernel is available. Shapes and semantics
+are those of `m1.ops`' functions of the same names.
 
 Shape letters: b sequences, T tokens, D inner channels, X = channels of x and B before the repeat, N states a channel,
 K convolution taps; for Mamba-2, P channels a head. Tensors are token-major.
@@ -10,6 +11,8 @@ K convolution taps; for Mamba-2, P channels a head. Tensors are token-major.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from m1.ops.inputs import ScanInputs, SSDStepInputs, StepInputs
 
 
 def starts_document(seq_idx: Tensor, t: int) -> Tensor:
@@ -22,36 +25,21 @@ def repeat_groups(x: Tensor, group: int, repeats: int) -> Tensor:
     return x.unflatten(-1, (-1, group)).repeat_interleave(repeats, dim=-2).flatten(-2)
 
 
-def selective_scan(
-    z: Tensor,
-    x: Tensor,
-    B: Tensor,
-    C: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    D: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor,
-    seq_idx: Tensor | None = None,
-    window: Tensor | None = None,
-    initial_state: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def selective_scan(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     """u = silu(conv(x)),  dt = softplus(dt),  h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t  (Mamba, eq. 2a/2b, zero-order
-    hold on A),  y_t = (<C_t, h_t> + D u_t) silu(z_t).
-
-    Shapes and semantics as `m1.ops.selective_scan`.
-    """
+    hold on A),  y_t = (<C_t, h_t> + D u_t) silu(z_t)."""
+    z, x, B, C, dt, A, D, conv_weight, conv_bias = (t.float() for t in inputs[:9])
+    seq_idx, conv_state, ssm_state = inputs[9:]
     d, n = A.shape
-    dtype, rep = z.dtype, d // x.shape[-1]
-    z, x, B, C, dt, A, D, conv_weight, conv_bias = (t.float() for t in (z, x, B, C, dt, A, D, conv_weight, conv_bias))
+    rep = d // x.shape[-1]
     x = repeat_groups(x, n, rep)
-    if window is not None:
-        window = repeat_groups(window.float(), n, rep)
-    u = F.silu(causal_conv(x, conv_weight, conv_bias, seq_idx, window))
+    if conv_state is not None:
+        conv_state = repeat_groups(conv_state.float().mT, n, rep).mT
+    u = F.silu(causal_conv(x, conv_weight, conv_bias, seq_idx, conv_state))
     dt = F.softplus(dt)
     B = repeat_groups(B, n, rep).unflatten(-1, (-1, n))  # [b, T, D/N, N]: one vector a group of N channels
     C = C.unflatten(-1, (-1, n))
-    h = x.new_zeros(x.shape[0], d, n) if initial_state is None else initial_state.float()
+    h = x.new_zeros(x.shape[0], d, n) if ssm_state is None else ssm_state.float()
     ys = []
     for t in range(x.shape[1]):
         if seq_idx is not None:
@@ -60,7 +48,7 @@ def selective_scan(
         C_t = C[:, t].repeat_interleave(n, dim=1)
         h = torch.exp(dt[:, t, :, None] * A) * h + (dt[:, t] * u[:, t])[..., None] * B_t
         ys.append(((C_t * h).sum(-1) + D * u[:, t]) * F.silu(z[:, t]))
-    return torch.stack(ys, dim=1).to(dtype), h
+    return torch.stack(ys, dim=1).to(inputs.z.dtype), h
 
 
 def ssd(
@@ -71,18 +59,15 @@ def ssd(
     C: Tensor,
     D: Tensor,
     seq_idx: Tensor | None = None,
-    initial_state: Tensor | None = None,
+    ssm_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T,  y_t = h_t C_t + D x_t  (Mamba-2, scalar decay a head).
-
-    Shapes and semantics as `m1.ops.ssd`.
-    """
+    """h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T,  y_t = h_t C_t + D x_t  (Mamba-2, scalar decay a head)."""
     heads = C.shape[2]
     rep = heads // x.shape[2]
     dtype = x.dtype
     x, dt, A, B, C, D = (t.float() for t in (x, dt, A, B, C, D))
     x, B = x.repeat_interleave(rep, dim=2), B.repeat_interleave(rep, dim=2)  # [b, T, heads, P or N]
-    h = x.new_zeros(x.shape[0], heads, x.shape[3], B.shape[3]) if initial_state is None else initial_state.float()
+    h = x.new_zeros(x.shape[0], heads, x.shape[3], B.shape[3]) if ssm_state is None else ssm_state.float()
     ys = []
     for t in range(x.shape[1]):
         if seq_idx is not None:
@@ -98,12 +83,9 @@ def causal_conv(
     weight: Tensor,
     bias: Tensor | None,
     seq_idx: Tensor | None = None,
-    initial_state: Tensor | None = None,
+    conv_state: Tensor | None = None,
 ) -> Tensor:
-    """y_t = bias + sum_k weight[:, K-1-k] * x_{t-k}, where x_{t-k} counts only inside token t's own document.
-
-    Shapes and semantics as `m1.ops.causal_conv`.
-    """
+    """y_t = bias + sum_k weight[:, K-1-k] * x_{t-k}, where x_{t-k} counts only inside token t's own document."""
     b, T, d = x.shape
     K = weight.shape[1]
     ys = []
@@ -112,8 +94,8 @@ def causal_conv(
         for k in range(K):
             if t >= k:
                 past = x[:, t - k]
-            elif initial_state is not None:
-                past = initial_state[:, K - 1 + t - k]
+            elif conv_state is not None:
+                past = conv_state[:, :, K - 1 + t - k]
             else:
                 continue
             if seq_idx is not None:
@@ -123,53 +105,25 @@ def causal_conv(
     return torch.stack(ys, dim=1)
 
 
-def state_update(
-    z: Tensor,
-    x: Tensor,
-    B: Tensor,
-    C: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    D: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor,
-    conv_state: Tensor,
-    ssm_state: Tensor,
-    slots: Tensor,
-) -> Tensor:
-    """`selective_scan` of one token a row, which continues, and updates, the states of the row's slot.
-
-    Shapes and semantics as `m1.ops.state_update`.
-    """
+def state_update(inputs: StepInputs) -> Tensor:
+    """`selective_scan` of one token per row, which continues, and updates, the states of the row's slot."""
+    z, x, *_, conv_state, ssm_state, slots = inputs
     rows, at = occupied(slots)
-    z_t, x_t, B_t, C_t, dt_t = (t[rows, None] for t in (z, x, B, C, dt))
-    window, h = conv_state[at].mT, ssm_state[at]
-    arguments = (z_t, x_t, B_t, C_t, dt_t, A, D, conv_weight, conv_bias, None, window, h)
-    y, ssm_state[at] = selective_scan(*arguments)
+    tokens = [t[rows, None] for t in inputs[:5]]
+    scan = ScanInputs._make([*tokens, *inputs[5:9], None, conv_state[at], ssm_state[at]])
+    y, ssm_state[at] = selective_scan(scan)
     conv_state[at] = shifted(conv_state[at], x[rows])
     return torch.zeros_like(z).index_copy(0, rows, y[:, 0])
 
 
-def ssd_update(
-    xBC: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    D: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor,
-    conv_state: Tensor,
-    ssm_state: Tensor,
-    slots: Tensor,
-) -> Tensor:
-    """Convolution, silu and `ssd` of one token a row, which continues, and updates, the states of the row's slot.
-
-    Shapes and semantics as `m1.ops.ssd_update`.
-    """
+def ssd_update(inputs: SSDStepInputs) -> Tensor:
+    """Convolution, silu and `ssd` of one token per row, which continues, and updates, the states of the row's slot."""
+    xBC, dt, A, D, conv_weight, conv_bias, conv_state, ssm_state, slots = inputs
     _, heads, P, N = ssm_state.shape
     groups = (xBC.shape[1] - heads * N) // (P + N)
     rows, at = occupied(slots)
-    token, window = xBC[rows, None].float(), conv_state[at].mT.float()
-    u = F.silu(causal_conv(token, conv_weight.float(), conv_bias.float(), None, window))
+    token = xBC[rows, None].float()
+    u = F.silu(causal_conv(token, conv_weight.float(), conv_bias.float(), None, conv_state[at].float()))
     x, B, C = u.split([groups * P, groups * N, heads * N], dim=-1)
     x, B, C = x.unflatten(-1, (groups, P)), B.unflatten(-1, (groups, N)), C.unflatten(-1, (heads, N))
     y, ssm_state[at] = ssd(x, F.softplus(dt[rows, None].float()), A, B, C, D, None, ssm_state[at])
@@ -183,18 +137,15 @@ def occupied(slots: Tensor) -> tuple[Tensor, Tensor]:
     return rows, slots[rows]
 
 
-def shifted(windows: Tensor, tokens: Tensor) -> Tensor:
-    """[b, channels, K-1] convolution inputs without the oldest, with the tokens' [b, channels] behind them."""
-    return torch.cat([windows, tokens[..., None].to(windows.dtype)], dim=-1)[..., 1:]
+def shifted(conv_state: Tensor, tokens: Tensor) -> Tensor:
+    """[b, channels, K-1] convolution inputs without the oldest, followed by the tokens' [b, channels]."""
+    return torch.cat([conv_state, tokens[..., None].to(conv_state.dtype)], dim=-1)[..., 1:]
 
 
 def decode_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, slots: Tensor, scale: float
 ) -> Tensor:
-    """softmax(scale q k^T) v over the first `length` keys of each row's slot (zero when there are none).
-
-    Shapes and semantics as `m1.ops.decode_attention`.
-    """
+    """softmax(scale q k^T) v over the first `length` keys of each row's slot (zero when there are none)."""
     rep = q.shape[1] // k_cache.shape[1]
     out = torch.zeros_like(q)
     for row, (slot, length) in enumerate(zip(slots.tolist(), lengths.tolist(), strict=True)):
@@ -206,7 +157,7 @@ def decode_attention(
 
 
 def add_rms_norm(hidden: Tensor, update: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-    """hidden += update, in place; hidden / sqrt(mean(hidden^2) + eps) * weight. As `m1.ops.add_rms_norm`."""
+    """hidden += update, in place; hidden / sqrt(mean(hidden^2) + eps) * weight."""
     if update is not None:
         hidden += update
     x = hidden.float()
@@ -214,16 +165,13 @@ def add_rms_norm(hidden: Tensor, update: Tensor | None, weight: Tensor, eps: flo
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up. As `m1.ops.swiglu`."""
+    """silu(gate) * up."""
     gate, up = gate_up.float().chunk(2, dim=-1)
     return (F.silu(gate) * up).to(gate_up.dtype)
 
 
 def sample_token(logits: Tensor, uniform: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
-    """The token at which the running sum of probabilities passes uniform, and its log-probability.
-
-    Shapes and semantics as `m1.ops.sample_token`.
-    """
+    """The token at which the running sum of probabilities passes uniform, and its log-probability."""
     greedy = temperature == 0
     logprobs = (logits.float() / temperature.float().masked_fill(greedy, 1.0)[:, None]).log_softmax(dim=-1)
     sums = logprobs.double().exp().cumsum(dim=-1)

@@ -1,12 +1,15 @@
 """A row's next token and its log-probability, in one operation over the logits. For inference only."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from m1.ops import reference
-from m1.ops.backend import Backend, choose, decode_operator, kernels, require_shapes
+from m1.ops.backend import Backend, choose, decode_operator
+from m1.ops.shapes import Shapes
+
+CHECK = Shapes(
+    "sample_token", logits="b V", uniform="b", temperature="b", where={"V must be at least 1": lambda V: V > 0}
+)
 
 
 def sample_token(
@@ -28,26 +31,25 @@ def sample_token(
             row's logits have a NaN or +inf.
 
     Raises:
-        ValueError: shapes that don't fit, or a backend that can't run this.
+        ValueError: a tensor that doesn't fit, or a backend that can't run this.
     """
-    b, V = logits.shape
-    named = dict(logits=logits, uniform=uniform, temperature=temperature)
-    require_shapes("sample_token", [uniform.shape == temperature.shape == (b,), V > 0], named)
+    CHECK(logits, uniform, temperature)
     known = {"float32 or bfloat16": logits.dtype in (torch.float32, torch.bfloat16)}
     backend = choose("sample_token", backend, logits, known)
     if backend == "reference":
         return reference.sample_token(logits, uniform, temperature)
-    return _sample_token(logits.contiguous(), uniform.double(), temperature.float(), backend)
+    uniform, temperature = uniform.double().contiguous(), temperature.float().contiguous()
+    return _sample_token(logits.contiguous(), uniform, temperature, backend)
 
 
-@decode_operator("sample_token")
-def _sample_token(logits: Tensor, uniform: Tensor, temperature: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    tokens = torch.empty(len(logits), dtype=torch.long, device=logits.device)
-    logprobs = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
-    kernels(backend, "sample_token").sample_token(logits, uniform, temperature, tokens, logprobs)
-    return tokens, logprobs
-
-
-@torch.library.register_fake("m1::sample_token")
-def _(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _new_outputs(logits: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
     return logits.new_empty(len(logits), dtype=torch.long), logits.new_empty(len(logits), dtype=torch.float32)
+
+
+_sample_token = decode_operator(
+    "sample_token",
+    "sample_token",
+    "Tensor logits, Tensor uniform, Tensor temperature",
+    _new_outputs,
+    returns="(Tensor, Tensor)",
+)

@@ -6,8 +6,14 @@ import torch
 from torch import Tensor
 
 from m1.ops import reference
-from m1.ops.backend import Backend, choose, kernels, require_shapes
+from m1.ops.backend import Backend, choose, kernels, schema_of
+from m1.ops.inputs import ScanGradients, ScanInputs, ScanOutputs
+from m1.ops.shapes import Rule, Shapes, declared
 
+GROUPS: dict[str, Rule] = {
+    "X must be a multiple of N that divides D": lambda X, N, D: N > 0 and X > 0 and X % N == D % X == 0
+}
+CHECK = Shapes("selective_scan", **declared(ScanInputs), where=GROUPS | {"K must be at least 1": lambda K: K > 0})
 CHUNK = {"cpu": 16, "triton": 32}  # tokens between the states that the forward pass saves for the backward pass
 
 
@@ -22,8 +28,8 @@ def selective_scan(
     conv_weight: Tensor,
     conv_bias: Tensor,
     seq_idx: Tensor | None = None,
-    window: Tensor | None = None,
-    initial_state: Tensor | None = None,
+    conv_state: Tensor | None = None,
+    ssm_state: Tensor | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
     """u = silu(conv(x)),  dt = softplus(dt),  h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t,
@@ -44,41 +50,44 @@ def selective_scan(
         conv_weight: [D, K]; the last tap multiplies the current token. Taps never reach into another document.
         conv_bias: [D].
         seq_idx: [b, T] integers, the document of each token; the state is cleared where it changes.
-        window: [b, K-1, X], the inputs in front of the first token (which then belong to its document).
-        initial_state: [b, D, N] state in front of the first token, zero when None.
+        conv_state: [b, X, K-1], the inputs before the first token, oldest first, which then belong to its document;
+            zero when None.
+        ssm_state: [b, D, N], the state before the first token; zero when None.
         backend: "cpu" and "triton" take N = 16 and K <= 4; "auto" picks what fits.
 
     Returns:
         y [b, T, D] in z's dtype and the final state [b, D, N] in float32. All arithmetic is in float32.
 
     Raises:
-        ValueError: shapes that don't fit, or a backend that can't run this.
+        ValueError: a tensor that doesn't fit, or a backend that can't run this.
     """
-    b, T, X = x.shape
-    d, n = A.shape
-    K = conv_weight.shape[1]
-    if d % n or X % n or d % X:
-        raise ValueError(f"selective_scan: D={d} and X={X} must be multiples of the state size {n}, and X divide D")
-    fits = [z.shape == C.shape == dt.shape == (b, T, d), B.shape == x.shape, D.shape == conv_bias.shape == (d,)]
-    fits += [conv_weight.shape[0] == d, seq_idx is None or seq_idx.shape == (b, T)]
-    fits += [window is None or window.shape == (b, K - 1, X)]
-    fits += [initial_state is None or initial_state.shape == (b, d, n)]
-    named = dict(z=z, x=x, B=B, C=C, dt=dt, A=A, D=D, conv_weight=conv_weight, conv_bias=conv_bias)
-    states = dict(seq_idx=seq_idx, window=window, initial_state=initial_state)
-    require_shapes("selective_scan", fits, named | states)
-    backend = choose("selective_scan", backend, z, {"state size 16": n == 16, "at most 4 convolution taps": K <= 4})
+    inputs = ScanInputs(z, x, B, C, dt, A, D, conv_weight, conv_bias, seq_idx, conv_state, ssm_state)
+    CHECK(*inputs)
+    taps, states = conv_weight.shape[1], A.shape[1]
+    limits = {"state size 16": states == 16, "at most 4 convolution taps": taps <= 4}
+    backend = choose("selective_scan", backend, z, limits)
     if backend == "reference":
-        return reference.selective_scan(z, x, B, C, dt, A, D, conv_weight, conv_bias, seq_idx, window, initial_state)
-    dtype = kernel_dtype(backend, z, x, B, C, dt)
-    activations = [t.to(dtype) for t in (z, x, B, C, dt)]
-    parameters = [t.float() for t in (A, D, conv_weight, conv_bias)]
-    documents = None if seq_idx is None else seq_idx.to(torch.int32)
-    window = None if window is None else window.to(dtype)
-    h0 = None if initial_state is None else initial_state.float()
-    differentiable = (*activations, *parameters, window, h0)
-    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
-    y, state, _ = _forward(*activations, *parameters, documents, window, h0, backend, save)
+        return reference.selective_scan(inputs)
+    inputs = _converted(inputs, kernel_dtype(backend, z, x, B, C, dt))
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    y, state, _ = _forward(*inputs, backend, save)
     return y.to(z.dtype), state
+
+
+def _converted(inputs: ScanInputs, dtype: torch.dtype) -> ScanInputs:
+    """For a kernel: activations in the given dtype, parameters and state in float32, all but activations contiguous."""
+    seq_idx, conv_state, ssm_state = inputs[9:]
+    seq_idx = None if seq_idx is None else seq_idx.to(torch.int32).contiguous()
+    conv_state = None if conv_state is None else conv_state.to(dtype).contiguous()
+    ssm_state = None if ssm_state is None else ssm_state.float().contiguous()
+    activations = [channels_last(t.to(dtype)) for t in inputs[:5]]
+    parameters = [t.float().contiguous() for t in inputs[5:9]]
+    return ScanInputs._make([*activations, *parameters, seq_idx, conv_state, ssm_state])
+
+
+def channels_last(t: Tensor) -> Tensor:
+    """t with its channels side by side: slices of a projection's output pass without a copy."""
+    return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def kernel_dtype(backend: Backend, *activations: Tensor) -> torch.dtype:
@@ -88,104 +97,59 @@ def kernel_dtype(backend: Backend, *activations: Tensor) -> torch.dtype:
     return dtypes.pop() if len(dtypes) == 1 and dtypes <= known else torch.float32
 
 
-# The kernels as PyTorch operators. Activations share one dtype, parameters and states are float32.
+# The kernels as PyTorch operators.
+_FORWARD = f"({schema_of(ScanInputs)}, str backend, bool save) -> (Tensor, Tensor, Tensor)"
+_BACKWARD = f"({schema_of(ScanInputs)}, Tensor saved, Tensor dy, Tensor dssm_state, str backend) -> Tensor[]"
 
 
-@torch.library.custom_op("m1::selective_scan", mutates_args=())
-def _forward(
-    z: Tensor,
-    x: Tensor,
-    B: Tensor,
-    C: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    D: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor,
-    seq_idx: Tensor | None,
-    window: Tensor | None,
-    h0: Tensor | None,
-    backend: str,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y, the final state, and the states the backward pass starts from (empty unless `save`), laid out as the
-    backend likes."""
-    inputs = (z, x, B, C, dt, A, D, conv_weight, conv_bias, seq_idx, window, h0)
-    outputs = _forward_outputs(*inputs, backend, save)
-    kernels(backend, "selective_scan").forward(*inputs, *outputs)
+@torch.library.custom_op("m1::selective_scan", mutates_args=(), schema=_FORWARD)
+def _forward(*arguments: Any) -> ScanOutputs:
+    """`saved` is empty unless `save`."""
+    outputs = _forward_outputs(*arguments)
+    *inputs, backend, _ = arguments
+    kernels(backend, "selective_scan").forward(ScanInputs(*inputs), outputs)
     return outputs
 
 
 @_forward.register_fake
-def _forward_outputs(
-    z: Tensor, x: Tensor, B: Tensor, C: Tensor, dt: Tensor, A: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    *_, backend, save = rest
-    b, T, d = z.shape
+def _forward_outputs(*arguments: Any) -> ScanOutputs:
+    *tensors, backend, save = arguments
+    inputs = ScanInputs(*tensors)
+    z, A = inputs.z, inputs.A
+    b, T, _ = z.shape
     chunks = -(-T // CHUNK[backend]) if save else 0
-    return z.new_empty(b, T, d), A.new_empty(b, *A.shape), A.new_empty(b, chunks, *A.shape)
+    return ScanOutputs(z.new_empty(z.shape), A.new_empty(b, *A.shape), A.new_empty(b, chunks, *A.shape))
 
 
-@torch.library.custom_op("m1::selective_scan_backward", mutates_args=())
-def _backward(
-    z: Tensor,
-    x: Tensor,
-    B: Tensor,
-    C: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    D: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor,
-    seq_idx: Tensor | None,
-    window: Tensor | None,
-    saved: Tensor,
-    dy: Tensor,
-    dh_last: Tensor,
-    backend: str,
-) -> list[Tensor]:
-    """Gradients of z, x, B, C, dt, A, D, conv_weight, conv_bias, window and h0."""
-    inputs = (z, x, B, C, dt, A, D, conv_weight, conv_bias, seq_idx, window, saved, dy, dh_last)
-    gradients = _backward_outputs(*inputs, backend)
-    kernels(backend, "selective_scan").backward(*inputs, *gradients)
+@torch.library.custom_op("m1::selective_scan_backward", mutates_args=(), schema=_BACKWARD)
+def _backward(*arguments: Any) -> list[Tensor]:
+    """ScanGradients, given what the forward pass saved and the gradients of y and of the final state."""
+    gradients = _backward_outputs(*arguments)
+    *inputs, saved, dy, dssm_state, backend = arguments
+    kernels(backend, "selective_scan").backward(ScanInputs(*inputs), saved, dy, dssm_state, ScanGradients(*gradients))
     return gradients
 
 
 @_backward.register_fake
-def _backward_outputs(
-    z: Tensor,
-    x: Tensor,
-    B: Tensor,
-    C: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    D: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor,
-    *rest: Any,
-) -> list[Tensor]:
-    inputs = (z, x, B, C, dt, A, D, conv_weight, conv_bias)
-    window = x.new_empty(x.shape[0], conv_weight.shape[1] - 1, x.shape[2])
-    return [*(t.new_empty(t.shape) for t in inputs), window, A.new_empty(z.shape[0], *A.shape)]
+def _backward_outputs(*arguments: Any) -> list[Tensor]:
+    z, x, *_, A, _, conv_weight, _ = arguments[:9]
+    conv_state = x.new_empty(x.shape[0], x.shape[2], conv_weight.shape[1] - 1)
+    return [*(t.new_empty(t.shape) for t in arguments[:9]), conv_state, A.new_empty(z.shape[0], *A.shape)]
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *tensors, h0, backend, _ = inputs
-    ctx.save_for_backward(*tensors, output[2])
-    ctx.backend, ctx.has_h0 = backend, h0 is not None
+def _setup_context(ctx: Any, inputs: tuple, output: ScanOutputs) -> None:
+    *tensors, ctx.backend, _ = inputs
+    scan = ScanInputs(*tensors)
+    ctx.has_ssm_state = scan.ssm_state is not None  # the backward pass reads it from `saved`
+    ctx.save_for_backward(*scan._replace(ssm_state=None), output[2])
 
 
-def _autograd(ctx: Any, dy: Tensor, dh_last: Tensor, _: Tensor) -> tuple:
-    *inputs, seq_idx, window, saved = ctx.saved_tensors
-    *gradients, dwindow, dh0 = _backward(*inputs, seq_idx, window, saved, dy, dh_last, ctx.backend)
-    return (
-        *gradients,
-        None,
-        None if window is None else dwindow,
-        dh0 if ctx.has_h0 else None,
-        None,
-        None,
-    )
+def _autograd(ctx: Any, dy: Tensor, dssm_state: Tensor, _: Tensor) -> tuple:
+    *tensors, saved = ctx.saved_tensors
+    inputs = ScanInputs(*tensors)
+    *gradients, dconv_state, dinitial = _backward(*inputs, saved, dy, dssm_state, ctx.backend)
+    of_states = (None if inputs.conv_state is None else dconv_state, dinitial if ctx.has_ssm_state else None)
+    return (*gradients, None, *of_states, None, None)
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

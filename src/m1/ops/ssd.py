@@ -4,8 +4,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from m1.ops.backend import require_shapes
+from m1.ops.shapes import Shapes
 
+CHECK = Shapes(
+    "ssd", where={"G must divide heads": lambda G, heads: G > 0 and heads % G == 0},
+    x="b T G P", dt="b T heads", A="heads", B="b T G N", C="b T heads N", D="heads",
+    seq_idx="b T: int or None", ssm_state="b heads P N or None",
+)  # fmt: skip
 CHUNK = 64  # tokens whose pairwise products are formed; work grows with it, the number of sequential steps shrinks
 
 
@@ -17,7 +22,7 @@ def ssd(
     C: Tensor,
     D: Tensor,
     seq_idx: Tensor | None = None,
-    initial_state: Tensor | None = None,
+    ssm_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T,  y_t = h_t C_t + D x_t, a state matrix h a head.
 
@@ -32,26 +37,24 @@ def ssd(
         C: [b, T, heads, N].
         D: [heads] skip weights.
         seq_idx: [b, T] integers, the document of each token; the state is cleared where it changes.
-        initial_state: [b, heads, P, N] state in front of the first token, zero when None.
+        ssm_state: [b, heads, P, N], the state before the first token; zero when None.
 
     Returns:
         y [b, T, heads, P] in x's dtype and the final state [b, heads, P, N] in float32. Arithmetic is in float32.
 
     Raises:
-        ValueError: shapes that don't fit.
+        ValueError: a tensor that doesn't fit.
     """
+    CHECK(x, dt, A, B, C, D, seq_idx, ssm_state)
     b, T, G, P = x.shape
     heads, N = C.shape[2:]
-    fits = [heads % G == 0, B.shape == (b, T, G, N), C.shape[:2] == (b, T), dt.shape == (b, T, heads)]
-    fits.append(seq_idx is None or seq_idx.shape == (b, T))
-    require_shapes("ssd", fits, dict(x=x, dt=dt, B=B, C=C, seq_idx=seq_idx))
     with torch.autocast(x.device.type, enabled=False):  # it would take the products in bfloat16
         rep, out_dtype = heads // G, x.dtype
         size = min(CHUNK, T)
         chunks = -(-T // size)
         state = x.new_zeros(b, G, rep, P, N, dtype=torch.float32)
-        if initial_state is not None:
-            state = initial_state.float().unflatten(1, (G, rep))
+        if ssm_state is not None:
+            state = ssm_state.float().unflatten(1, (G, rep))
 
         def chunked(t: Tensor) -> Tensor:
             """[b, T, ...] -> [b, chunks, size, ...] float32; tokens added at the end have dt = 0."""

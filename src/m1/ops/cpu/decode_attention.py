@@ -16,7 +16,6 @@ def decode_attention(
     scaled = (q.float() * (scale * math.log2(math.e))).contiguous()
     sizes = [q.shape[0], S, L, q.shape[1], kv_heads, q.shape[2], q.dtype == torch.bfloat16]
     caches = [*_cache(k_cache), *_cache(v_cache)]
-    lengths, slots = lengths.contiguous(), slots.contiguous()
     bad_row = call("m1_decode_attention", *sizes, slots, lengths, scaled, *caches, out)
     if bad_row >= 0:
         slot, length = int(slots[bad_row]), int(lengths[bad_row])

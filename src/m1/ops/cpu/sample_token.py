@@ -8,5 +8,5 @@ from m1.ops.build import call
 
 def sample_token(logits: Tensor, uniform: Tensor, temperature: Tensor, tokens: Tensor, logprobs: Tensor) -> None:
     """Fills tokens and logprobs."""
-    inputs = [logits, uniform.contiguous(), temperature.contiguous()]
-    call("m1_sample_token", *logits.shape, logits.dtype == torch.bfloat16, *inputs, tokens, logprobs)
+    is_bfloat16 = logits.dtype == torch.bfloat16
+    call("m1_sample_token", *logits.shape, is_bfloat16, logits, uniform, temperature, tokens, logprobs)

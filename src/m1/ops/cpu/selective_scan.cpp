@@ -34,25 +34,25 @@ struct Inputs {
   const float *A, *D;              // [D, 16], [D]
   const float *taps, *bias;        // [TAPS, D] oldest first, [D]
   const int32_t* seq_idx;          // [b, T] or null
-  const void* window;              // [b, HALO, 16 kv_groups] or null
+  const void* conv_state;          // [b, 16 kv_groups, HALO] oldest first, or null
 };
 
 struct Forward {
   Inputs in;
-  const float* h0;       // [b, D, 16] or null
-  void* y;               // [b, T, D]
-  float *h_last, *saved; // [b, D, 16]; [b, chunks, groups, n, channel] or null
+  const float* ssm_state;    // [b, D, 16] or null
+  void* y;                   // [b, T, D]
+  float *ssm_last, *saved;   // [b, D, 16]; [b, chunks, groups, n, channel] or null
 };
 
 struct Backward {
   Inputs in;
   const float* saved;
   const void* dy;                        // [b, T, D]
-  const float* dh_last;                  // [b, D, 16]
+  const float* dssm_last;                // [b, D, 16]
   void *dz, *dx, *dB, *dC, *ddt;         // [b, T, ...] contiguous
   float *dA, *dD, *dtaps, *dbias;        // a sequence each, to be summed over b: [b, D, 16], [b, D], [b, TAPS, D], [b, D]
-  void* dwindow;                         // [b, HALO, 16 kv_groups]
-  float* dh0;                            // [b, D, 16]
+  void* dconv_state;                     // [b, 16 kv_groups, HALO]
+  float* dssm_state;                     // [b, D, 16]
 };
 
 void transposed(const float* from, float* to, float factor = 1.0f) {  // [16][16]
@@ -80,21 +80,28 @@ struct Chunk {
     return (const T*)a.data + (sequence * in.length + t) * a.stride + group * N;
   }
 
-  int32_t document(int64_t t) const { return seq[std::max<int64_t>(t, 0)]; }  // the window belongs to token 0's
+  int32_t document(int64_t t) const { return seq[std::max<int64_t>(t, 0)]; }  // conv_state belongs to token 0's
 
   void bring(const T* from, float* to) const {
     for (int c = 0; c < N; c += W) store(to + c, load(from + c));
   }
 
+  void bring_column(const T* from, float* to) const {  // of [N][HALO]
+    T column[N];
+    for (int c = 0; c < N; ++c) column[c] = from[c * HALO];
+    bring(column, to);
+  }
+
   void enter(int64_t chunk) {
     first = chunk * CHUNK;
     count = (int)std::min<int64_t>(CHUNK, in.length - first);
-    const T* window = in.window ? (const T*)in.window + (sequence * HALO * in.kv_groups + kv) * N : nullptr;
+    const int64_t of_kv = (sequence * in.kv_groups + kv) * N * HALO;
+    const T* conv_state = in.conv_state ? (const T*)in.conv_state + of_kv : nullptr;
     for (int j = -HALO; j < count; ++j) {
       const int64_t t = first + j;
       float* to = x[j + HALO];
       if (t >= 0) bring(row(in.x, t, kv), to);
-      else if (window) bring(window + (t + HALO) * in.kv_groups * N, to);
+      else if (conv_state) bring_column(conv_state + t + HALO, to);
       else std::memset(to, 0, sizeof *x);
     }
     for (int j = 0; j < count; ++j) {
@@ -166,7 +173,7 @@ void forward(const Forward& p) {
       const int64_t of_kv = (i * channels + kv * rep * N) * N;
       for (int64_t r = 0; r < rep; ++r) {
         transposed(in.A + (kv * rep + r) * N * N, A[r][0], LOG2E);
-        if (p.h0) transposed(p.h0 + of_kv + r * N * N, states[r][0]);
+        if (p.ssm_state) transposed(p.ssm_state + of_kv + r * N * N, states[r][0]);
       }
       for (int64_t index = 0; index < chunks; ++index) {
         chunk.enter(index);
@@ -194,7 +201,7 @@ void forward(const Forward& p) {
           }
         }
       }
-      for (int64_t r = 0; r < rep; ++r) transposed(states[r][0], p.h_last + of_kv + r * N * N);
+      for (int64_t r = 0; r < rep; ++r) transposed(states[r][0], p.ssm_last + of_kv + r * N * N);
     }
   }
 }
@@ -219,7 +226,7 @@ void backward(const Backward& p) {
       const int64_t of_kv = (i * channels + kv * rep * N) * N;
       for (int64_t r = 0; r < rep; ++r) {
         transposed(in.A + (kv * rep + r) * N * N, carries[r].A[0], LOG2E);
-        transposed(p.dh_last + of_kv + r * N * N, carries[r].dh[0]);
+        transposed(p.dssm_last + of_kv + r * N * N, carries[r].dh[0]);
       }
       float dx[HALO + CHUNK][N] = {};  // with the taps that reach in front of the chunk
       Rows dB, dconv;
@@ -305,14 +312,16 @@ void backward(const Backward& p) {
         std::memcpy(dx[CHUNK], dx[0], HALO * sizeof *dx);
         std::memset(dx[0], 0, CHUNK * sizeof *dx);
       }
-      for (int k = 0; k < HALO; ++k)
-        for (int c = 0; c < N; c += W)
-          store((T*)p.dwindow + ((i * HALO + k) * in.kv_groups + kv) * N + c, load(dx[CHUNK + k] + c));
+      for (int k = 0; k < HALO; ++k) {
+        T column[N];
+        for (int c = 0; c < N; c += W) store(column + c, load(dx[CHUNK + k] + c));
+        for (int c = 0; c < N; ++c) ((T*)p.dconv_state)[((i * in.kv_groups + kv) * N + c) * HALO + k] = column[c];
+      }
       for (int64_t r = 0; r < rep; ++r) {
         const Carry& carry = carries[r];
         const int64_t channel = (kv * rep + r) * N;
         transposed(carry.dA[0], p.dA + of_kv + r * N * N);
-        transposed(carry.dh[0], p.dh0 + of_kv + r * N * N);
+        transposed(carry.dh[0], p.dssm_state + of_kv + r * N * N);
         std::memcpy(p.dD + i * channels + channel, carry.dD, sizeof carry.dD);
         std::memcpy(p.dbias + i * channels + channel, carry.dbias, sizeof carry.dbias);
         for (int k = 0; k < TAPS; ++k)

@@ -142,20 +142,20 @@ def write_gradients(
 
 @triton.jit
 def shared_gradients(
-    x, conv_weight, seq_idx, window, dconv, dB_parts, dx, dB, dwindow, dweight_parts, dbias_parts,
+    x, conv_weight, seq_idx, conv_state, dconv, dB_parts, dx, dB, dconv_state, dweight_parts, dbias_parts,
     strides, T, channels, X, REP: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
     TOKENS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """A program takes a tile of inputs, the window's among them, and goes through all that they flow into."""
+    """A program takes a tile of inputs, those of conv_state among them, and goes through all that they flow into."""
     kv = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     tile, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     t = tile.to(tl.int64) * TOKENS - (K - 1) + tl.arange(0, TOKENS)
     inside = kv < X
-    in_row, in_window = ((t >= 0) & (t < T))[:, None] & inside[None, :], (t < 0)[:, None] & inside[None, :]
+    in_row, before = ((t >= 0) & (t < T))[:, None] & inside[None, :], (t < 0)[:, None] & inside[None, :]
     inputs = load(token_of(x, strides[0], row, t[:, None]) + kv[None, :], in_row)
-    window_at = (row * (K - 1) + K - 1 + t)[:, None] * X + kv[None, :]
-    if window is not None:
-        inputs += load(window + window_at, in_window)
+    past = (row * X + kv)[None, :] * (K - 1) + (K - 1 + t)[:, None]
+    if conv_state is not None:
+        inputs += load(conv_state + past, before)
     dinputs = tl.zeros([TOKENS, WIDTH], tl.float32)
     dB_t = tl.zeros([TOKENS, WIDTH], tl.float32)
     part = row * tl.num_programs(1) + tile
@@ -178,4 +178,4 @@ def shared_gradients(
     at = (row * T + t)[:, None] * X + kv[None, :]
     tl.store(dx + at, dinputs, mask=in_row)
     tl.store(dB + at, dB_t, mask=in_row)
-    tl.store(dwindow + window_at, dinputs, mask=in_window)
+    tl.store(dconv_state + past, dinputs, mask=before)

@@ -1,6 +1,6 @@
 """The forward kernels of `selective_scan`, in the order in which they run, and what they share with the backward ones.
 
-A program of `span_states` and of `outputs` walks one span, with a tile of BLOCK channels by N states in registers.
+A program of `span_states` and `write_outputs` walks one span, with a tile of BLOCK channels by N states in registers.
 """
 
 # ruff: noqa: ANN001, ANN201 (inside kernels everything is a tensor, a pointer or a constexpr)
@@ -61,7 +61,7 @@ def decay(step, A_log2, goes_on):
 
 @triton.jit
 def prepare(
-    x, dt, conv_weight, conv_bias, seq_idx, window, step, conv, strides, T, channels, X,
+    x, dt, conv_weight, conv_bias, seq_idx, conv_state, step, conv, strides, T, channels, X,
     REP: tl.constexpr, N: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """step: the step sizes. conv: the convolution's outputs."""
@@ -78,11 +78,11 @@ def prepare(
         if seq_idx is not None:
             own = tl.load(seq_idx + row * T + t, mask=counts, other=0)
             counts &= own == tl.load(seq_idx + row * T + tl.maximum(at, 0), mask=counts, other=0)
-        in_row, in_window = counts & (at >= 0), counts & (at < 0)
+        in_row, before = counts & (at >= 0), counts & (at < 0)
         value = load(token_of(x, strides[0], row, at[:, None]) + kv[None, :], in_row[:, None] & inside[None, :])
-        if window is not None:
-            past = window + (row * (K - 1) + K - 1 + at)[:, None] * X + kv[None, :]
-            value += load(past, in_window[:, None] & inside[None, :])
+        if conv_state is not None:
+            past = conv_state + (row * X + kv)[None, :] * (K - 1) + (K - 1 + at)[:, None]
+            value += load(past, before[:, None] & inside[None, :])
         total += value * load(conv_weight + d * K + (K - 1 - k), inside)[None, :]
     at = (row * T + t)[:, None] * channels + d[None, :]
     tl.store(conv + at, total, mask=here)
@@ -144,7 +144,7 @@ def carry(states, steps, A, start, end, spans, size, N: tl.constexpr, REVERSE: t
 
 
 @triton.jit
-def outputs(
+def write_outputs(
     z, step, conv, B, C, A, D, seq_idx, states, y, strides, T, channels,
     REP: tl.constexpr, N: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip

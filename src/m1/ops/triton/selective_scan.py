@@ -5,14 +5,14 @@ knowing the state in front of it. Forward:
 
     prepare            step sizes and the convolution, element by element
     span_states        each span's final state from a zero start, and the sum of its step sizes
-    carry              from span to span, the state in front of each; the final state
-    outputs            each span again, from its state: y
+    carry              from span to span, the state before each; the final state
+    write_outputs      each span again, from its state: y
 
 Backward, where the gradient of the state takes the state's part and time runs in reverse:
 
     prepare            again: cheaper than keeping its results
     span_gradients     the gradient of each span's initial state from the span's own outputs
-    carry              from span to span, the gradient of each one's final state; the gradient of h0
+    carry              from span to span, the gradient of each one's final state; that of ssm_state
     read_gradients     forwards through each span, with the states: z, C, D, A
     write_gradients    backwards through each span, with the states' gradients: B, dt, the convolution's output
     shared_gradients   back through the convolution, and sums over the groups that read the same x and B
@@ -37,9 +37,10 @@ import torch
 import triton
 from torch import Tensor
 
+from m1.ops.inputs import ScanGradients, ScanInputs, ScanOutputs
 from m1.ops.selective_scan import CHUNK
 from m1.ops.triton.scan_backward import read_gradients, shared_gradients, span_gradients, write_gradients
-from m1.ops.triton.scan_forward import carry, outputs, prepare, span_states
+from m1.ops.triton.scan_forward import carry, prepare, span_states, write_outputs
 
 # Fixed, not autotuned. Forward and backward of 8 x 1024 tokens at D = 768 and of 8192 at D = 3072, in bfloat16, take
 # 0.62 and 2.1 ms on an H200. Spans of 64 change that by +6 and -2 %, of 128 by +21 and +3 %; BLOCK 16 by +21 and +28 %,
@@ -51,112 +52,71 @@ PREPARED = (32, 128)  # tile of `prepare`, tokens by channels
 SHARED = (32, 32)  # tile of `shared_gradients`
 
 
-def forward(
-    z: Tensor,
-    x: Tensor,
-    B: Tensor,
-    C: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    D: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor,
-    seq_idx: Tensor | None,
-    window: Tensor | None,
-    h0: Tensor | None,
-    y: Tensor,
-    h_last: Tensor,
-    saved: Tensor,
-) -> None:
-    """Fills y, h_last and, unless it is empty, saved [b, T / SPAN, D, N], the state in front of each span."""
-    b, T, d = z.shape
-    n, rep = A.shape[1], d // x.shape[2]
-    spans, blocks = triton.cdiv(T, SPAN), triton.cdiv(d, BLOCK)
-    states = saved if saved.numel() else A.new_empty(b, spans, d, n)
+def forward(inputs: ScanInputs, outputs: ScanOutputs) -> None:
+    """Fills y, the final state and, unless it is empty, saved [b, T / SPAN, D, N], the state before each span."""
+    z, x, B, C, _, A, D, _, _, seq_idx, _, ssm_state = inputs
+    (b, T, d), n = z.shape, A.shape[1]
+    rep, spans, blocks = d // x.shape[2], triton.cdiv(T, SPAN), triton.cdiv(d, BLOCK)
+    states = outputs.saved if outputs.saved.numel() else A.new_empty(b, spans, d, n)
     steps = A.new_empty(b, spans, d)
-    step, conv = _prepared(x, dt, n, conv_weight, conv_bias, seq_idx, window)
+    step, conv = _prepared(inputs)
     span_states[blocks, spans, b](
         step, conv, B, A, seq_idx, states, steps, _strides(B), T, d, rep, n, SPAN, BLOCK, num_warps=1
     )
-    carry[triton.cdiv(d * n, CARRIED), b](states, steps, A, h0, h_last, spans, d * n, n, False, CARRIED)
-    outputs[triton.cdiv(d, OUTPUTS_BLOCK), spans, b](
-        z, step, conv, B, C, A, D, seq_idx, states, y, _strides(z, B, C), T, d, rep, n, SPAN, OUTPUTS_BLOCK, num_warps=1
-    )
+    last = outputs.ssm_state
+    carry[triton.cdiv(d * n, CARRIED), b](states, steps, A, ssm_state, last, spans, d * n, n, False, CARRIED)
+    write_outputs[triton.cdiv(d, OUTPUTS_BLOCK), spans, b](
+        z, step, conv, B, C, A, D, seq_idx, states, outputs.y, _strides(z, B, C), T, d, rep, n, SPAN, OUTPUTS_BLOCK,
+        num_warps=1,
+    )  # fmt: skip
 
 
-def backward(
-    z: Tensor,
-    x: Tensor,
-    B: Tensor,
-    C: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    D: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor,
-    seq_idx: Tensor | None,
-    window: Tensor | None,
-    saved: Tensor,
-    dy: Tensor,
-    dh_last: Tensor,
-    dz: Tensor,
-    dx: Tensor,
-    dB: Tensor,
-    dC: Tensor,
-    ddt: Tensor,
-    dA: Tensor,
-    dD: Tensor,
-    dconv_weight: Tensor,
-    dconv_bias: Tensor,
-    dwindow: Tensor,
-    dh0: Tensor,
-) -> None:
+def backward(inputs: ScanInputs, saved: Tensor, dy: Tensor, dssm_state: Tensor, gradients: ScanGradients) -> None:
     """Fills the gradients."""
-    b, T, d = z.shape
-    X, K, n = x.shape[2], conv_weight.shape[1], A.shape[1]
+    z, x, B, C, dt, A, D, conv_weight, _, seq_idx, conv_state, _ = inputs
+    (b, T, d), X, K, n = z.shape, x.shape[2], conv_weight.shape[1], A.shape[1]
     rep, spans, blocks = d // X, triton.cdiv(T, SPAN), triton.cdiv(d, BLOCK)
-    dy, dh_last = dy.contiguous(), dh_last.contiguous()
-    step, conv = _prepared(x, dt, n, conv_weight, conv_bias, seq_idx, window)
+    dy, dssm_state = dy.contiguous(), dssm_state.contiguous()
+    step, conv = _prepared(inputs)
 
     dstates, steps = torch.empty_like(saved), A.new_empty(b, spans, d)
     span_gradients[blocks, spans, b](
         z, step, C, A, seq_idx, dy, dstates, steps, _strides(z, C), T, d, n, SPAN, BLOCK, num_warps=1
     )
-    carry[triton.cdiv(d * n, CARRIED), b](dstates, steps, A, dh_last, dh0, spans, d * n, n, True, CARRIED)
+    carried = (dstates, steps, A, dssm_state, gradients.ssm_state)
+    carry[triton.cdiv(d * n, CARRIED), b](*carried, spans, d * n, n, True, CARRIED)
 
     dA_parts, dD_parts = torch.empty_like(saved), A.new_empty(b, spans, d)
     dlog, dlog_end = torch.empty_like(step), torch.empty_like(steps)
     read_gradients[blocks, spans, b](
-        z, step, conv, B, C, A, D, seq_idx, saved, dy, dstates, dz, dC, dA_parts, dD_parts, dlog, dlog_end,
-        _strides(z, B, C), T, d, rep, n, SPAN, BLOCK, num_warps=1,
+        z, step, conv, B, C, A, D, seq_idx, saved, dy, dstates, gradients.z, gradients.C, dA_parts, dD_parts, dlog,
+        dlog_end, _strides(z, B, C), T, d, rep, n, SPAN, BLOCK, num_warps=1,
     )  # fmt: skip
     dB_parts, dconv = torch.empty_like(step), torch.empty_like(conv)
     write_gradients[blocks, spans, b](
-        z, step, conv, B, C, dt, A, D, seq_idx, dy, dstates, dlog, dlog_end, dB_parts, ddt, dconv,
+        z, step, conv, B, C, dt, A, D, seq_idx, dy, dstates, dlog, dlog_end, dB_parts, gradients.dt, dconv,
         _strides(z, B, C, dt), T, d, rep, n, SPAN, BLOCK, num_warps=1,
     )  # fmt: skip
 
     tiles = triton.cdiv(T + K - 1, SHARED[0])
     dweight_parts, dbias_parts = A.new_empty(b, tiles, d, K), A.new_empty(b, tiles, d)
     shared_gradients[triton.cdiv(X, SHARED[1]), tiles, b](
-        x, conv_weight, seq_idx, window, dconv, dB_parts, dx, dB, dwindow, dweight_parts, dbias_parts,
-        _strides(x), T, d, X, rep, n, K, *SHARED, num_warps=1,
+        x, conv_weight, seq_idx, conv_state, dconv, dB_parts, gradients.x, gradients.B, gradients.conv_state,
+        dweight_parts, dbias_parts, _strides(x), T, d, X, rep, n, K, *SHARED, num_warps=1,
     )  # fmt: skip
-    sums = ((dA_parts, dA), (dD_parts, dD), (dweight_parts, dconv_weight), (dbias_parts, dconv_bias))
-    for parts, gradient in sums:
+    for parts, gradient in zip((dA_parts, dD_parts, dweight_parts, dbias_parts), gradients[5:9], strict=True):
         torch.sum(parts, (0, 1), out=gradient)
 
 
-def _prepared(
-    x: Tensor, dt: Tensor, n: int, conv_weight: Tensor, conv_bias: Tensor, seq_idx: Tensor | None, window: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _prepared(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     """Step sizes and the convolution's outputs, [b, T, D] float32."""
-    b, T, d = dt.shape
-    X, K = x.shape[2], conv_weight.shape[1]
+    x, dt, conv_weight = inputs.x, inputs.dt, inputs.conv_weight
+    (b, T, d), X, K, n = dt.shape, x.shape[2], conv_weight.shape[1], inputs.A.shape[1]
     step, conv = conv_weight.new_empty(b, T, d), conv_weight.new_empty(b, T, d)
     prepare[triton.cdiv(d, PREPARED[1]), triton.cdiv(T, PREPARED[0]), b](
-        x, dt, conv_weight, conv_bias, seq_idx, window, step, conv, _strides(x, dt), T, d, X, d // X, n, K, *PREPARED
-    )
+        x, dt, conv_weight, inputs.conv_bias, inputs.seq_idx, inputs.conv_state, step, conv, _strides(x, dt), T, d, X,
+        d // X, n, K, *PREPARED,
+    )  # fmt: skip
     return step, conv
 
 

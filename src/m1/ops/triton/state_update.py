@@ -1,6 +1,6 @@
 """One decode step of a Mamba layer on a GPU: convolution, softplus, state, skip and gate, states updated in place.
 
-Channels that read the same input share its convolution window, which must be shifted once, behind the last read. In
+Channels that read the same input share its conv_state, which must be shifted once, after the last read. In
 `state_update` a program owns a group of inputs with all channels that read them, and shifts at its end. The programs
 of `ssd_update` are smaller than that; a second kernel shifts.
 """
@@ -11,65 +11,37 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from m1.ops.inputs import SSDStepInputs, StepInputs
 from m1.ops.triton import LOG2_E, silu, softplus
 
 FEATURES = 32  # rows of a head's state in a program of ssd_update
-SHIFTED = 256  # windows in a program of _shift_windows
+SHIFTED = 256  # channels in a program of _shift_conv_states
 # Fixed, not autotuned: on an H200 two warps a program make `state_update` 4 to 20 % slower, for 1 to 256 sequences at
 # D = 768 and 3072; other FEATURES and numbers of warps make `ssd_update` at most 5 % faster, and only small ones.
 
 
-def state_update(
-    z: Tensor,
-    x: Tensor,
-    B: Tensor,
-    C: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    D: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor,
-    conv_state: Tensor,
-    ssm_state: Tensor,
-    slots: Tensor,
-    y: Tensor,
-) -> None:
+def state_update(inputs: StepInputs, y: Tensor) -> None:
     """Fills y [b, D] and updates the states of the rows' slots."""
-    (b, d), X, n = z.shape, x.shape[1], A.shape[1]
-    strides = tuple(t.stride(0) for t in (z, x, B, C, dt))
-    _state_update[X // n, b](
-        z, x, B, C, dt, A, D, conv_weight, conv_bias, conv_state, ssm_state, slots, y, strides,
-        d // X, n, conv_weight.shape[1], num_warps=1,
-    )  # fmt: skip
+    (b, d), X, n = inputs.z.shape, inputs.x.shape[1], inputs.A.shape[1]
+    strides = tuple(t.stride(0) for t in inputs[:5])
+    _state_update[X // n, b](*inputs, y, strides, d // X, n, inputs.conv_weight.shape[1], num_warps=1)
 
 
-def ssd_update(
-    xBC: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    D: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor,
-    conv_state: Tensor,
-    ssm_state: Tensor,
-    slots: Tensor,
-    y: Tensor,
-) -> None:
+def ssd_update(inputs: SSDStepInputs, y: Tensor) -> None:
     """Fills y [b, heads, P] and updates the states of the rows' slots."""
-    (b, channels), (_, heads, P, N) = xBC.shape, ssm_state.shape
-    groups, K = (channels - heads * N) // (P + N), conv_weight.shape[1]
-    _ssd_update[triton.cdiv(P, FEATURES), heads, b](
-        xBC, dt, A, D, conv_weight, conv_bias, conv_state, ssm_state, slots, y, xBC.stride(0), dt.stride(0), channels,
-        groups, P, N, K, FEATURES, triton.next_power_of_2(N),
-    )  # fmt: skip
-    _shift_windows[triton.cdiv(channels, SHIFTED), b](xBC, conv_state, slots, xBC.stride(0), channels, K, SHIFTED)
+    xBC, conv_state, slots = inputs.xBC, inputs.conv_state, inputs.slots
+    (b, channels), (_, heads, P, N) = xBC.shape, inputs.ssm_state.shape
+    groups, K = (channels - heads * N) // (P + N), inputs.conv_weight.shape[1]
+    sizes = (channels, groups, P, N, K, FEATURES, triton.next_power_of_2(N))
+    _ssd_update[triton.cdiv(P, FEATURES), heads, b](*inputs, y, xBC.stride(0), inputs.dt.stride(0), *sizes)
+    _shift_conv_states[triton.cdiv(channels, SHIFTED), b](xBC, conv_state, slots, xBC.stride(0), channels, K, SHIFTED)
 
 
 @triton.jit
-def _inputs(token, windows, channel, inside, K: tl.constexpr):
-    """[channels, K] what the convolution reads, the windows' inputs and the token's; in float32."""
+def _inputs(token, held, channel, inside, K: tl.constexpr):
+    """[channels, K] what the convolution reads, the held inputs and the token's; in float32."""
     tap, channel, inside = tl.arange(0, K)[None, :], channel[:, None], inside[:, None]
-    past = tl.load(windows + channel * (K - 1) + tap, mask=inside & (tap < K - 1), other=0.0)
+    past = tl.load(held + channel * (K - 1) + tap, mask=inside & (tap < K - 1), other=0.0)
     newest = tl.load(token + channel + tap * 0, mask=inside & (tap == K - 1), other=0.0)
     return tl.where(tap < K - 1, past.to(tl.float32), newest.to(tl.float32))
 
@@ -83,11 +55,11 @@ def _convolution(inputs, conv_weight, conv_bias, channel, inside, K: tl.constexp
 
 
 @triton.jit
-def _shift(inputs, windows, channel, inside, K: tl.constexpr):
-    """Drops the windows' oldest inputs and appends the token's, once all threads have read the windows."""
+def _shift(inputs, held, channel, inside, K: tl.constexpr):
+    """Drops the oldest held inputs and appends the token's, once all threads have read them."""
     tap = tl.arange(0, K)[None, :]
     tl.debug_barrier()
-    tl.store(windows + channel[:, None] * (K - 1) + tap - 1, inputs, mask=inside[:, None] & (tap > 0))
+    tl.store(held + channel[:, None] * (K - 1) + tap - 1, inputs, mask=inside[:, None] & (tap > 0))
 
 
 @triton.jit
@@ -107,8 +79,8 @@ def _state_update(
             tl.store(y + (shared * REP + copy) * N + n, tl.zeros([N], tl.float32))
     else:
         states = ssm_state + (slot * X + shared * N) * REP * N + n[:, None] * N + n[None, :]
-        windows = conv_state + slot * X * (K - 1)
-        inputs = _inputs(x + row * strides[1], windows, shared * N + n, every, K)
+        held = conv_state + slot * X * (K - 1)
+        inputs = _inputs(x + row * strides[1], held, shared * N + n, every, K)
         B_n = tl.load(B + row * strides[2] + shared * N + n).to(tl.float32)
         read: list = []  # all there is, in front of the first write: half of a small batch's time is latency
         for copy in tl.static_range(REP):
@@ -125,7 +97,7 @@ def _state_update(
             tl.store(states + copy * N * N, h)
             out = tl.sum(h * C_d.to(tl.float32)[None, :], axis=1) + skip * u
             tl.store(y + d, out * silu(z_d.to(tl.float32)))
-        _shift(inputs, windows, shared * N + n, every, K)
+        _shift(inputs, held, shared * N + n, every, K)
 
 
 @triton.jit
@@ -146,11 +118,11 @@ def _ssd_update(
     else:
         group = head // (heads // groups)
         token = xBC + row * xBC_stride
-        windows = conv_state + slot * channels * (K - 1)
+        held = conv_state + slot * channels * (K - 1)
         of_x, of_B, of_C = group * P + p, groups * P + group * N + n, groups * (P + N) + head * N + n
-        x = _convolution(_inputs(token, windows, of_x, in_p, K), conv_weight, conv_bias, of_x, in_p, K)
-        B = _convolution(_inputs(token, windows, of_B, in_n, K), conv_weight, conv_bias, of_B, in_n, K)
-        C = _convolution(_inputs(token, windows, of_C, in_n, K), conv_weight, conv_bias, of_C, in_n, K)
+        x = _convolution(_inputs(token, held, of_x, in_p, K), conv_weight, conv_bias, of_x, in_p, K)
+        B = _convolution(_inputs(token, held, of_B, in_n, K), conv_weight, conv_bias, of_B, in_n, K)
+        C = _convolution(_inputs(token, held, of_C, in_n, K), conv_weight, conv_bias, of_C, in_n, K)
         step = softplus(tl.load(dt + row * dt_stride + head).to(tl.float32))
         decay = tl.exp2(step * tl.load(A + head) * LOG2_E)
         state = ssm_state + ((slot * heads + head) * P + p)[:, None] * N + n[None, :]
@@ -160,10 +132,10 @@ def _ssd_update(
 
 
 @triton.jit
-def _shift_windows(xBC, conv_state, slots, xBC_stride, channels, K: tl.constexpr, SHIFTED: tl.constexpr):
+def _shift_conv_states(xBC, conv_state, slots, xBC_stride, channels, K: tl.constexpr, SHIFTED: tl.constexpr):
     channel = tl.program_id(0) * SHIFTED + tl.arange(0, SHIFTED)
     row = tl.program_id(1).to(tl.int64)
     slot = tl.load(slots + row)
     if slot >= 0:
-        windows, inside = conv_state + slot * channels * (K - 1), channel < channels
-        _shift(_inputs(xBC + row * xBC_stride, windows, channel, inside, K), windows, channel, inside, K)
+        held, inside = conv_state + slot * channels * (K - 1), channel < channels
+        _shift(_inputs(xBC + row * xBC_stride, held, channel, inside, K), held, channel, inside, K)

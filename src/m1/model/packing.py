@@ -1,0 +1,89 @@
+"""What makes packed and padded batches exact: documents, positions, caches and masks, before the first layer."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask, create_recurrent_attention_mask
+
+from m1.model.configuration import ATTENTION, MAMBA, M1Config
+
+Masks = dict[str, Tensor | None]  # by layer type, made by transformers' own functions
+
+
+class Packing(NamedTuple):
+    """What every layer is told about its batch."""
+
+    seq_idx: Tensor | None  # [b, T], the document of each token
+    position_ids: Tensor  # [b or 1, T]
+    past_key_values: Cache | None
+    masks: Masks
+
+
+def prepare(
+    config: M1Config,
+    embeds: Tensor,
+    attention_mask: Tensor | Masks | None,
+    position_ids: Tensor | None,
+    cache: Cache | None,
+    seq_idx: Tensor | None,
+    use_cache: bool,
+) -> Packing:
+    """Completes what the caller of `M1Model` left out.
+
+    Packing is detected from `seq_idx` or from `position_ids` that restart; either implies the other. As everywhere in
+    transformers, positions show packing only without a cache and without `attention_mask`. Padding is given by a 2D
+    `attention_mask` over cache and input; padding on the left is exact, also when generating.
+
+    Args:
+        embeds: [b, T, H].
+
+    Raises:
+        ValueError: `seq_idx` with a cache; several packed rows under flash attention, which takes one.
+    """
+    if seq_idx is None and position_ids is not None and attention_mask is None and cache is None:
+        # a compiled graph can't depend on the values of the positions: there, one document counts as packed too
+        always = torch.compiler.is_compiling() and not use_cache
+        seq_idx = documents_of(position_ids.expand(embeds.shape[:2]), always)
+    if seq_idx is not None and cache is not None:
+        raise ValueError("seq_idx tells a packed row, which a cache can't continue: give one of the two")
+    flash = "flash" in (config._attn_implementation or "")
+    if flash and seq_idx is not None and len(seq_idx) > 1 and not torch.compiler.is_compiling():
+        raise ValueError("flash attention takes packed rows in batches of one: flatten the batch into one row")
+    if use_cache and cache is None and seq_idx is None:  # a packed row has nothing to continue
+        cache = DynamicCache(config=config)
+    if position_ids is None and seq_idx is not None:
+        position_ids = positions_of(seq_idx)
+    elif position_ids is None:
+        seen = cache.get_seq_length() if cache is not None and config.attention_layers else 0
+        position_ids = (torch.arange(embeds.shape[1], device=embeds.device) + seen).unsqueeze(0)
+    if isinstance(attention_mask, dict):  # `generate` has prepared the masks
+        return Packing(seq_idx, position_ids, cache, attention_mask)
+    arguments = {"config": config, "inputs_embeds": embeds, "past_key_values": cache}
+    masks = {MAMBA: create_recurrent_attention_mask(attention_mask=attention_mask, **arguments)}
+    if config.attention_layers:
+        # transformers detects packing from positions that restart, and only without a 2D mask. Leaving that mask out
+        # loses nothing for packed rows: their padding follows the documents, where no real token looks.
+        packed = seq_idx is not None
+        visible, positions = (None, positions_of(seq_idx)) if packed else (attention_mask, position_ids)
+        masks[ATTENTION] = create_causal_mask(attention_mask=visible, position_ids=positions, **arguments)
+    return Packing(seq_idx, position_ids, cache, masks)
+
+
+def documents_of(position_ids: Tensor, always: bool = False) -> Tensor | None:
+    """[b, T] document numbers of packed rows, a new one wherever a position isn't the last one plus 1.
+
+    None if there is no such place, unless `always`.
+    """
+    starts = torch.zeros_like(position_ids)
+    starts[:, 1:] = position_ids.diff(dim=1) != 1
+    return starts.cumsum(dim=1) if always or starts.any() else None
+
+
+def positions_of(seq_idx: Tensor) -> Tensor:
+    """[b, T] position of each token in its document."""
+    index = torch.arange(seq_idx.shape[1], device=seq_idx.device).expand_as(seq_idx)
+    starts = torch.ones_like(seq_idx, dtype=torch.bool)
+    starts[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
+    return index - torch.where(starts, index, 0).cummax(dim=1).values

@@ -1,0 +1,210 @@
+"""Invariant 12: every op checks every tensor argument before it does anything, and returns what it promises."""
+
+import inspect
+import typing
+
+import pytest
+import torch
+from torch import Tensor
+
+from m1 import ops
+from m1.ops import PackedLinear
+
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def normal(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def multiply(x):
+    """A call of a PackedLinear."""
+    return PackedLinear(normal(33, 20))(x)
+
+
+def mamba(*leading):
+    activations = {"z": 96, "x": 32, "B": 32, "C": 96, "dt": 96}
+    return {name: normal(*leading, width) for name, width in activations.items()} | {
+        "A": -normal(96, 16).exp(),
+        "D": normal(96),
+        "conv_weight": normal(96, 4),
+        "conv_bias": normal(96),
+    }
+
+
+# Valid arguments, every optional one included, in sizes of which none is another's, more or less one.
+OPS = {
+    ops.selective_scan: mamba(3, 7)
+    | {"seq_idx": torch.zeros(3, 7).int(), "conv_state": normal(3, 32, 3), "ssm_state": normal(3, 96, 16)},
+    ops.state_update: mamba(2)
+    | {"conv_state": normal(5, 32, 3), "ssm_state": normal(5, 96, 16), "slots": torch.tensor([4, 1])},
+    ops.ssd: {
+        "x": normal(3, 7, 2, 11),
+        "dt": normal(3, 7, 6).exp(),
+        "A": -normal(6).exp(),
+        "B": normal(3, 7, 2, 13),
+        "C": normal(3, 7, 6, 13),
+        "D": normal(6),
+        "seq_idx": torch.zeros(3, 7).int(),
+        "ssm_state": normal(3, 6, 11, 13),
+    },
+    ops.ssd_update: {
+        "xBC": normal(2, 2 * (16 + 32) + 6 * 32),
+        "dt": normal(2, 6),
+        "A": -normal(6).exp(),
+        "D": normal(6),
+        "conv_weight": normal(288, 4),
+        "conv_bias": normal(288),
+        "conv_state": normal(5, 288, 3),
+        "ssm_state": normal(5, 6, 16, 32),
+        "slots": torch.tensor([4, 1]),
+    },
+    ops.causal_conv: {
+        "x": normal(3, 7, 12),
+        "weight": normal(12, 4),
+        "bias": normal(12),
+        "seq_idx": torch.zeros(3, 7).int(),
+        "conv_state": normal(3, 12, 3),
+    },
+    ops.decode_attention: {
+        "q": normal(2, 6, 16),
+        "k_cache": normal(5, 2, 9, 16),
+        "v_cache": normal(5, 2, 9, 16),
+        "lengths": torch.tensor([3, 9]),
+        "slots": torch.tensor([4, 1]),
+    },
+    ops.add_rms_norm: {"hidden": normal(3, 32), "update": normal(3, 32), "weight": normal(32)},
+    ops.swiglu: {"gate_up": normal(3, 64)},
+    ops.sample_token: {"logits": normal(3, 40), "uniform": torch.rand(3), "temperature": torch.ones(3)},
+    PackedLinear: {"weight": normal(33, 20), "bias": normal(33)},
+    multiply: {"x": normal(3, 20)},
+}
+NUMBERS = {ops.add_rms_norm: {"eps": 1e-6}}  # further arguments without a default
+ONLY = {  # arguments that must have this very dtype; the others take any of their kind
+    (ops.state_update, "ssm_state"): [torch.float32],
+    (ops.ssd_update, "ssm_state"): [torch.float32],
+    (PackedLinear, "weight"): [torch.float32, torch.bfloat16],
+    (multiply, "x"): [torch.float32, torch.bfloat16],
+    **{(ops.add_rms_norm, name): [torch.float32] for name in ("hidden", "update", "weight")},  # one dtype for all
+}
+# Mutations that give other valid arguments: nothing else fixes this size.
+VALID = {
+    (ops.swiglu, "gate_up", "dimension 0 longer"),
+    (ops.swiglu, "gate_up", "dimension 0 shorter"),
+    (ops.swiglu, "gate_up", "empty"),
+    (ops.swiglu, "gate_up", "meta"),  # the only tensor
+    (ops.sample_token, "logits", "dimension 1 longer"),
+    (ops.sample_token, "logits", "dimension 1 shorter"),
+    (PackedLinear, "weight", "dimension 1 longer"),
+    (PackedLinear, "weight", "dimension 1 shorter"),
+    (multiply, "x", "dimension 0 longer"),
+    (multiply, "x", "dimension 0 shorter"),
+    (multiply, "x", "empty"),
+}
+
+
+def tensor_arguments(op):
+    """Names of the parameters that take tensors."""
+    function = op.__init__ if inspect.isclass(op) else op
+    if op is multiply:
+        return ["x"]
+    hints = typing.get_type_hints(function)
+    return [name for name in inspect.signature(function).parameters if name != "self" and takes_tensor(hints[name])]
+
+
+def takes_tensor(hint):
+    return hint is Tensor or Tensor in typing.get_args(hint)
+
+
+def mutations(op, name, tensor):
+    """What each mutation makes of the argument."""
+    for dim in range(tensor.dim()):
+        yield f"dimension {dim} longer", torch.cat([tensor, tensor.narrow(dim, 0, 1)], dim)
+        yield f"dimension {dim} shorter", tensor.narrow(dim, 0, tensor.shape[dim] - 1)
+    yield "a dimension more", tensor[None]
+    yield "scalar", tensor.flatten()[0]
+    yield "empty", tensor[:0]
+    if tensor.dim() > 1:
+        yield "transposed", tensor.mT.contiguous()
+    yield "other kind", tensor.int() if tensor.is_floating_point() else tensor.float()
+    yield "bool", tensor.bool()
+    allowed = ONLY.get((op, name))
+    if allowed:
+        for dtype in {*FLOATS, torch.float64} - set(allowed):
+            yield str(dtype), tensor.to(dtype)
+    yield "meta", tensor.to("meta")
+
+
+CASES = [
+    pytest.param(op, name, mutation, value, id=f"{op.__name__}-{name}-{mutation}")
+    for op, arguments in OPS.items()
+    for name, tensor in arguments.items()
+    for mutation, value in mutations(op, name, tensor)
+    if (op, name, mutation) not in VALID
+]
+
+
+def call(op, arguments):
+    return op(**arguments, **NUMBERS.get(op, {}))
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
+def test_every_tensor_argument_is_mutated(op):
+    """A new argument needs a rule, and a place in OPS."""
+    assert tensor_arguments(op) == list(OPS[op])
+
+
+def test_every_public_op_is_here():
+    assert {getattr(ops, name) for name in ops.__all__} == set(OPS) - {multiply}
+
+
+@pytest.mark.parametrize(("op", "name", "mutation", "value"), CASES)
+def test_a_mutated_argument_is_refused_before_anything_changes(op, name, mutation, value):
+    arguments = {other: t.clone() for other, t in OPS[op].items()} | {name: value}
+    before = {other: t.clone() for other, t in arguments.items()}
+    public = "PackedLinear" if op is multiply else op.__name__
+    with pytest.raises(ValueError, match=rf"^{public}: ({name} has shape|.* (from|as) {name}(,|$))"):
+        call(op, arguments)
+    for other, t in arguments.items():
+        assert t.device.type == "meta" or torch.equal(t, before[other]), f"{other} was changed"
+
+
+@pytest.mark.parametrize(("op", "name", "mutation"), sorted(VALID, key=str), ids=str)
+def test_the_table_of_valid_mutations_holds(op, name, mutation):
+    values = dict(mutations(op, name, OPS[op][name]))
+    call(op, {other: t.clone() for other, t in OPS[op].items()} | {name: values[mutation]})
+
+
+# Shapes of the results; float32 and int64 where said, else in the first argument's dtype.
+RESULTS = {
+    ops.selective_scan: [(3, 7, 96), ((3, 96, 16), torch.float32)],
+    ops.state_update: [(2, 96)],
+    ops.ssd: [(3, 7, 6, 11), ((3, 6, 11, 13), torch.float32)],
+    ops.ssd_update: [(2, 6, 16)],
+    ops.causal_conv: [(3, 7, 12)],
+    ops.decode_attention: [(2, 6, 16)],
+    ops.add_rms_norm: [(3, 32)],
+    ops.swiglu: [(3, 32)],
+    ops.sample_token: [((3,), torch.int64), ((3,), torch.float32)],
+    multiply: [(3, 33)],
+}
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("parameters", ["alike", "float32"])
+@pytest.mark.parametrize("op", RESULTS, ids=lambda op: op.__name__)
+def test_valid_calls_keep_their_promise(op, dtype, parameters):
+    """The first argument in the dtype, the others, where they may differ, in the same or in float32."""
+    arguments = {name: t.clone() for name, t in OPS[op].items()}
+    if op is multiply and dtype not in ONLY[op, "x"]:
+        pytest.skip("there is no float16")
+    same = ("weight", "update") if op is ops.add_rms_norm else ()
+    for i, (name, t) in enumerate(arguments.items()):
+        exact = (op, name) in ONLY and ONLY[op, name] == [torch.float32] and op is not ops.add_rms_norm
+        if t.is_floating_point() and not exact and (i == 0 or name in same or parameters == "alike"):
+            arguments[name] = t.to(dtype)
+    results = call(op, arguments)
+    for result, promise in zip(results if isinstance(results, tuple) else [results], RESULTS[op], strict=True):
+        shape, promised = promise if isinstance(promise[0], tuple) else (promise, dtype)
+        assert result.shape == shape and result.dtype == promised
+        assert not result.is_floating_point() or result.isfinite().all()
