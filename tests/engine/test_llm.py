@@ -24,14 +24,14 @@ def llm(hybrid_dir):
 def test_streamed_text_grows_into_the_whole(llm):
     seen = {}
     for sample in llm.stream(["ab", CHAT], replace(PARAMS, n=2)):
-        key = sample.prompt, sample.index
+        key = sample.prompt, sample.sequence.index
         assert sample.text.startswith(seen.get(key, ""))
         seen[key] = sample.text
     whole = llm.generate(["ab", CHAT], replace(PARAMS, n=2))
-    assert [(s.prompt, s.index) for s in whole] == [(0, 0), (0, 1), (1, 0), (1, 1)] and len(seen) == 4
+    assert [(s.prompt, s.sequence.index) for s in whole] == [(0, 0), (0, 1), (1, 0), (1, 1)] and len(seen) == 4
     skip = set(llm.stop_token_ids)
     for sample in whole:
-        assert sample.done and seen[sample.prompt, sample.index] == sample.text
+        assert sample.sequence.done and seen[sample.prompt, sample.sequence.index] == sample.text
         assert sample.text == llm.tokenizer.decode([t for t in sample.sequence.token_ids if t not in skip])
 
 

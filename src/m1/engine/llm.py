@@ -74,7 +74,7 @@ class LLM:
 
     def generate(self, prompts: list[Prompt], params: SamplingParams) -> list["TextSequence"]:
         """`params.n` samples of each prompt, prompt by prompt. Raises UserError as `stream`."""
-        samples = {(sample.prompt, sample.index): sample for sample in self.stream(prompts, params)}
+        samples = {(sample.prompt, sample.sequence.index): sample for sample in self.stream(prompts, params)}
         return [samples[i, j] for i in range(len(prompts)) for j in range(params.n)]
 
     def stream(self, prompts: list[Prompt], params: SamplingParams) -> Iterator["TextSequence"]:
@@ -90,17 +90,16 @@ class LLM:
         requests = requests_for(prompts, params)
         engine = self.engine_for(prompts, params.max_tokens)
         skip = frozenset([*self.stop_token_ids, *params.stop_token_ids])
-        samples = [TextSequence(sequence) for request in requests for sequence in request.sequences]
-        readers = [_Reader(sample, self.tokenizer, params.stop, skip) for sample in samples]
+        samples = [TextSequence(s, self.tokenizer, skip) for request in requests for s in request.sequences]
         with closing(engine.run(requests)) as steps:
             for _ in steps:
-                for reader in readers:
-                    length = len(reader.output.text)
-                    if reader.read() and not reader.output.done:
-                        engine.finish(reader.output.sequence, "stop")
-                    if reader.output.done or len(reader.output.text) != length:
-                        yield reader.output
-                readers = [reader for reader in readers if not reader.output.done]
+                for sample in samples:
+                    length = len(sample.text)
+                    if sample.read() and not sample.sequence.done:
+                        engine.finish(sample.sequence, "stop")
+                    if sample.sequence.done or len(sample.text) != length:
+                        yield sample
+                samples = [sample for sample in samples if not sample.sequence.done]
 
 
 @dataclass
@@ -108,56 +107,36 @@ class TextSequence:
     """A sequence and its text so far, without the stop string that ended it."""
 
     sequence: Sequence
+    tokenizer: PreTrainedTokenizerBase = field(repr=False)
+    skip: frozenset[int] = field(repr=False)  # stop tokens, which are no text
     text: str = ""
+    _tokens: list[int] = field(default_factory=list, repr=False)  # those that are text
+    _seen: int = 0  # of the sequence's tokens
+    _shown: int = 0  # of _tokens: they are in `text`
+    _context: int = 0  # where decoding starts: tokenizers glue a token to those before it
 
     @property
     def prompt(self) -> int:
-        """The number of its prompt."""
+        """The number of its prompt. `sequence.index` is its number among the prompt's samples."""
         return self.sequence.request.id
-
-    @property
-    def index(self) -> int:
-        """Its number among the samples of the prompt."""
-        return self.sequence.index
-
-    @property
-    def done(self) -> bool:
-        return self.sequence.done
-
-
-@dataclass
-class _Reader:
-    """Turns a growing list of tokens into growing text, a few tokens at a time."""
-
-    output: TextSequence
-    tokenizer: PreTrainedTokenizerBase
-    stop: tuple[str, ...]
-    skip: frozenset[int]  # stop tokens, which are no text
-    seen: int = 0  # of the sequence's tokens
-    tokens: list[int] = field(default_factory=list)  # those of them that are text
-    shown: int = 0  # tokens whose text is in output
-    context: int = 0  # where decoding starts: tokenizers glue a token to those before it
 
     def read(self) -> bool:
         """Takes in the new tokens. True if a stop string ended the text."""
-        new = self.output.sequence.token_ids[self.seen :]
-        self.seen += len(new)
-        self.tokens += [token for token in new if token not in self.skip]
-        before = self.tokenizer.decode(self.tokens[self.context : self.shown])
-        text = self.tokenizer.decode(self.tokens[self.context :])
-        if len(text) <= len(before) or (text.endswith(UNFINISHED) and not self.output.done):
+        new = self.sequence.token_ids[self._seen :]
+        self._seen += len(new)
+        self._tokens += [token for token in new if token not in self.skip]
+        before = self.tokenizer.decode(self._tokens[self._context : self._shown])
+        text = self.tokenizer.decode(self._tokens[self._context :])
+        if len(text) <= len(before) or (text.endswith(UNFINISHED) and not self.sequence.done):
             return False
-        known = len(self.output.text)
-        self.output.text += text[len(before) :]
-        self.context, self.shown = self.shown, len(self.tokens)
-        return self._cut(known)
-
-    def _cut(self, known: int) -> bool:
-        found = [self.output.text.find(stop, max(0, known - len(stop) + 1)) for stop in self.stop]
-        if not any(position >= 0 for position in found):
-            return False
-        self.output.text = self.output.text[: min(position for position in found if position >= 0)]
-        return True
+        known = len(self.text)
+        self.text += text[len(before) :]
+        self._context, self._shown = self._shown, len(self._tokens)
+        stops = self.sequence.request.params.stop
+        found = [self.text.find(stop, max(0, known - len(stop) + 1)) for stop in stops]
+        cut = min((position for position in found if position >= 0), default=None)
+        self.text = self.text[:cut]
+        return cut is not None
 
 
 def generate_file(
@@ -193,13 +172,13 @@ def generate_file(
         llm.engine_for(encoded, params.max_tokens)  # packing its weights isn't on the clock
     began = time.monotonic()
     for sample in llm.stream_tokens(encoded, params) if encoded else ():
-        if not sample.done:
-            continue
         sequence = sample.sequence
+        if not sequence.done:
+            continue
         finished, tokens = finished + 1, tokens + len(sequence.token_ids)
         name = ids[missing[sample.prompt]]
-        if (name, sample.index) not in done:
-            row = {"id": name, "sample": sample.index, "text": sample.text, "finish_reason": sequence.finish_reason}
+        if (name, sequence.index) not in done:
+            row = {"id": name, "sample": sequence.index, "text": sample.text, "finish_reason": sequence.finish_reason}
             append_jsonl(out, [row | {"tokens": len(sequence.token_ids), "logprob": sum(sequence.logprobs)}])
         on_progress(finished, total)
     return tokens, time.monotonic() - began

@@ -24,7 +24,7 @@ from m1.errors import UserError
 from m1.evaluation.budget_curve import draw, summarize
 from m1.evaluation.folder import SETTINGS, refuse_other_settings
 from m1.evaluation.generators import weights_hash
-from m1.evaluation.solvers import Solver, engine_solver, vllm_solver
+from m1.evaluation.solvers import EngineSolver, Solver, vllm_solver
 from m1.evaluation.tasks import Problem
 from m1.jsonl import append_jsonl, drop_torn_line, read_jsonl, write_json
 from m1.model.tokenizer import encode_chat
@@ -120,7 +120,7 @@ def _solvers(
     for name, (model, tokenizer) in models.items():
         prompts = [encode_chat(tokenizer, text) for text in texts]
         llm = LLM(model, tokenizer, max_num_seqs=settings.max_num_seqs, prefix_cache=0)
-        solvers[name] = engine_solver(llm, prompts, params, grader)
+        solvers[name] = EngineSolver(llm, prompts, params, grader)
         if name in vllm:
             peer = vllm_solver(llm, prompts, params, settings.max_num_seqs)
             solvers[_under_vllm(name)] = stack.enter_context(peer)

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol
 
 from m1.engine import LLM, SamplingParams
 from m1.errors import UserError
@@ -29,13 +29,16 @@ class Solver(Protocol):
         """How long it took, and the samples in the order they ended."""
 
 
-@dataclass
 class EngineSolver:
-    """This project's engine. Voting, after each sample, is on its clock; the start of a grading worker isn't."""
+    """This project's engine, warm: what compiles or captures has done so.
 
-    llm: LLM
-    params: SamplingParams
-    grader: Grader
+    Voting, after each sample, is on its clock; the start of a grading worker isn't.
+    """
+
+    def __init__(self, llm: LLM, prompts: list[list[int]], params: SamplingParams, grader: Grader):
+        self.llm, self.params, self.grader = llm, params, grader
+        engine = llm.engine_for(prompts, params.max_tokens)
+        engine.generate(prompts[:1], replace(params, max_tokens=2, n=engine.num_slots))
 
     def solve(self, text: str, seed: int, seconds: float) -> tuple[float, list[Ended]]:
         self.grader.start()
@@ -44,42 +47,34 @@ class EngineSolver:
         return solution.seconds, [Ended(s.seconds, s.answer, s.tokens) for s in solution.samples]
 
 
-@dataclass
 class VLLMSolver:
-    """vLLM in a process of its own. Nothing but sampling is on its clock; it has no seed."""
+    """vLLM in a process of its own, warm, too. Nothing but sampling is on its clock; it has no seed."""
 
-    llm: LLM
-    ask: Ask
-    params: SamplingParams
+    def __init__(self, llm: LLM, ask: Ask, prompts: list[list[int]], params: SamplingParams):
+        self.llm, self.ask, self.params = llm, ask, params
+        self._sample(prompts[0], replace(params, max_tokens=2), [], 1.0)
 
     def solve(self, text: str, seed: int, seconds: float) -> tuple[float, list[Ended]]:
-        prompt, stop = encode_chat(self.llm.tokenizer, text), self.llm.stop_token_ids
-        work = {"tokens": prompt, "new_tokens": self.params.max_tokens, "stop": stop}
-        answer = self.ask(work | {"temperature": self.params.temperature, "seconds": seconds})
+        prompt = encode_chat(self.llm.tokenizer, text)
+        answer = self._sample(prompt, self.params, self.llm.stop_token_ids, seconds)
         ended = []
         for sample in answer["samples"]:
             text = self.llm.decode(sample["token_ids"])
             ended.append(Ended(sample["seconds"], extract_answer(text), len(sample["token_ids"])))
         return answer["seconds"], ended
 
-
-def engine_solver(llm: LLM, prompts: list[list[int]], params: SamplingParams, grader: Grader) -> EngineSolver:
-    """Warm: what compiles or captures has done so."""
-    engine = llm.engine_for(prompts, params.max_tokens)
-    engine.generate(prompts[:1], replace(params, max_tokens=2, n=engine.num_slots))
-    return EngineSolver(llm, params, grader)
+    def _sample(self, prompt: list[int], params: SamplingParams, stop: list[int], seconds: float) -> dict[str, Any]:
+        work = {"tokens": prompt, "new_tokens": params.max_tokens, "temperature": params.temperature}
+        return self.ask(work | {"stop": stop, "seconds": seconds})
 
 
 @contextmanager
 def vllm_solver(llm: LLM, prompts: list[list[int]], params: SamplingParams, max_num_seqs: int) -> Iterator[VLLMSolver]:
-    """Warm, too.
-
+    """
     Raises:
         UserError: vLLM isn't installed or can't run the model, or the model is on a GPU.
     """
     if llm.model.device.type != "cpu":
         raise UserError(f"vllm: `make peers` installs it for CPUs, and the model is on {llm.model.device}")
     with start_vllm(llm.model, llm.length_for(prompts, params.max_tokens), max_num_seqs) as ask:
-        solver = VLLMSolver(llm, ask, params)
-        ask({"tokens": prompts[0], "new_tokens": 2, "temperature": params.temperature, "stop": [], "seconds": 1.0})
-        yield solver
+        yield VLLMSolver(llm, ask, prompts, params)
