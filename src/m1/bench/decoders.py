@@ -140,10 +140,7 @@ def whole_batches(options: DecodeOptions, hybrid: bool, quantize: str | None = N
     engine: Engine | None = None
 
     def decode(engine: Engine, batch: int, new: int) -> None:
-        prompts = random_prompts(options.shape, batch, options.prompt)
-        requests = [Request(prompt, SamplingParams(max_tokens=new, seed=i), i) for i, prompt in enumerate(prompts)]
-        for _ in engine.run(requests):
-            pass
+        engine.generate(random_prompts(options.shape, batch, options.prompt), SamplingParams(max_tokens=new))
 
     def run(batch: int, new: int) -> Run:
         nonlocal engine
