@@ -4,7 +4,6 @@ import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
-from functools import partial
 from types import ModuleType
 from typing import Any, Literal, get_type_hints
 
@@ -94,16 +93,17 @@ def decode_operator(
     """
     schema, bundle = (inputs, None) if isinstance(inputs, str) else (schema_of(inputs, mutates), inputs)
 
-    def run(*arguments: Any, fill: bool = True) -> Any:
-        *tensors, backend = arguments
-        given = (bundle(*tensors),) if bundle else tensors
+    def run(*arguments: Any) -> Any:
+        given = (bundle(*arguments[:-1]),) if bundle else arguments[:-1]
         results = outputs(*given)
-        if fill:
-            filled = (results,) if isinstance(results, Tensor) else results
-            getattr(kernels(backend, module), name)(*given, *filled)
+        filled = (results,) if isinstance(results, Tensor) else results
+        getattr(kernels(arguments[-1], module), name)(*given, *filled)
         return results
+
+    def fake(*arguments: Any) -> Any:
+        return outputs(bundle(*arguments[:-1])) if bundle else outputs(*arguments[:-1])
 
     torch.library.define(f"m1::{name}", f"({schema}, str backend) -> {returns}")
     torch.library.impl(f"m1::{name}", ("cpu", "cuda"), run)
-    torch.library.register_fake(f"m1::{name}", partial(run, fill=False))
+    torch.library.register_fake(f"m1::{name}", fake)
     return getattr(torch.ops.m1, name).default

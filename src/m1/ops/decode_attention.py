@@ -1,4 +1,4 @@
-"""Attention of one new token a sequence over the keys and values in its slot."""
+"""Attention of one new token per sequence over the keys and values in its slot."""
 
 from torch import Tensor
 
@@ -36,7 +36,7 @@ def decode_attention(
             StaticCache. Keys behind `length` are never read.
         v_cache: as k_cache.
         lengths: [b] integers, the number of keys of each row, 0 to L. A row with none gives zeros.
-        slots: [b] integers, each row's slot; negative stands for none, and gives zeros. Row i has slot i when None.
+        slots: [b] integers, each row's slot; a negative one means no slot, and gives zeros. Row i has slot i when None.
         scale: head_dim**-0.5 when None.
 
     Returns:

@@ -15,7 +15,7 @@ LANES = 16  # numbers that the CPU kernel takes at a time
 def add_rms_norm(
     hidden: Tensor, update: Tensor | None, weight: Tensor, eps: float, backend: Backend = "auto"
 ) -> Tensor:
-    """hidden += update, in place, and then hidden / rms(hidden) * weight: a residual connection and the norm behind it.
+    """hidden += update, in place, and then hidden / rms(hidden) * weight: a residual connection and the norm after it.
 
     A row's numbers don't depend on the other rows. Not differentiable.
 

@@ -15,7 +15,7 @@ CHECK = Shapes(
 def sample_token(
     logits: Tensor, uniform: Tensor, temperature: Tensor, backend: Backend = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """Draws a token a row by the inverse of its distribution function.
+    """Draws a token per row by the inverse of its distribution function.
 
     A row's token is the one at which the running sum of its probabilities passes `uniform` of their total; one of
     probability 0 (a logit of -inf) is never drawn. What a row draws doesn't depend on the other rows.

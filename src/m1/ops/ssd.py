@@ -24,7 +24,7 @@ def ssd(
     seq_idx: Tensor | None = None,
     ssm_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T,  y_t = h_t C_t + D x_t, a state matrix h a head.
+    """h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T,  y_t = h_t C_t + D x_t, with a state matrix h per head.
 
     The chunked form of Mamba-2 (§6): inside a chunk a masked, decayed attention; between chunks the states are carried.
     The specification is `reference.ssd`.

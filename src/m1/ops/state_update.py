@@ -17,11 +17,8 @@ def _has_groups(channels: int, heads: int, P: int, N: int) -> bool:
     return left == 0 and groups > 0 and heads % groups == 0
 
 
-CHECK_SSD = Shapes(
-    "ssd_update",
-    **declared(SSDStepInputs),
-    where={"channels must be G P + G N + heads N with G that divides heads": _has_groups, **SLOT_FOR_EVERY_ROW},
-)
+SSD_GROUPS = {"channels must be G P + G N + heads N with G that divides heads": _has_groups}
+CHECK_SSD = Shapes("ssd_update", **declared(SSDStepInputs), where=SSD_GROUPS | SLOT_FOR_EVERY_ROW)
 
 
 def state_update(
