@@ -40,6 +40,6 @@ def test_graphs_equal_eager_steps(model):
 def test_greedy_equals_transformers_generate(model):
     prompts = [[5, 6, 7], [8] * 11, [1, 2]]
     for sequence in Engine(model, [], max_model_len=64).generate(prompts, SamplingParams(max_tokens=16, temperature=0)):
-        prompt = prompts[sequence.prompt]
+        prompt = prompts[sequence.request.id]
         out = model.generate(torch.tensor([prompt], device=DEVICE), max_new_tokens=16, do_sample=False)
         assert sequence.token_ids[: out.shape[1] - len(prompt)] == out[0, len(prompt) :].tolist()

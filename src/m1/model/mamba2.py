@@ -70,6 +70,7 @@ class Mamba2Mixer(Mixer):
     ) -> tuple[Tensor, Tensor]:
         z, xBC, dt = activations
         A, D, conv_weight, conv_bias = constants
+        xBC = xBC.to(torch.promote_types(xBC.dtype, conv_weight.dtype))  # float32 weights: rounded once, at the end
         xBC = F.silu(causal_conv(xBC, conv_weight, conv_bias, seq_idx, state.conv))
         x, B, C = (t.unflatten(-1, (-1, self.head_dim)) for t in xBC.split(self.conv_widths, dim=-1))
         y, ssm_state = ssd(x, F.softplus(dt), A, B, C, D, seq_idx, state.ssm)

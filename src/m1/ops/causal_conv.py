@@ -12,11 +12,7 @@ CHECK = Shapes(
 
 
 def causal_conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    seq_idx: Tensor | None = None,
-    conv_state: Tensor | None = None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None = None, conv_state: Tensor | None = None
 ) -> Tensor:
     """Depthwise causal convolution; the specification is `reference.causal_conv`.
 

@@ -17,14 +17,9 @@ CHECK = Shapes(
 
 
 def decode_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    lengths: Tensor,
-    slots: Tensor | None = None,
-    scale: float | None = None,
-    backend: Backend = "auto",
-) -> Tensor:
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor,
+    slots: Tensor | None = None, scale: float | None = None, backend: Backend = "auto",
+) -> Tensor:  # fmt: skip
     """softmax(scale q k^T) v over the first `length` keys of each row's slot, query heads grouped over KV heads.
 
     The keys are split into parts of a fixed number, each read once for all query heads of its group, and the parts'
@@ -59,9 +54,7 @@ def decode_attention(
     return _decode_attention(*arguments).to(q.dtype)
 
 
+ARGUMENTS = "Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor slots, float scale"
 _decode_attention = decode_operator(
-    "decode_attention",
-    "decode_attention",
-    "Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor slots, float scale",
-    outputs=lambda q, *rest: q.new_empty(q.shape),
+    "decode_attention", "decode_attention", ARGUMENTS, lambda q, *rest: q.new_empty(q.shape)
 )

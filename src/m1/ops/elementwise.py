@@ -32,7 +32,7 @@ def add_rms_norm(
         ValueError: a tensor that doesn't fit, or a backend that can't run this.
     """
     CHECK(hidden, update, weight)
-    backend = choose("add_rms_norm", backend, hidden, _limits(hidden, hidden.shape[1], hidden.is_contiguous()))
+    backend = choose("add_rms_norm", backend, hidden, _limits(hidden, hidden.shape[1]))
     if backend == "reference":
         return reference.add_rms_norm(hidden, update, weight, eps)
     return _add_rms_norm(hidden, None if update is None else update.contiguous(), weight.contiguous(), eps, backend)
@@ -51,27 +51,20 @@ def swiglu(gate_up: Tensor, backend: Backend = "auto") -> Tensor:
         ValueError: an odd width, or a backend that can't run this.
     """
     CHECK_SWIGLU(gate_up)
-    backend = choose("swiglu", backend, gate_up, _limits(gate_up, gate_up.shape[1] // 2, gate_up.is_contiguous()))
+    backend = choose("swiglu", backend, gate_up, _limits(gate_up, gate_up.shape[1] // 2))
     return reference.swiglu(gate_up) if backend == "reference" else _swiglu(gate_up, backend)
 
 
-def _limits(rows: Tensor, width: int, contiguous: bool) -> dict[str, bool]:
-    return {
-        "float32 or bfloat16": rows.dtype in (torch.float32, torch.bfloat16),
-        f"a width that is a multiple of {LANES}": width % LANES == 0,
-        "contiguous rows": contiguous,
-    }
+def _limits(rows: Tensor, width: int) -> dict[str, bool]:
+    known = rows.dtype in (torch.float32, torch.bfloat16)
+    limits = {"float32 or bfloat16": known, "contiguous rows": rows.is_contiguous()}
+    return limits | {f"a width that is a multiple of {LANES}": width % LANES == 0}
 
 
+ARGUMENTS = "Tensor(a!) hidden, Tensor? update, Tensor weight, float eps"
 _add_rms_norm = decode_operator(
-    "add_rms_norm",
-    "elementwise",
-    "Tensor(a!) hidden, Tensor? update, Tensor weight, float eps",
-    outputs=lambda hidden, *rest: torch.empty_like(hidden),
+    "add_rms_norm", "elementwise", ARGUMENTS, lambda hidden, *rest: torch.empty_like(hidden)
 )
 _swiglu = decode_operator(
-    "swiglu",
-    "elementwise",
-    "Tensor gate_up",
-    outputs=lambda gate_up: gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2),
+    "swiglu", "elementwise", "Tensor gate_up", lambda rows: rows.new_empty(len(rows), rows.shape[1] // 2)
 )

@@ -52,15 +52,9 @@ def selective_scan(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
 
 
 def ssd(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    seq_idx: Tensor | None = None,
-    ssm_state: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
+    seq_idx: Tensor | None = None, ssm_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T,  y_t = h_t C_t + D x_t  (Mamba-2, scalar decay a head)."""
     heads = C.shape[2]
     rep = heads // x.shape[2]
@@ -79,11 +73,7 @@ def ssd(
 
 
 def causal_conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    seq_idx: Tensor | None = None,
-    conv_state: Tensor | None = None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None = None, conv_state: Tensor | None = None
 ) -> Tensor:
     """y_t = bias + sum_k weight[:, K-1-k] * x_{t-k}, where x_{t-k} counts only inside token t's own document."""
     b, T, d = x.shape

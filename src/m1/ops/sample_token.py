@@ -46,10 +46,5 @@ def _new_outputs(logits: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
     return logits.new_empty(len(logits), dtype=torch.long), logits.new_empty(len(logits), dtype=torch.float32)
 
 
-_sample_token = decode_operator(
-    "sample_token",
-    "sample_token",
-    "Tensor logits, Tensor uniform, Tensor temperature",
-    _new_outputs,
-    returns="(Tensor, Tensor)",
-)
+ARGUMENTS = "Tensor logits, Tensor uniform, Tensor temperature"
+_sample_token = decode_operator("sample_token", "sample_token", ARGUMENTS, _new_outputs, returns="(Tensor, Tensor)")

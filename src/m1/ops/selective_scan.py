@@ -18,20 +18,10 @@ CHUNK = {"cpu": 16, "triton": 32}  # tokens between the states that the forward 
 
 
 def selective_scan(
-    z: Tensor,
-    x: Tensor,
-    B: Tensor,
-    C: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    D: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor,
-    seq_idx: Tensor | None = None,
-    conv_state: Tensor | None = None,
-    ssm_state: Tensor | None = None,
-    backend: Backend = "auto",
-) -> tuple[Tensor, Tensor]:
+    z: Tensor, x: Tensor, B: Tensor, C: Tensor, dt: Tensor,
+    A: Tensor, D: Tensor, conv_weight: Tensor, conv_bias: Tensor, seq_idx: Tensor | None = None,
+    conv_state: Tensor | None = None, ssm_state: Tensor | None = None, backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """u = silu(conv(x)),  dt = softplus(dt),  h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t,
     y_t = (<C_t, h_t> + D u_t) silu(z_t).
 

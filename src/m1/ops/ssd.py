@@ -15,15 +15,9 @@ CHUNK = 64  # tokens whose pairwise products are formed; work grows with it, the
 
 
 def ssd(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    seq_idx: Tensor | None = None,
-    ssm_state: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
+    seq_idx: Tensor | None = None, ssm_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T,  y_t = h_t C_t + D x_t, with a state matrix h per head.
 
     The chunked form of Mamba-2 (§6): inside a chunk a masked, decayed attention; between chunks the states are carried.

@@ -22,20 +22,10 @@ CHECK_SSD = Shapes("ssd_update", **declared(SSDStepInputs), where=SSD_GROUPS | S
 
 
 def state_update(
-    z: Tensor,
-    x: Tensor,
-    B: Tensor,
-    C: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    D: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor,
-    conv_state: Tensor,
-    ssm_state: Tensor,
-    slots: Tensor | None = None,
-    backend: Backend = "auto",
-) -> Tensor:
+    z: Tensor, x: Tensor, B: Tensor, C: Tensor, dt: Tensor,
+    A: Tensor, D: Tensor, conv_weight: Tensor, conv_bias: Tensor,
+    conv_state: Tensor, ssm_state: Tensor, slots: Tensor | None = None, backend: Backend = "auto",
+) -> Tensor:  # fmt: skip
     """`selective_scan` of one token per row, continuing and updating the states of the row's slot. Not differentiable.
 
     Args:
@@ -65,17 +55,9 @@ def state_update(
 
 
 def ssd_update(
-    xBC: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    D: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor,
-    conv_state: Tensor,
-    ssm_state: Tensor,
-    slots: Tensor | None = None,
-    backend: Backend = "auto",
-) -> Tensor:
+    xBC: Tensor, dt: Tensor, A: Tensor, D: Tensor, conv_weight: Tensor, conv_bias: Tensor,
+    conv_state: Tensor, ssm_state: Tensor, slots: Tensor | None = None, backend: Backend = "auto",
+) -> Tensor:  # fmt: skip
     """Mamba-2's decode step: convolution and silu of x | B | C, then `ssd` of one token per row, in the row's slot.
 
     Args:
