@@ -5,12 +5,12 @@ from torch import Tensor
 from m1.ops import reference
 from m1.ops.backend import Backend, choose, decode_operator
 from m1.ops.selective_scan import kernel_dtype
-from m1.ops.shapes import SLOT_FOR_EVERY_ROW, Rule, Shapes
+from m1.ops.shapes import Rule, Shapes
 from m1.ops.state_update import rows_as_slots
 
 GROUPED: dict[str, Rule] = {"kv_heads must divide heads": lambda kv_heads, heads: kv_heads and heads % kv_heads == 0}
 CHECK = Shapes(
-    "decode_attention", where=GROUPED | SLOT_FOR_EVERY_ROW,
+    "decode_attention", where=GROUPED,
     q="b heads head_dim", k_cache="S kv_heads L head_dim", v_cache="S kv_heads L head_dim",
     lengths="b: int", slots="b: int or None",
 )  # fmt: skip
@@ -42,7 +42,7 @@ def decode_attention(
     """
     CHECK(q, k_cache, v_cache, lengths, slots)
     head_dim = q.shape[2]
-    slots = rows_as_slots(slots, q)
+    slots = rows_as_slots("decode_attention", slots, q, k_cache)
     scale = head_dim**-0.5 if scale is None else scale
     contiguous = k_cache.stride(3) == v_cache.stride(3) == 1
     limits = {"a head_dim that is a multiple of 16": head_dim % 16 == 0, "contiguous keys and values": contiguous}

@@ -19,7 +19,6 @@ DTYPES = {  # the most frequent first
     "float32": (torch.float32,),
     "float32 or bfloat16": (torch.float32, torch.bfloat16),
 }
-SLOT_FOR_EVERY_ROW: dict[str, Rule] = {"b must be at most S unless slots are given": lambda b, S: b <= S}
 
 
 def declared(inputs: type) -> dict[str, str]:
@@ -50,8 +49,7 @@ class Shapes:
 
     Args:
         op: the name in error messages.
-        where: further relations: what the error says, and a function of the sizes. One that ends in "unless ... are
-            given" doesn't count when that optional argument is there.
+        where: further relations: what the error says, and a function of the sizes.
     """
 
     def __init__(self, op: str, where: dict[str, Rule] | None = None, **arguments: str) -> None:
@@ -89,10 +87,9 @@ class Shapes:
                 tests.append(f"{variable} + {less} == {known}")
             lines.append(f" if {tensor} is not None:" if optional else " if True:")
             lines += [f"  {', '.join(own)}, = {tensor}.shape", f"  if not ({' and '.join(tests)}): return False"]
-        for i, (text, rule, names) in enumerate(self.rules):
+        for i, (_, rule, names) in enumerate(self.rules):
             scope[f"rule{i}"] = rule
-            unless = "".join(f"{tensors[name]} is not None or " for name in _exceptions(text))
-            lines.append(f" if not ({unless}rule{i}({', '.join(variables[name] for name in names)})): return False")
+            lines.append(f" if not rule{i}({', '.join(variables[name] for name in names)}): return False")
         exec("\n".join([*lines, " return True"]), scope)
         return scope["fits"]
 
@@ -121,7 +118,7 @@ class Shapes:
                 rule = ", ".join([shape, f"{_words(dtypes[0])} as {like}" if like else dtype, f"on {device}", *known])
                 raise ValueError(f"{self.op}: {name} has {actual}, but must be {rule}")
         for relation, holds, names in self.rules:
-            if not given.keys() & _exceptions(relation) and not holds(*(sizes[size] for size in names)):
+            if not holds(*(sizes[size] for size in names)):
                 values = ", ".join(f"{size} is {sizes[size]} from {sources[size]}" for size in names)
                 raise ValueError(f"{self.op}: {relation}, but {values}")
         raise AssertionError(f"{self.op}: the arguments fit")
@@ -135,11 +132,6 @@ def _parsed(name: str, declaration: str) -> Argument:
     sizes = [(size, int(less or 0)) for size, _, less in parts]
     dtype = "float" if like or not dtype else dtype
     return Argument(name, f"[{', '.join(shape.split())}]", sizes, dtype, like, text != declaration)
-
-
-def _exceptions(relation: str) -> set[str]:
-    """The arguments whose presence lifts a relation."""
-    return set(relation.removesuffix(" are given").partition(" unless ")[2].split())
 
 
 def _words(dtype: torch.dtype) -> str:

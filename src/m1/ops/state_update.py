@@ -7,9 +7,9 @@ from m1.ops import reference
 from m1.ops.backend import Backend, choose, decode_operator
 from m1.ops.inputs import SSDStepInputs, StepInputs
 from m1.ops.selective_scan import GROUPS, channels_last, kernel_dtype
-from m1.ops.shapes import SLOT_FOR_EVERY_ROW, Shapes, declared
+from m1.ops.shapes import Shapes, declared
 
-CHECK = Shapes("state_update", **declared(StepInputs), where=GROUPS | SLOT_FOR_EVERY_ROW)
+CHECK = Shapes("state_update", **declared(StepInputs), where=GROUPS)
 
 
 def _has_groups(channels: int, heads: int, P: int, N: int) -> bool:
@@ -18,7 +18,7 @@ def _has_groups(channels: int, heads: int, P: int, N: int) -> bool:
 
 
 SSD_GROUPS = {"channels must be G P + G N + heads N with G that divides heads": _has_groups}
-CHECK_SSD = Shapes("ssd_update", **declared(SSDStepInputs), where=SSD_GROUPS | SLOT_FOR_EVERY_ROW)
+CHECK_SSD = Shapes("ssd_update", **declared(SSDStepInputs), where=SSD_GROUPS)
 
 
 def state_update(
@@ -43,7 +43,7 @@ def state_update(
         ValueError: a tensor that doesn't fit, or a backend that can't run this.
     """
     CHECK(z, x, B, C, dt, A, D, conv_weight, conv_bias, conv_state, ssm_state, slots)
-    slots = rows_as_slots(slots, z)
+    slots = rows_as_slots("state_update", slots, z, ssm_state)
     backend = choose("state_update", backend, z, {"state size 16": A.shape[1] == 16} | _limits(conv_state, ssm_state))
     if backend == "reference":
         inputs = StepInputs(z, x, B, C, dt, A, D, conv_weight, conv_bias, conv_state, ssm_state, slots)
@@ -77,7 +77,7 @@ def ssd_update(
         ValueError: a tensor that doesn't fit, or a backend that can't run this.
     """
     CHECK_SSD(xBC, dt, A, D, conv_weight, conv_bias, conv_state, ssm_state, slots)
-    slots = rows_as_slots(slots, xBC)
+    slots = rows_as_slots("ssd_update", slots, xBC, ssm_state)
     P, N = ssm_state.shape[2:]
     limits = {"P and N that are multiples of 16": P % 16 == N % 16 == 0} | _limits(conv_state, ssm_state)
     backend = choose("ssd_update", backend, xBC, limits)
@@ -94,9 +94,13 @@ def _limits(conv_state: Tensor, ssm_state: Tensor) -> dict[str, bool]:
     return {"4 convolution taps": conv_state.shape[2] == 3, "contiguous states": contiguous}
 
 
-def rows_as_slots(slots: Tensor | None, rows: Tensor) -> Tensor:
-    """[b] contiguous int64 slots; row i has slot i unless they are given."""
-    return torch.arange(len(rows), device=rows.device) if slots is None else slots.long().contiguous()
+def rows_as_slots(op: str, slots: Tensor | None, rows: Tensor, states: Tensor) -> Tensor:
+    """[b] contiguous int64 slots; row i has slot i unless they are given. Raises ValueError where there is no slot i."""
+    if slots is not None:
+        return slots.long().contiguous()
+    if len(rows) > len(states):
+        raise ValueError(f"{op}: {len(rows)} rows without slots, but there are {len(states)} slots")
+    return torch.arange(len(rows), device=rows.device)
 
 
 def _new_y(inputs: StepInputs) -> Tensor:
