@@ -145,22 +145,15 @@ def export_official(source: Path, out: Path) -> None:
     console.print(f"{source} -> {out}")
 
 
-@app.command()
-def sft(recipe: Recipe, resume: Resume = False) -> None:
-    """Fine-tune on worked solutions (TRL SFTTrainer)."""
-    run_stage(load_stage(recipe, "sft"), resume)
+def add_training(stage: str, text: str) -> None:
+    @app.command(stage, help=text)
+    def train(recipe: Recipe, resume: Resume = False) -> None:
+        run_stage(load_stage(recipe, stage), resume)
 
 
-@app.command()
-def distill(recipe: Recipe, resume: Resume = False) -> None:
-    """Distil a teacher into a hybrid on assistant tokens."""
-    run_stage(load_stage(recipe, "distill"), resume)
-
-
-@app.command()
-def grpo(recipe: Recipe, resume: Resume = False) -> None:
-    """Reinforcement learning with verifiable rewards (TRL GRPOTrainer)."""
-    run_stage(load_stage(recipe, "grpo"), resume)
+add_training("sft", "Fine-tune on worked solutions (TRL SFTTrainer).")
+add_training("distill", "Distil a teacher into a hybrid on assistant tokens.")
+add_training("grpo", "Reinforcement learning with verifiable rewards (TRL GRPOTrainer).")
 
 
 @evaluation.command("run")

@@ -154,12 +154,7 @@ class progress_bar:
 
     def __init__(self, name: str, unit: str):
         self.bar = Progress(
-            TextColumn(name),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn(unit),
-            TimeElapsedColumn(),
-            console=console,
+            TextColumn(name), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeElapsedColumn(), console=console
         )
 
     def __enter__(self) -> Callable[[int, int], None]:

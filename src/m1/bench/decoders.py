@@ -188,8 +188,9 @@ def seconds_of_step(options: DecodeOptions, engine: Engine, context: int) -> flo
     """A step that decodes in all slots, which have seen about `context` tokens."""
     steps = min(STEPS, 2 * (engine.max_model_len - context - WARMUPS) - 2)
     if steps < 1:
-        limit = engine.max_model_len
-        raise UserError(f"--contexts: no room for timed steps at {context} tokens of {limit}; give fewer")
+        raise UserError(
+            f"--contexts: no room for timed steps at {context} of {engine.max_model_len} tokens; give fewer"
+        )
     (prompt,) = random_prompts(options.shape, 1, max(1, context - WARMUPS - steps // 2))
     request = Request(prompt, SamplingParams(n=engine.num_slots, max_tokens=WARMUPS + steps + 1))
     engine.submit(request)

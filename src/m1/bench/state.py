@@ -88,12 +88,8 @@ def mamba_layer(options: StateOptions, generator: torch.Generator) -> Inputs:
 
 def mamba2_layer(options: StateOptions, generator: torch.Generator) -> Inputs:
     """The arguments of `ssd_update`, random."""
-    slots, heads, device, dtype = (
-        options.slots,
-        options.inner // options.head_dim,
-        generator.device,
-        DTYPES[options.dtype],
-    )
+    slots, heads = options.slots, options.inner // options.head_dim
+    device, dtype = generator.device, DTYPES[options.dtype]
     channels = 2 * options.kv + options.inner
     normal = partial(torch.randn, generator=generator, device=device)
     return {

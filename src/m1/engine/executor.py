@@ -48,9 +48,9 @@ class Executor:
         if not plan.fork and plan.decode.slots == self.batch.slots:  # the same sequences as in the last step
             return self._decode()
         self.last_tokens[self.batch.rows.slots] = self.batch.rows.tokens
-        first = self._fork(plan.fork)
+        drawn = [self._fork(plan.fork)] if plan.fork else []
         self.batch = Batch(plan.decode, self.sequences, self.last_tokens)
-        tokens, logprobs = zip(first, self._decode(), strict=True)
+        tokens, logprobs = zip(*drawn, self._decode(), strict=True)
         return torch.cat(tokens), torch.cat(logprobs)
 
     def _prefill(self, chunk: Chunk) -> None:
@@ -64,8 +64,6 @@ class Executor:
 
     def _fork(self, forks: list[Fork]) -> Drawn:
         """Copies the prompts' slots and draws the sequences' first tokens."""
-        if not forks:
-            return self.last_tokens.new_empty(0), torch.empty(0, device=self.device)
         logits = torch.stack([self.prompt_logits[fork.source] for fork in forks])
         for fork in forks:
             self.sequences[fork.target] = fork
@@ -88,10 +86,7 @@ class Executor:
 
 class Batch:
     """Sequences that are decoded together, and what a step of them reads, which stays on the device between steps.
-
-    Args:
-        sequences: by slot, how the sequence in it started.
-        last_tokens: by slot, the last token drawn.
+    `sequences` and `last_tokens` are the executor's, by slot.
     """
 
     def __init__(self, decode: Decode, sequences: dict[int, Fork], last_tokens: Tensor):

@@ -167,11 +167,12 @@ def generate_file(
     missing = [i for i, name in enumerate(ids) if any((name, j) not in done for j in range(params.n))]
     total, finished, tokens = len(ids) * params.n, (len(ids) - len(missing)) * params.n, 0
     on_progress(finished, total)
+    if not missing:
+        return 0, 0.0
     encoded = [llm.encode(texts[i]) for i in missing]
-    if encoded:
-        llm.engine_for(encoded, params.max_tokens)  # packing its weights isn't on the clock
+    llm.engine_for(encoded, params.max_tokens)  # packing its weights isn't on the clock
     began = time.monotonic()
-    for sample in llm.stream_tokens(encoded, params) if encoded else ():
+    for sample in llm.stream_tokens(encoded, params):
         sequence = sample.sequence
         if not sequence.done:
             continue

@@ -45,6 +45,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         checks = {
+            "n": self.n >= 1,
             "max_tokens": self.max_tokens >= 1,
             "temperature": 0 <= self.temperature < float("inf"),
             "top_k": self.top_k >= 0,
@@ -54,8 +55,6 @@ class SamplingParams:
         for name, fits in checks.items():
             if not fits:
                 raise UserError(f"{name}={getattr(self, name)} is out of range")
-        if self.n < 1:
-            raise UserError(f"n={self.n}: must be at least 1")
         if not all(self.stop):
             raise UserError("stop: an empty string would end every sequence at once")
 

@@ -22,13 +22,12 @@ class Restore(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Prefill a prompt's next tokens; with `start` 0, into an empty slot. `entry` of the prefix cache keeps the state
-    after them."""
+    """Prefill a prompt's next tokens, with `start` 0 into an empty slot; then keep the state in the prefix cache."""
 
     slot: int
     start: int
     tokens: list[int]
-    entry: int | None
+    entry: int | None  # of the prefix cache
 
 
 class Fork(NamedTuple):

@@ -114,17 +114,9 @@ class EngineGenerator:
         started = time.monotonic()
         with closing(engine.run(requests)) as steps:
             for sequence in chain.from_iterable(steps):
-                now = time.monotonic()
-                ask = asks[sequence.request.id]
-                yield Sample(
-                    ask.problem,
-                    ask.rounds[sequence.index],
-                    self.llm.decode(sequence.token_ids),
-                    len(sequence.token_ids),
-                    sum(sequence.logprobs),
-                    sequence.finish_reason,
-                    now - started,
-                )
+                now, ask, tokens = time.monotonic(), asks[sequence.request.id], sequence.token_ids
+                made = self.llm.decode(tokens), len(tokens), sum(sequence.logprobs), sequence.finish_reason
+                yield Sample(ask.problem, ask.rounds[sequence.index], *made, now - started)
                 started += time.monotonic() - now
 
 

@@ -70,10 +70,7 @@ class VLLMSolver:
 
 @contextmanager
 def vllm_solver(llm: LLM, prompts: list[list[int]], params: SamplingParams, max_num_seqs: int) -> Iterator[VLLMSolver]:
-    """
-    Raises:
-        UserError: vLLM isn't installed or can't run the model, or the model is on a GPU.
-    """
+    """Raises UserError: vLLM isn't installed or can't run the model, or the model is on a GPU."""
     if llm.model.device.type != "cpu":
         raise UserError(f"vllm: `make peers` installs it for CPUs, and the model is on {llm.model.device}")
     with start_vllm(llm.model, llm.length_for(prompts, params.max_tokens), max_num_seqs) as ask:

@@ -13,14 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from m1.errors import UserError
-from m1.model.checkpoint import (
-    copy_tokenizer,
-    load_config,
-    model_without_weights,
-    prepare_out,
-    read_weights,
-    reason,
-)
+from m1.model.checkpoint import copy_tokenizer, load_config, model_without_weights, prepare_out, read_weights, reason
 from m1.model.configuration import ATTENTION, MAMBA, M1Config
 from m1.model.layer_choice import choose_layers
 from m1.model.mixer import Mixer

@@ -95,7 +95,7 @@ def _limits(conv_state: Tensor, ssm_state: Tensor) -> dict[str, bool]:
 
 
 def rows_as_slots(op: str, slots: Tensor | None, rows: Tensor, states: Tensor) -> Tensor:
-    """[b] contiguous int64 slots; row i has slot i unless they are given. Raises ValueError where there is no slot i."""
+    """[b] contiguous int64 slots; row i has slot i unless they are given. ValueError where there is no slot i."""
     if slots is not None:
         return slots.long().contiguous()
     if len(rows) > len(states):

@@ -26,10 +26,7 @@ def sft(recipe: SFTStage, resume: bool = False) -> None:
     else:
         model, tokenizer = new_transformer(recipe.init, **options)
     trainer = SFTTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=conversations(recipe.data),
-        processing_class=tokenizer,
+        model=model, args=arguments, train_dataset=conversations(recipe.data), processing_class=tokenizer
     )
     stage.run(trainer, recipe.out, recipe, resume)
 
