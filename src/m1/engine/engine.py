@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from m1.engine.executor import Executor
 from m1.engine.sampling import SamplingParams
-from m1.engine.scheduler import Scheduler, Stats
+from m1.engine.scheduler import Scheduler
 from m1.engine.sequence import Request, Sequence, requests_for
 from m1.engine.state import slots_that_fit
 from m1.errors import UserError
@@ -74,10 +74,7 @@ class Engine:
         self.executor = Executor(model, self.num_slots, self.max_model_len, quantize == "int8")
         stop = stop_tokens(model) if stop_token_ids is None else stop_token_ids
         self.scheduler = Scheduler(self.num_slots, prefill_chunk, prefix_cache, frozenset(stop))
-
-    @property
-    def stats(self) -> Stats:
-        return self.scheduler.stats
+        self.stats = self.scheduler.stats
 
     @property
     def busy(self) -> bool:
