@@ -23,7 +23,7 @@ from m1.jsonl import read_json, write_json
 
 ROOT = Path(__file__).parents[1]
 CELLS, PROMPT = "1x128,16x64,64x48", 32
-OPTIONS = ["--shape", "30m", "--dtype", "float32", "--prompt", str(PROMPT), "--cells", CELLS, "--repeats", "1"]
+OPTIONS = ["--shape", "30m", "--dtype", "float32", "--prompt", str(PROMPT), "--cells", CELLS, "--repeats", "3"]
 OPTIONS += ["--engines", "ours-hybrid,ours-transformer"]
 Cell = tuple[str, int, int]  # engine, batch, new tokens
 

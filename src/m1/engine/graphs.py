@@ -6,8 +6,8 @@ slot, whose logits are dropped.
 
 from bisect import bisect_left
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,11 +20,13 @@ SIZES = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024]
 WARMUPS = 2  # runs before a capture: they compile kernels and allocate
 
 
-class Graph(NamedTuple):
-    """A captured step: the rows it reads, and what runs it and returns their logits."""
+@dataclass
+class Graph:
+    """A captured step: the rows it reads, what runs it and returns their logits, and the rows that were filled last."""
 
     rows: DecodeBatch
     replay: Callable[[], Tensor]
+    filled: tuple[Tensor, ...] = ()
 
 
 class GraphRunner(Runner):
@@ -33,6 +35,7 @@ class GraphRunner(Runner):
     def __init__(self, model: PreTrainedModel, slots: Slots, int8: bool = False):
         super().__init__(model, slots, int8)
         self.graphs: dict[int, Graph] = {}
+        self.idle = (0, slots.spare, 0)  # a row that decodes a first token in the spare slot
 
     def decode(self, rows: DecodeBatch) -> Tensor:
         count = len(rows.tokens)
@@ -40,18 +43,15 @@ class GraphRunner(Runner):
         if size not in self.graphs:
             self.graphs[size] = self._capture(size)
         graph = self.graphs[size]
-        for own, given, idle in zip(graph.rows, rows, self._idle, strict=True):
-            own[:count] = given
-            own[count:] = idle
+        if not graph.filled or len(graph.filled[0]) != count:  # the batch has changed
+            for own, idle in zip(graph.rows, self.idle, strict=True):
+                own[count:] = idle
+            graph.filled = tuple(own[:count] for own in graph.rows)
+        torch._foreach_copy_(graph.filled, rows)  # one launch
         return graph.replay()[:count]
 
-    @property
-    def _idle(self) -> tuple[int, int, int]:
-        """The values of a row that decodes a first token in the spare slot."""
-        return 0, self.slots.spare, 0
-
     def _capture(self, size: int) -> Graph:
-        rows = DecodeBatch(*(torch.full((size,), value, device=self.device) for value in self._idle))
+        rows = DecodeBatch(*(torch.full((size,), value, device=self.device) for value in self.idle))
         run = partial(super().decode, rows)
         if self.device.type != "cuda":
             return Graph(rows, run)

@@ -120,15 +120,15 @@ class Scheduler:
             if sequence is None:
                 continue
             self.stats.decoded += 1
-            if logprob != logprob:
-                self.finish(sequence, "nan")
-                ended.append(sequence)
-                continue
-            sequence.token_ids.append(token)
-            sequence.logprobs.append(logprob)
-            request = sequence.request
-            if token in request.stop or len(sequence.token_ids) == request.params.max_tokens:
-                self.finish(sequence, "stop" if token in request.stop else "length")
+            reason = "nan"
+            if logprob == logprob:
+                sequence.token_ids.append(token)
+                sequence.logprobs.append(logprob)
+                request = sequence.request
+                full = len(sequence.token_ids) == request.params.max_tokens
+                reason = "stop" if token in request.stop else "length" if full else ""
+            if reason:
+                self.finish(sequence, reason)
                 ended.append(sequence)
         return ended
 
