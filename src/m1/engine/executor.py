@@ -85,9 +85,7 @@ class Executor:
 
 
 class Batch:
-    """Sequences that are decoded together, and what a step of them reads, which stays on the device between steps.
-    `sequences` and `last_tokens` are the executor's, by slot.
-    """
+    """Sequences that are decoded together, and what their steps read. `sequences` and `last_tokens` are by slot."""
 
     def __init__(self, decode: Decode, sequences: dict[int, Fork], last_tokens: Tensor):
         self.slots = decode.slots

@@ -90,7 +90,9 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: dict[int, Sequence] = {}
         self.stats = Stats()
-        self._admitted = 0
+        self._admitted = self._plans = self._steady_until = 0  # sequences and plans so far; the last plan of `_rows`
+        self._rows: list[Sequence] = []  # decoded by every plan until one joins, leaves, or has drawn its last token
+        self._columns: tuple[list[int], list[int]] = [], []  # their ids and slots
 
     def add(self, request: Request) -> None:
         own = frozenset() if request.params.ignore_eos else self.stop_token_ids
@@ -100,12 +102,14 @@ class Scheduler:
     def schedule(self) -> Plan:
         """The next step: admits what has a slot, then decodes every sequence that may draw more tokens."""
         plan = Plan()
+        self._plans = now = self._plans + 1
         self._admit(plan)
-        rows = [sequence for sequence in self.running.values() if sequence.length < sequence.limit]
-        plan.decode = Decode([row.id for row in rows], [row.slot for row in rows], [row.length for row in rows])
-        for row in rows:
-            row.length += 1
-        self.stats.steps += bool(rows)
+        if now > self._steady_until:
+            self._rows = [sequence for sequence in self.running.values() if sequence.last_plan >= now]
+            self._steady_until = min((row.last_plan for row in self._rows), default=0)
+            self._columns = [row.id for row in self._rows], [row.slot for row in self._rows]
+        plan.decode = Decode(*self._columns, [row.base + now for row in self._rows])
+        self.stats.steps += bool(self._rows)
         return plan
 
     def update(self, plan: Plan, tokens: list[int], logprobs: list[float]) -> list[Sequence]:
@@ -113,13 +117,13 @@ class Scheduler:
 
         Tokens of sequences that ended before are dropped: they were planned before that was known.
         """
-        ended = []
+        ended, drawn = [], 0
         ids = [fork.sequence for fork in plan.fork] + plan.decode.sequences
         for id_, token, logprob in zip(ids, tokens, logprobs, strict=True):
             sequence = self.running.get(id_)
             if sequence is None:
                 continue
-            self.stats.decoded += 1
+            drawn += 1
             reason = "nan"
             if logprob == logprob:
                 sequence.token_ids.append(token)
@@ -130,11 +134,13 @@ class Scheduler:
             if reason:
                 self.finish(sequence, reason)
                 ended.append(sequence)
+        self.stats.decoded += drawn
         return ended
 
     def finish(self, sequence: Sequence, reason: str) -> None:
         """Ends a running sequence. Its slot is free at once."""
         del self.running[sequence.id]
+        self._steady_until = 0
         self.free.append(sequence.slot)
         sequence.finish_reason, sequence.done = reason, True
 
@@ -224,9 +230,10 @@ class Scheduler:
         request.started += 1
         size, params = len(request.tokens), request.params
         sequence.id, sequence.slot = self._admitted, target
-        sequence.length, sequence.limit = size, size + params.max_tokens - 1
+        sequence.base, sequence.last_plan = size - self._plans, self._plans + params.max_tokens - 2
         self._admitted += 1
         self.running[sequence.id] = sequence
+        self._steady_until = 0
         stream = fold_in(params.seed, sequence.index)
         plan.fork.append(Fork(sequence.id, source, target, size, params, stream))
         return True

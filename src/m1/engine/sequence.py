@@ -51,8 +51,8 @@ class Sequence:
     # The scheduler's notes.
     id: int = -1  # unique among the sequences of an engine
     slot: int = -1
-    length: int = 0  # tokens the slot has seen once all plans so far are executed
-    limit: int = 0  # length at which the last token has been drawn
+    base: int = 0  # plus a plan's number: tokens the slot has seen when that plan decodes it
+    last_plan: int = 0  # the last plan that decodes it
 
 
 def requests_for(prompts: Iterable[list[int]], params: SamplingParams) -> list[Request]:

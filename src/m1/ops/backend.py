@@ -73,13 +73,9 @@ def schema_of(inputs: type, mutates: tuple[str, ...] = ()) -> str:
 
 
 def decode_operator(
-    name: str,
-    module: str,
-    inputs: type | str,
-    outputs: Callable[..., Any],
-    mutates: tuple[str, ...] = (),
-    returns: str = "Tensor",
-) -> Any:
+    name: str, module: str, inputs: type | str, outputs: Callable[..., Any],
+    mutates: tuple[str, ...] = (), returns: str = "Tensor",
+) -> Any:  # fmt: skip
     """Registers the operator m1::name(inputs, backend), without gradients, and returns it.
 
     It allocates the outputs and has the backend's function of that name fill them. Same as `torch.library.custom_op`,
@@ -100,10 +96,10 @@ def decode_operator(
         getattr(kernels(arguments[-1], module), name)(*given, *filled)
         return results
 
-    def fake(*arguments: Any) -> Any:
+    def allocate(*arguments: Any) -> Any:
         return outputs(bundle(*arguments[:-1])) if bundle else outputs(*arguments[:-1])
 
     torch.library.define(f"m1::{name}", f"({schema}, str backend) -> {returns}")
     torch.library.impl(f"m1::{name}", ("cpu", "cuda"), run)
-    torch.library.register_fake(f"m1::{name}", fake)
+    torch.library.register_fake(f"m1::{name}", allocate)
     return getattr(torch.ops.m1, name).default
