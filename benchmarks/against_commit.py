@@ -1,20 +1,24 @@
 """Decoding speed of the working tree beside another commit's, in turns: has a change cost anything?
 
-python benchmarks/against_commit.py COMMIT [--rounds 15]
+python benchmarks/against_commit.py COMMIT [--starts 6] [--rounds 2]
 
 Two processes, one a tree, hold the engines of `m1 bench decode --shape 30m`. They take turns on every batch, which of
-them first alternating, so that a disturbance hits both. A ratio above 1 says that the working tree is faster. Writes
+them first alternating, so that a disturbance hits both. They are started several times: where a process's memory lies
+moves its speed by some percent. A ratio above 1 says that the working tree is faster. Writes
 results/against-commit.json.
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
+from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,6 +28,8 @@ from m1.jsonl import write_json
 ROOT = Path(__file__).parents[1]
 OPTIONS = {"shape": "30m", "prompt": 32, "dtype": "float32", "device": "cpu", "backends": None, "repeats": 1}
 ENGINES, CELLS = ("ours-hybrid", "ours-transformer"), ((1, 64), (16, 48), (64, 32))  # batch, new tokens
+Worker = subprocess.Popen[str]
+Cell = tuple[str, tuple[int, int]]
 WORKER = """
 import json, sys
 from contextlib import ExitStack
@@ -41,48 +47,54 @@ with ExitStack() as stack:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("commit")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--starts", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=2)
     arguments = parser.parse_args()
+    seconds: dict[Cell, dict[str, list[float]]] = defaultdict(lambda: {"here": [], "commit": []})
     with tempfile.TemporaryDirectory() as folder:
         other = Path(folder, "tree")
         git("worktree", "add", "--detach", str(other), arguments.commit)
-        workers = {"here": start(ROOT), "commit": start(other)}
         try:
-            rows = [measure(workers, name, *cell, arguments.rounds) for cell in CELLS for name in ENGINES]
+            for i in range(arguments.starts):
+                workers = {"here": start(ROOT), "commit": start(other)}
+                for cell in itertools.product(ENGINES, CELLS):
+                    measure(workers, cell, i, arguments.rounds, seconds[cell])
+                for worker in workers.values():
+                    worker.kill()
         finally:
-            for worker in workers.values():
-                worker.kill()
             git("worktree", "remove", "--force", str(other))
+    rows = [summary(cell, taken) for cell, taken in seconds.items()]
+    for row in rows:
+        print(
+            f"{row['engine']}, {row['batch']} x {row['new_tokens']}: {row['ratio']:.3f} of {arguments.commit}'s speed"
+        )
     facts = {"machine": describe_machine(torch.device("cpu")), "commit": git("rev-parse", arguments.commit)}
     write_json(ROOT / "results" / "against-commit.json", facts | {"options": OPTIONS, "rows": rows})
 
 
-def start(tree: Path) -> subprocess.Popen[str]:
+def start(tree: Path) -> Worker:
     options = json.dumps(OPTIONS | {"engines": ENGINES, "cells": CELLS})
     command = [sys.executable, "-c", WORKER, options]
     environment = os.environ | {"PYTHONPATH": str(tree / "src")}
     return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
-def measure(workers: dict[str, subprocess.Popen[str]], name: str, batch: int, new: int, rounds: int) -> dict:
-    """Medians over the rounds; the ratio is the median of the rounds' own."""
+def measure(workers: dict[str, Worker], cell: Cell, first: int, rounds: int, seconds: dict[str, list[float]]) -> None:
+    """Appends each tree's seconds of each round; one before them warms up."""
+    for i in range(rounds + 1):
+        for tree in sorted(workers, reverse=(first + i) % 2 == 1):
+            worker = workers[tree]
+            print(json.dumps([cell[0], *cell[1]]), file=worker.stdin, flush=True)
+            taken = float(worker.stdout.readline())
+            if i:
+                seconds[tree].append(taken)
 
-    def decode(tree: str) -> float:
-        worker = workers[tree]
-        print(json.dumps([name, batch, new]), file=worker.stdin, flush=True)
-        return float(worker.stdout.readline())
 
-    seconds: dict[str, list[float]] = {tree: [] for tree in workers}
-    for i in range(rounds + 1):  # the first warms up
-        for tree in sorted(workers, reverse=i % 2 == 1):
-            seconds[tree].append(decode(tree))
-    here, commit = seconds["here"][1:], seconds["commit"][1:]
-    ratios = [b / a for a, b in zip(here, commit, strict=True)]
-    row = {"engine": name, "batch": batch, "new_tokens": new, "rounds": rounds, "ratio": statistics.median(ratios)}
-    row |= {"here_seconds": statistics.median(here), "commit_seconds": statistics.median(commit)}
-    row |= {"here_seconds_min": min(here), "commit_seconds_min": min(commit)}
-    print(json.dumps({key: round(v, 4) if isinstance(v, float) else v for key, v in row.items()}), flush=True)
-    return row
+def summary(cell: Cell, seconds: dict[str, list[float]]) -> dict[str, Any]:
+    here, commit = (statistics.median(taken) for taken in seconds.values())
+    name, (batch, new) = cell
+    row = {"engine": name, "batch": batch, "new_tokens": new, "runs": len(seconds["here"]), "ratio": commit / here}
+    return row | {"here_seconds": here, "commit_seconds": commit, "all_seconds": seconds}
 
 
 def git(*arguments: str) -> str:

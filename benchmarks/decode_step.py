@@ -31,7 +31,7 @@ from m1.ops import PackedLinear
 ROOT = Path(__file__).parents[1]
 STEPS = 60
 PARTS: dict[str, tuple[Any, str]] = {
-    "matrix products": (PackedLinear, "forward"),
+    "matrix products": (PackedLinear, "__call__"),
     "attention": (runner, "decode_attention"),
     "states": (mamba, "state_update"),
     "residuals and norms": (runner, "add_rms_norm"),

@@ -26,9 +26,7 @@ class PackedLinear(nn.Module):
     weights on a processor that multiplies bfloat16, which the kernel doesn't.
     """
 
-    def __init__(
-        self, weight: Tensor, bias: Tensor | None = None, backend: Backend = "auto", int8: bool = False
-    ) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, backend: Backend = "auto", int8: bool = False):
         """Packs the weights in their own dtype; they mustn't change afterwards.
 
         Args:
@@ -63,6 +61,8 @@ class PackedLinear(nn.Module):
             # says what is wrong; the line above is a third of its time, and a decode step has many calls
             Shapes("PackedLinear", x=f"rows {self.in_features}: float32 or bfloat16")(x, device=self.device)
         return self._multiply(x) if shape[0] else x.new_empty(0, self.out_features)
+
+    __call__ = forward  # hooks have no use here, and looking for them takes a third of a small product's time
 
 
 def _multiply_by_torch(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
