@@ -50,26 +50,19 @@ def main() -> None:
     parser.add_argument("--starts", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=2)
     arguments = parser.parse_args()
+    facts = {"machine": describe_machine(torch.device("cpu")), "commit": git("rev-parse", arguments.commit)}
     seconds: dict[Cell, dict[str, list[float]]] = defaultdict(lambda: {"here": [], "commit": []})
     with tempfile.TemporaryDirectory() as folder:
         other = Path(folder, "tree")
         git("worktree", "add", "--detach", str(other), arguments.commit)
         try:
             for i in range(arguments.starts):
-                workers = {"here": start(ROOT), "commit": start(other)}
-                for cell in itertools.product(ENGINES, CELLS):
-                    measure(workers, cell, i, arguments.rounds, seconds[cell])
-                for worker in workers.values():
-                    worker.kill()
+                measure({"here": ROOT, "commit": other}, seconds, first=i, rounds=arguments.rounds)
+                rows = [summary(cell, taken) for cell, taken in seconds.items()]
+                write_json(ROOT / "results" / "against-commit.json", facts | {"options": OPTIONS, "rows": rows})
+                print(f"start {i + 1}:", *(f"{r['engine']} {r['batch']}: {r['ratio']:.3f}" for r in rows), flush=True)
         finally:
             git("worktree", "remove", "--force", str(other))
-    rows = [summary(cell, taken) for cell, taken in seconds.items()]
-    for row in rows:
-        print(
-            f"{row['engine']}, {row['batch']} x {row['new_tokens']}: {row['ratio']:.3f} of {arguments.commit}'s speed"
-        )
-    facts = {"machine": describe_machine(torch.device("cpu")), "commit": git("rev-parse", arguments.commit)}
-    write_json(ROOT / "results" / "against-commit.json", facts | {"options": OPTIONS, "rows": rows})
 
 
 def start(tree: Path) -> Worker:
@@ -79,15 +72,19 @@ def start(tree: Path) -> Worker:
     return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
-def measure(workers: dict[str, Worker], cell: Cell, first: int, rounds: int, seconds: dict[str, list[float]]) -> None:
-    """Appends each tree's seconds of each round; one before them warms up."""
-    for i in range(rounds + 1):
-        for tree in sorted(workers, reverse=(first + i) % 2 == 1):
-            worker = workers[tree]
-            print(json.dumps([cell[0], *cell[1]]), file=worker.stdin, flush=True)
-            taken = float(worker.stdout.readline())
-            if i:
-                seconds[tree].append(taken)
+def measure(trees: dict[str, Path], seconds: dict[Cell, dict[str, list[float]]], first: int, rounds: int) -> None:
+    """Starts the processes and appends each cell's seconds in each round, after one that warms up."""
+    workers = {name: start(tree) for name, tree in trees.items()}
+    try:
+        for cell, i in itertools.product(itertools.product(ENGINES, CELLS), range(rounds + 1)):
+            for name in sorted(workers, reverse=(first + i) % 2 == 1):
+                print(json.dumps([cell[0], *cell[1]]), file=workers[name].stdin, flush=True)
+                taken = float(workers[name].stdout.readline())
+                if i:
+                    seconds[cell][name].append(taken)
+    finally:
+        for worker in workers.values():
+            worker.kill()
 
 
 def summary(cell: Cell, seconds: dict[str, list[float]]) -> dict[str, Any]:
