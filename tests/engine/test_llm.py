@@ -47,6 +47,11 @@ def test_a_stop_string_over_several_tokens_ends_its_sample_alone(llm):
     assert llm.engine.free_slots == llm.engine.num_slots
 
 
+def test_a_length_of_0_is_refused_as_the_engine_refuses_it(hybrid_dir):
+    with pytest.raises(UserError, match="max_model_len=0: must be at least 1"):
+        LLM.from_pretrained(hybrid_dir, max_model_len=0).generate(["ab"], PARAMS)
+
+
 def test_of_stop_strings_that_end_together_the_earliest_cuts(llm):
     text = llm.generate(["ab"], PARAMS)[0].text
     stopped = llm.generate(["ab"], replace(PARAMS, stop=(text[6:8], text[5:8])))[0]

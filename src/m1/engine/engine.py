@@ -124,7 +124,7 @@ class Engine:
                     return
                 yield [sequence for sequence in self.step() if sequence.request in mine]
         finally:
-            for request in mine:
+            for request in requests[: len(mine)]:
                 if not request.done:
                     self.abort(request)
 

@@ -66,7 +66,7 @@ class LLM:
 
     def engine_for(self, prompts: Iterable[list[int]], max_tokens: int) -> Engine:
         """An engine with room for any of these prompts and `max_tokens` more: the one there is, or a larger one."""
-        length = self.max_model_len or self.length_for(prompts, max_tokens)
+        length = self.length_for(prompts, max_tokens) if self.max_model_len is None else self.max_model_len
         if self.engine is None or self.engine.max_model_len < length:
             self.engine = None  # its memory is needed for the next one
             self.engine = Engine(self.model, self.stop_token_ids, max_model_len=length, **self.engine_options)

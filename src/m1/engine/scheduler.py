@@ -178,8 +178,8 @@ class Scheduler:
         """Gives the prompt a slot, as far along as the prefix cache goes. False if that has to wait."""
         if not self.free:
             return False
-        size, chunk = len(request.tokens), self.prefill_chunk
-        for length in [size, *range((size - 1) // chunk * chunk, 0, -chunk)]:
+        size, step = len(request.tokens), self.prefill_chunk
+        for length in [size, *range((size - 1) // step * step, 0, -step)]:
             entry = self.cached.get(key := tuple(request.tokens[:length]))
             if entry is None:
                 continue
@@ -194,22 +194,22 @@ class Scheduler:
         return True
 
     def _prefill(self, request: Request, plan: Plan) -> int:
-        """Plans the prompt's next chunk, which ends at a multiple of the chunk size whatever else is going on, or with
-        the prompt. Returns its number of tokens."""
+        """Plans the next chunk of a prompt, to a multiple of the chunk size or its end. Returns the number of tokens."""
         assert request.slot is not None
         start = request.computed
         tokens = request.tokens[start : start + self.prefill_chunk]
         request.computed += len(tokens)
-        plan.prefill.append(Chunk(request.slot, start, tokens, self._entry(tuple(request.tokens[: request.computed]))))
+        plan.prefill.append(Chunk(request.slot, start, tokens, self._entry(request)))
         self.stats.prefilled += len(tokens)
         return len(tokens)
 
-    def _entry(self, tokens: tuple[int, ...]) -> int | None:
-        """An entry of the prefix cache for the state after these tokens: a new one, or the least recently used."""
+    def _entry(self, request: Request) -> int | None:
+        """An entry of the prefix cache for the prompt as far as computed: a new one, or the least recently used."""
         if not self.prefix_cache:
             return None
         full = len(self.cached) == self.prefix_cache
-        self.cached[tokens] = entry = self.cached.popitem(last=False)[1] if full else len(self.cached)
+        entry = self.cached.popitem(last=False)[1] if full else len(self.cached)
+        self.cached[tuple(request.tokens[: request.computed])] = entry
         return entry
 
     def _start(self, request: Request, plan: Plan) -> bool:

@@ -23,7 +23,7 @@ class Slots:
     """Buffers of `count` slots of `capacity` tokens each. One extra slot, `spare`, pads CUDA-graph batches."""
 
     def __init__(self, config: PreTrainedConfig, count: int, capacity: int, dtype: torch.dtype, device: torch.device):
-        self.count, self.spare = count, count
+        self.spare = count
         self.layers: list[LayerState] = []
         for kind in layer_kinds(config):
             layout: Any = layer_layout(config, kind, capacity, dtype)

@@ -114,9 +114,10 @@ class EngineGenerator:
         started = time.monotonic()
         with closing(engine.run(requests)) as steps:
             for sequence in chain.from_iterable(steps):
-                now, ask, tokens = time.monotonic(), asks[sequence.request.id], sequence.token_ids
-                made = self.llm.decode(tokens), len(tokens), sum(sequence.logprobs), sequence.finish_reason
-                yield Sample(ask.problem, ask.rounds[sequence.index], *made, now - started)
+                now, ask = time.monotonic(), asks[sequence.request.id]
+                tokens, logprob, reason = sequence.token_ids, sum(sequence.logprobs), sequence.finish_reason
+                text, round_ = self.llm.decode(tokens), ask.rounds[sequence.index]
+                yield Sample(ask.problem, round_, text, len(tokens), logprob, reason, now - started)
                 started += time.monotonic() - now
 
 

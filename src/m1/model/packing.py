@@ -53,8 +53,9 @@ def prepare(
         raise ValueError("flash attention takes packed rows in batches of one: flatten the batch into one row")
     if use_cache and cache is None and seq_idx is None:  # a packed row has nothing to continue
         cache = DynamicCache(config=config)
+    restarting = None if seq_idx is None else positions_of(seq_idx)
     if position_ids is None and seq_idx is not None:
-        position_ids = positions_of(seq_idx)
+        position_ids = restarting
     elif position_ids is None:
         seen = cache.get_seq_length() if cache is not None and config.attention_layers else 0
         position_ids = (torch.arange(embeds.shape[1], device=embeds.device) + seen).unsqueeze(0)
@@ -65,8 +66,7 @@ def prepare(
     if config.attention_layers:
         # transformers detects packing from positions that restart, and only without a 2D mask. Leaving that mask out
         # loses nothing for packed rows: their padding follows the documents, where no real token looks.
-        packed = seq_idx is not None
-        visible, positions = (None, positions_of(seq_idx)) if packed else (attention_mask, position_ids)
+        visible, positions = (attention_mask, position_ids) if seq_idx is None else (None, restarting)
         masks[ATTENTION] = create_causal_mask(attention_mask=visible, position_ids=positions, **arguments)
     return Packing(seq_idx, position_ids, cache, masks)
 
