@@ -194,7 +194,7 @@ class Scheduler:
         return True
 
     def _prefill(self, request: Request, plan: Plan) -> int:
-        """Plans the next chunk of a prompt, to a multiple of the chunk size or its end. Returns the number of tokens."""
+        """Plans a prompt's next chunk, up to a multiple of the chunk size or its end. Returns the number of tokens."""
         assert request.slot is not None
         start = request.computed
         tokens = request.tokens[start : start + self.prefill_chunk]
