@@ -1,9 +1,68 @@
 """M1: turn a pretrained transformer into a hybrid Mamba reasoning model and make its test-time compute cheap."""
 
-from m1.engine import LLM, Engine, Request, SamplingParams
-from m1.evaluation.evaluate import evaluate
-from m1.model import M1Config, M1ForCausalLM
-from m1.model.convert import convert
-from m1.reasoning.voting import vote
+import importlib
+import sys
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from m1.engine import LLM, Engine, Request, SamplingParams
+    from m1.evaluation.evaluate import evaluate
+    from m1.model import M1Config, M1ForCausalLM
+    from m1.model.convert import convert
+    from m1.reasoning.voting import vote
 
 __all__ = ["LLM", "Engine", "M1Config", "M1ForCausalLM", "Request", "SamplingParams", "convert", "evaluate", "vote"]
+
+# Where each name lives. It is imported when first used: `m1 --help` needs no torch.
+HOME = {
+    **dict.fromkeys(("LLM", "Engine", "Request", "SamplingParams"), "m1.engine"),
+    **dict.fromkeys(("M1Config", "M1ForCausalLM"), "m1.model"),
+    "convert": "m1.model.convert",
+    "evaluate": "m1.evaluation.evaluate",
+    "vote": "m1.reasoning.voting",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in HOME:
+        raise AttributeError(f"module 'm1' has no attribute {name!r}")
+    return getattr(importlib.import_module(HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
+
+
+class RegisterWithTransformers(MetaPathFinder, Loader):
+    """Registers M1 with transformers' Auto classes after `import m1`, without importing transformers itself.
+
+    It waits on the import path until someone imports transformers, lets that import happen, and then imports
+    `m1.model`, which does the registration.
+    """
+
+    def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != "transformers":
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        if spec and spec.loader:
+            self.loader, spec.loader = spec.loader, self
+        return spec
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__.loader = module.__loader__ = self.loader  # type: ignore[union-attr]
+        self.loader.exec_module(module)
+        importlib.import_module("m1.model")
+
+
+if "transformers" in sys.modules:
+    importlib.import_module("m1.model")
+else:
+    sys.meta_path.insert(0, RegisterWithTransformers())

@@ -1,0 +1,73 @@
+"""Command-line options made of the dataclasses that declare them."""
+
+import dataclasses
+import functools
+import inspect
+import types
+import typing
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+import typer
+
+Command = Callable[..., Any]
+Force = Annotated[bool, typer.Option("--force", help="Move what the output already holds aside, and start again.")]
+
+
+def options_of(cls: type) -> Callable[[Command], Command]:
+    """A decorator that gives a command one option for each field of the dataclass `cls`, with the field's help text.
+
+    The command receives them as keyword arguments. Parameters that the command declares itself take precedence. Fields
+    that a command line can't hold, such as tables, are left out.
+
+        @app.command()
+        @options_of(ConvertStage)
+        def convert(force: Force = False, **options: Any) -> None: ...
+    """
+
+    def decorate(command: Command) -> Command:
+        own = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
+        fields = [f for f in dataclasses.fields(cls) if f.name not in {p.name for p in own}]
+        hints = typing.get_type_hints(cls)
+        made = [_parameter(field, type_) for field in fields if (type_ := option_type(hints[field.name]))]
+        # Python wants parameters without a default first.
+        parameters = sorted([*own, *made], key=lambda p: p.default is not p.empty)
+        parameters = [p.replace(kind=p.POSITIONAL_OR_KEYWORD) for p in parameters]
+
+        @functools.wraps(command)
+        def run(**values: Any) -> Any:
+            return command(**values)
+
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        del run.__wrapped__  # typer would read the command's own annotations
+        return run
+
+    return decorate
+
+
+def option_type(hint: Any) -> Any:
+    """The type an option of this annotation has on the command line, None if it can't be one.
+
+    A choice of texts is a text here: whoever builds the dataclass refuses the wrong ones.
+    """
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        inner = [argument for argument in arguments if argument is not type(None)]
+        type_ = str if str in inner else option_type(inner[0])
+        return type_ | None if type_ and type(None) in arguments else type_
+    if origin is Literal:
+        return str
+    if origin is list:
+        return hint
+    return hint if hint in (bool, int, float, str) else None
+
+
+def _parameter(field: dataclasses.Field, type_: Any) -> inspect.Parameter:
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    return inspect.Parameter(
+        field.name,
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+        default=inspect.Parameter.empty if default is dataclasses.MISSING else default,
+        annotation=Annotated[type_, typer.Option(help=field.metadata.get("help"))],
+    )

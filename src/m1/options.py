@@ -1,0 +1,82 @@
+"""Options, declared once: a frozen dataclass whose fields carry their help texts.
+
+The command line makes its options of such a class (`cli/arguments.py`), and a recipe's TOML table becomes an instance of
+it by `build`. A key that doesn't exist is refused, naming the nearest one that does.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, TypeVar
+
+from m1.errors import UserError
+
+T = TypeVar("T")
+
+
+def option(default: Any = dataclasses.MISSING, help: str = "") -> Any:
+    """A dataclass field with its help text. Without a default the option is required; a dict or list is copied."""
+    metadata = {"help": help}
+    if isinstance(default, dict | list):
+        return dataclasses.field(default_factory=default.copy, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
+    """An instance of the dataclass `cls` from a table of its fields.
+
+    Raises:
+        UserError: an unknown or missing key, a value of another type, or one that `cls` refuses. It begins with `where`.
+    """
+    hints = typing.get_type_hints(cls)
+    check_keys(table, hints, where)
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    required = [f.name for f in fields if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+    if missing := [name for name in required if name not in table]:
+        raise UserError(f"{where}: missing key {missing[0]!r}")
+    values = {}
+    for key, value in table.items():
+        if dataclasses.is_dataclass(hints[key]) and isinstance(value, dict):
+            value = build(typing.cast(type, hints[key]), value, f"{where} [{key}]")
+        elif type(value) is int and not _matches(value, hints[key]) and _matches(float(value), hints[key]):
+            value = float(value)
+        if not _matches(value, hints[key]):
+            raise UserError(f"{where}: {key} = {value!r} should be {_describe(hints[key])}")
+        values[key] = value
+    try:
+        return cls(**values)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def check_keys(table: Iterable[str], known: Iterable[str], where: str) -> None:
+    """Raises UserError for a key that isn't known, with the nearest one that is."""
+    known = list(known)
+    for key in table:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
+            raise UserError(f"{where}: unknown key {key!r}; {hint}")
+
+
+def _matches(value: Any, hint: Any) -> bool:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (types.UnionType, typing.Union):
+        return any(_matches(value, choice) for choice in arguments)
+    if origin is Literal:
+        return value in arguments
+    if origin is list:
+        return isinstance(value, list) and all(_matches(item, arguments[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_matches(item, arguments[1]) for item in value.values())
+    return isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool)
+
+
+def _describe(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return " or ".join(map(repr, typing.get_args(hint)))
+    return getattr(hint, "__name__", str(hint)) if not typing.get_args(hint) else str(hint)
