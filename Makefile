@@ -6,7 +6,7 @@ TEST_INSTALLED := .venv/.test-installed
 
 PEERS_INSTALLED := .venv-peers/.installed
 
-.PHONY: install demo test peers sanitize lint format clean
+.PHONY: install demo test test-long peers sanitize lint format clean
 
 install: $(INSTALLED)
 
@@ -28,7 +28,11 @@ demo: install
 	$(BIN)/m1 pipeline recipes/pocket
 
 test: $(TEST_INSTALLED)
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2
+
+# Tests that take minutes: processes killed at random moments.
+test-long: $(TEST_INSTALLED)
+	$(BIN)/pytest -m long
 
 # vLLM for CPUs, which `m1 bench decode` and `m1 budget` measure beside our engine. The list is complete, and --no-deps
 # keeps out the CUDA builds of torchvision and others that text doesn't need.

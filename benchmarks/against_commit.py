@@ -26,7 +26,7 @@ from m1.bench.roofline import describe_machine
 from m1.jsonl import write_json
 
 ROOT = Path(__file__).parents[1]
-OPTIONS = {"shape": "30m", "prompt": 32, "dtype": "float32", "device": "cpu", "backends": None, "repeats": 1}
+OPTIONS = {"shape": "30m", "prompt": 32, "dtype": "float32", "device": "cpu", "repeats": 1}
 ENGINES, CELLS = ("ours-hybrid", "ours-transformer"), ((1, 64), (16, 48), (64, 32))  # batch, new tokens
 Worker = subprocess.Popen[str]
 Cell = tuple[str, tuple[int, int]]
@@ -34,10 +34,14 @@ WORKER = """
 import json, sys
 from contextlib import ExitStack
 from m1.bench.decoders import DecodeOptions, start
-options = json.loads(sys.argv[1])
-options = DecodeOptions(**options | {"cells": [tuple(cell) for cell in options["cells"]]})
+options, engines, cells = json.loads(sys.argv[1])
+if DecodeOptions.__annotations__["cells"] is str:
+    lists = {"engines": ",".join(engines), "cells": ",".join(f"{batch}x{new}" for batch, new in cells)}
+else:  # a commit from before m1/bench/options.py held all options
+    lists = {"engines": engines, "cells": cells, "backends": None}
+options = DecodeOptions(**options, **lists)
 with ExitStack() as stack:
-    decoders = {name: stack.enter_context(start(name, options)) for name in options.engines}
+    decoders = {name: stack.enter_context(start(name, options)) for name in engines}
     for line in sys.stdin:
         name, batch, new = json.loads(line)
         print(decoders[name](batch, new).seconds, flush=True)
@@ -66,7 +70,7 @@ def main() -> None:
 
 
 def start(tree: Path) -> Worker:
-    options = json.dumps(OPTIONS | {"engines": ENGINES, "cells": CELLS})
+    options = json.dumps([OPTIONS, ENGINES, CELLS])
     command = [sys.executable, "-c", WORKER, options]
     environment = os.environ | {"PYTHONPATH": str(tree / "src")}
     return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

@@ -4,7 +4,7 @@
     python benchmarks/conversion.py layers       # every choice of two kept layers, against `m1 rank-layers`:
                                                  # results/layer_choice.json
 
-On two cores about 75 and 25 minutes; run again, they go on where they were cut off. A seed is one teacher, one draw of
+On two cores about 75 and 25 minutes; run again, they resume. A seed is one teacher, one draw of
 the conversion's new parameters and one order of training data, shared by all that is compared. Every batch is seen
 once, so the training KL is that of unseen data. Both print the tables that stand in docs/training.md.
 """
@@ -16,9 +16,7 @@ import sys
 from pathlib import Path
 
 from m1.jsonl import read_jsonl, write_json
-from m1.pipeline import finished, run_stage
-from m1.recipe import Data, DistillStage, SFTStage, Stage, load_pipeline
-from m1.train.rank_layers import rank_layers
+from m1.recipe import Data, DistillStage, RankLayersStage, SFTStage, Stage, load_pipeline
 
 ROOT = Path(__file__).parents[1]
 ALIGNMENTS = ("attention", "official")
@@ -82,11 +80,9 @@ def layers() -> None:
             curve = distil(seed, name, 32, keep_attention=list(pair))
             forward = [divergence_of(row) for row in curve if "forward_kl" in row]
             distilled[f"{pair[0]},{pair[1]}"] = {"step_100": forward[9], "step_400": forward[-1]}
-        ranked = rank_layers(
-            ROOT / f"runs/conversion/head-dim-32/seed-{seed}/teacher",
-            Data(task="chain", count=256, slip_rate=0.02, seed=77),
-            ROOT / f"runs/conversion/head-dim-32/seed-{seed}/ranking.json",
-        )
+        folder = ROOT / f"runs/conversion/head-dim-32/seed-{seed}"
+        data = Data(task="chain", count=256, slip_rate=0.02, seed=77)
+        ranked = RankLayersStage(teacher=f"{folder}/teacher", data=data, out=f"{folder}/ranking.json").run()
         result["seeds"][str(seed)] = {"cost": ranked["kl"], "ranking": ranked["ranking"], "distilled": distilled}
     write_json(ROOT / "results/layer_choice.json", result)
     print(layers_table(result))
@@ -119,8 +115,8 @@ def distil(seed: int, name: str, head_dim: int, **conversion: object) -> list[di
         seeded(stages["distill"], seed, teacher=teacher, model=converted, out=f"{folder}/{name}/distilled"),
     ]
     for stage in run:
-        if not finished(stage):
-            run_stage(stage, resume=True)
+        if not stage.finished():
+            stage.run(resume=True)
     return [row for row in read_jsonl(Path(run[-1].out, "metrics.jsonl")) if "loss" in row]
 
 
@@ -131,7 +127,7 @@ def seeded(stage: SFTStage | DistillStage, seed: int, **changes: object) -> Stag
 
 
 def divergence_of(row: dict) -> float:
-    """Nats a token."""
+    """Nats per token."""
     return round(row["forward_kl"] if "forward_kl" in row else row["reverse_kl"], 5)
 
 

@@ -19,9 +19,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from m1.grading import Grader, extract_answer
+from m1.grading.audit import audit, same, split
 from m1.jsonl import read_json, read_jsonl, write_json
-from m1.reasoning.answers import Grader, extract_answer
-from m1.reasoning.audit import audit, same, split
 
 ROOT = Path(__file__).parents[1]
 SHUFFLES = 5

@@ -5,9 +5,11 @@
 #     PYTHON=.venv/bin/python benchmarks/h200.sh [RESULTS_FOLDER]
 #
 # Long cells are not decoded whole: steps are timed at CONTEXTS contexts (`m1 bench decode --help`).
+# Results of an earlier run are replaced.
 set -e
 cd "$(dirname "$0")/.."
 out=${1:-results}
+rm -f "$out/h200-decode.png" # an existing plot would be refused
 m1() { "${PYTHON:-python}" -c 'from m1.cli import main; main()' "$@"; }
 decode() { m1 bench decode --device cuda --shape m1-3b --dtype bfloat16 --prompt 256 --repeats 1 "$@"; }
 

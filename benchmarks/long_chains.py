@@ -5,7 +5,7 @@
     python benchmarks/long_chains.py vllm          # the first transformer, in this engine and in vLLM (`make peers`):
                                                    # results/long-chains-vllm.json
 
-Run again, all go on where they were cut off. Training takes half an hour a seed on two cores, 5 minutes for all three
+Run again, all resume. Training takes half an hour per seed on two cores, 5 minutes for all three
 on an H100; measuring takes half an hour and wants a quiet machine.
 """
 
@@ -19,17 +19,18 @@ from conversion import seeded
 from matplotlib.figure import Figure
 
 from m1.bench.roofline import describe_machine
-from m1.evaluation.budget import Settings, measure_budgets
-from m1.evaluation.budget_curve import draw_accuracy, summarize
-from m1.evaluation.tasks import Problem, load_task
+from m1.cli.render import progress_bar
+from m1.evaluation.curves import accuracy_curves, draw_accuracy
+from m1.evaluation.time_budget import measure_budgets
+from m1.grading import Grader
 from m1.jsonl import read_jsonl, write_json
 from m1.model.checkpoint import load_model
 from m1.peers.vllm_client import version
-from m1.pipeline import finished, progress_bar, run_stage
 from m1.plots import save_figure
-from m1.reasoning.answers import Grader
-from m1.reasoning.chain import ChainSizes
-from m1.recipe import ConvertStage, DistillStage, SFTStage, Stage, load_pipeline
+from m1.recipe import BudgetSettings, ConvertStage, DistillStage, SFTStage, Stage, load_pipeline
+from m1.tasks.benchmarks import load_task
+from m1.tasks.chain import ChainSizes
+from m1.tasks.problem import Problem
 
 ROOT = Path(__file__).parents[1]
 SEEDS = range(3)
@@ -46,8 +47,8 @@ def train(seed: int) -> None:
     for stage in stages.values():
         if isinstance(stage, SFTStage | DistillStage | ConvertStage):
             stage = moved(stage, pipeline.out, seed)
-            if not finished(stage):
-                run_stage(stage, resume=True)
+            if not stage.finished():
+                stage.run(resume=True)
 
 
 def moved(stage: Stage, recipe_out: str, seed: int) -> Stage:
@@ -72,7 +73,7 @@ def measure() -> None:
             out = folder(seed) / f"budget-{steps}"
             runs += [{**run, "seed": seed} for run in runs_of(models, problems, steps, seconds, out)]
         with Grader() as grader:
-            measured = summarize(runs, list(MODELS), problems, seconds, grader)
+            measured = accuracy_curves(runs, list(MODELS), problems, seconds, grader)
         result["lengths"][str(steps)] = {"seconds": seconds, **measured}
     write_json(ROOT / "results/long-chains.json", result)
     save_figure(draw(result), ROOT / "results/long-chains.png")
@@ -87,7 +88,7 @@ def vllm() -> None:
         out = folder(0) / f"vllm-{steps}"
         runs = runs_of(models, problems, steps, 2 * seconds, out, vllm=["transformer"])
         with Grader() as grader:
-            measured = summarize(runs, ["transformer", "transformer, vLLM"], problems, 2 * seconds, grader)
+            measured = accuracy_curves(runs, ["transformer", "transformer, vLLM"], problems, 2 * seconds, grader)
         result["lengths"][str(steps)] = {"seconds": 2 * seconds, **measured}
     write_json(ROOT / "results/long-chains-vllm.json", result)
 
@@ -103,7 +104,8 @@ def problems_of(steps: int, count: int) -> list[Problem]:
 def runs_of(
     models: dict[str, Path], problems: list[Problem], steps: int, seconds: float, out: Path, vllm: Sequence[str] = ()
 ) -> list[dict]:
-    settings = Settings("chain", seconds, 1, max_new_tokens=10 * steps + 32, temperature=1.0, max_num_seqs=MAX_NUM_SEQS)
+    options = {"max_new_tokens": 10 * steps + 32, "temperature": 1.0, "max_num_seqs": MAX_NUM_SEQS}
+    settings = BudgetSettings(seconds=seconds, seeds=1, **options)
     loaded = {name: load_model(path) for name, path in models.items()}
     loaded = {name: (model.to("cpu"), tokenizer) for name, (model, tokenizer) in loaded.items()}
     with progress_bar(f"{out.parent.name}, {out.name}", "runs") as on_progress:

@@ -4,12 +4,10 @@ import dataclasses
 import itertools
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
-
-from m1 import cli
+from commands import m1
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "pocket"
 SMALLER = {
@@ -25,16 +23,6 @@ SMALLER = {
     r"^max_(new_tokens|completion_length) = \d+": r"max_\1 = 8",
 }
 MODELS = ["teacher", "converted", "distilled", "sft", "grpo"]
-
-
-def m1(*arguments):
-    argv, sys.argv = sys.argv, ["m1", *map(str, arguments)]
-    try:
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-    finally:
-        sys.argv = argv
-    return exit_.value.code or 0
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +50,7 @@ def test_report(pocket):
     caches = {name: model["cache_bytes_per_sequence_at_4k"] for name, model in report["models"].items()}
     assert caches["grpo"] < 0.6 * caches["teacher"]
     page = (pocket / "runs" / "report.html").read_text()
-    assert "Accuracy against seconds a problem" in page
+    assert "Accuracy against seconds per problem" in page
     assert page.count("data:image/png;base64,") == 4 and "://" not in page and "{{" not in page
 
 
@@ -79,26 +67,31 @@ def test_a_changed_recipe_is_not_mixed_with_old_output(pocket, capsys):
     try:
         path.write_text(text.replace("learning_rate = 5e-4", "learning_rate = 6e-4"))
         assert m1("pipeline", pocket / "recipe") == 2
-        assert "was made by another recipe" in capsys.readouterr().err
+        assert "was made with other settings" in capsys.readouterr().err
     finally:
         path.write_text(text)
 
 
 def test_an_interrupted_evaluation_counts_all_its_seconds(pocket, monkeypatch):
-    from m1 import pipeline
+    from m1 import runs
     from m1.evaluation import evaluate as module
     from m1.recipe import load_stage
 
     stage = load_stage(pocket / "recipe" / "eval.toml")
     stage = dataclasses.replace(stage, out=str(pocket / "runs" / "eval-again"))
     clock = itertools.count(0, 50)
-    monkeypatch.setattr(pipeline.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(runs.time, "monotonic", lambda: next(clock))
+
+    def interrupted(sampler, problems, settings, out, on_progress):
+        (out.parent / "something").write_text("")
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(module, "evaluate", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
-        pipeline.run_stage(stage)
+        patch.setattr(module, "evaluate", interrupted)
+        stage.run()
     spent = json.loads((pocket / "runs" / "eval-again" / "seconds.json").read_text())["seconds"]
     assert spent == 50
-    pipeline.run_stage(stage)
+    stage.run()
     manifest = json.loads((pocket / "runs" / "eval-again" / "manifest.json").read_text())
     assert manifest["seconds"] > spent + 50
 

@@ -7,7 +7,6 @@ import pytest
 
 from m1.errors import UserError
 from m1.model import M1Config
-from m1.pipeline import finished, run_stage
 from m1.recipe import ConvertStage, load_pipeline, load_stage
 
 RECIPES = sorted(path.parent for path in Path(__file__).parents[1].glob("recipes/*/pipeline.toml"))
@@ -41,7 +40,7 @@ CONVERT = 'stage = "convert"\nteacher = "a"\nout = "b"\nkeep_attention = [1]\n'
         (CONVERT + 'mixer = "mamba3"', "mixer = 'mamba3' should be 'mamba' or 'mamba2'"),
         (CONVERT + 'head_alignment = "other"', "head_alignment = 'other' should be 'official' or 'attention'"),
         (CONVERT.replace('out = "b"\n', ""), "missing key 'out'"),
-        (CONVERT.replace("convert", "konvert"), "stage = 'konvert' must be one of convert, sft"),
+        (CONVERT.replace("convert", "konvert"), "stage = 'konvert' must be one of convert, rank-layers, sft"),
         ("stage = ", "not valid TOML"),
         ('stage = "sft"\nout = "x"\n[data]\ntask = "chain"', "exactly one of `model`"),
         ('stage = "sft"\nout = "x"\nmodel = "m"\n[data]\nmax_step = 3', r"\[data\]: unknown key 'max_step'"),
@@ -64,15 +63,14 @@ def test_conversion_by_recipe(tmp_path, teacher_dir):
     """All that a conversion can be told reaches it, and a changed ranking makes it another recipe."""
     ranking = tmp_path / "ranking.json"
     ranking.write_text(json.dumps({"ranking": [2, 0, 3, 1]}))
-    stage = ConvertStage(
-        str(teacher_dir), str(tmp_path / "out"), f"@{ranking}:2", mixer="mamba2", head_alignment="attention", seed=5
-    )
-    run_stage(stage)
+    options = {"keep_attention": f"@{ranking}:2", "mixer": "mamba2", "head_alignment": "attention", "seed": 5}
+    stage = ConvertStage(teacher=str(teacher_dir), out=str(tmp_path / "out"), **options)
+    stage.run()
     config = M1Config.from_pretrained(tmp_path / "out")
     assert config.attention_layers == [0, 2] and config.mixer == "mamba2" and config.head_alignment == "attention"
-    assert finished(stage)
+    assert stage.finished()
     ranking.write_text(json.dumps({"ranking": [1, 0, 3, 2]}))
-    with pytest.raises(UserError, match="made by another recipe"):
-        finished(stage)
-    run_stage(ConvertStage(str(teacher_dir), str(tmp_path / "ratio"), attention_ratio=0.25))
+    with pytest.raises(UserError, match=r"made with other settings \(inputs.*not the same"):
+        stage.finished()
+    ConvertStage(teacher=str(teacher_dir), out=str(tmp_path / "ratio"), attention_ratio=0.25).run()
     assert M1Config.from_pretrained(tmp_path / "ratio").attention_layers == [3]

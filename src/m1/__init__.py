@@ -2,9 +2,7 @@
 
 import importlib
 import sys
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
+from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LLM", "Engine", "M1Config", "M1ForCausalLM", "Request", "SamplingParams", "convert", "evaluate", "vote"]
 
-# Where each name lives. It is imported when first used: `m1 --help` needs no torch.
+# The module of each public name. It is imported on first use, because `m1 --help` needs no torch.
 HOME = {
     **dict.fromkeys(("LLM", "Engine", "Request", "SamplingParams"), "m1.engine"),
     **dict.fromkeys(("M1Config", "M1ForCausalLM"), "m1.model"),
@@ -37,32 +35,35 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
 
 
-class RegisterWithTransformers(MetaPathFinder, Loader):
+class RegisterWithTransformers:
     """Registers M1 with transformers' Auto classes after `import m1`, without importing transformers itself.
 
-    It waits on the import path until someone imports transformers, lets that import happen, and then imports
+    It is a finder on `sys.meta_path` until transformers is imported. It lets that import happen, and then imports
     `m1.model`, which does the registration.
     """
 
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """Finds transformers with this object as its loader, and leaves `sys.meta_path`."""
         if name != "transformers":
             return None
         sys.meta_path.remove(self)
-        spec = find_spec(name)
+        spec = PathFinder.find_spec(name)
         if spec and spec.loader:
-            self.loader, spec.loader = spec.loader, self
+            self.loader, spec.loader = spec.loader, self  # type: ignore[assignment]
         return spec
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        """As transformers' own loader."""
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
+        """Imports transformers with its own loader, and then `m1.model`."""
         module.__spec__.loader = module.__loader__ = self.loader  # type: ignore[union-attr]
         self.loader.exec_module(module)
         importlib.import_module("m1.model")
 
 
-if "transformers" in sys.modules:
+if sys.modules.get("transformers"):
     importlib.import_module("m1.model")
 else:
     sys.meta_path.insert(0, RegisterWithTransformers())

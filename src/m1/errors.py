@@ -1,5 +1,9 @@
-"""The one exception for what a user can put right. The command line prints it in one line and exits with code 2."""
+"""The exception for errors that the user can fix."""
 
 
 class UserError(ValueError):
-    """Bad input: the message names the value and says what to do about it."""
+    """Raised for input that the user can fix: an option, a file or a setting.
+
+    The message is one line: the value, what is wrong with it, and how to fix it. The command line prints the message
+    and exits with code 2. A subclass of ValueError.
+    """

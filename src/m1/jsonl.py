@@ -1,7 +1,8 @@
-"""JSON Lines, read strictly and written a line at a time; whole JSON files, replaced in one step."""
+"""Reads and writes JSON and JSON Lines. Reading is strict. Whole files are replaced in one step."""
 
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from m1.errors import UserError
 
 
 def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
-    """One object a line, blank lines skipped. Raises UserError naming the line that isn't one."""
+    """Yields one object per line and skips blank lines. Raises UserError naming a line that isn't a JSON object."""
     path = Path(path)
     try:
         lines = path.read_bytes().split(b"\n")
@@ -29,25 +30,28 @@ def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def problem_and_golds(row: dict[str, Any], where: str) -> tuple[str, list[str]]:
-    """A row's `problem` and its `answers` (or its one `answer`) as strings. Raises UserError naming `where`."""
-    golds = row.get("answers") or row.get("answer")
-    golds = golds if isinstance(golds, list) else [golds]
-    if not isinstance(row.get("problem"), str) or not all(isinstance(gold, str | int | float) for gold in golds):
-        raise UserError(f"{where}: needs a text `problem` and `answer` (or a list `answers`); has {sorted(row)}")
-    return row["problem"], [str(gold) for gold in golds]
-
-
 def append_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Appends rows, each on its own line. A run that goes on calls `drop_torn_line` once, first."""
+    """Appends rows, one per line. A run that resumes calls `drop_torn_line` first.
+
+    Raises:
+        UserError: the file can't be written.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(to_jsonl(rows))
+    except OSError as error:
+        raise UserError(f"can't write {path}: {error.strerror or error}") from None
+
+
+def to_jsonl(rows: Iterable[dict[str, Any]]) -> str:
+    """The text of a JSONL file with these rows."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def drop_torn_line(path: Path) -> None:
-    """Cuts a last line without its newline: the process died while writing it."""
+    """Removes a last line without a newline, left by a process that died while it wrote."""
     if not path.exists() or not path.stat().st_size:
         return
     with path.open("rb+") as file:
@@ -57,26 +61,40 @@ def drop_torn_line(path: Path) -> None:
             file.truncate(file.read().rfind(b"\n") + 1)
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises UserError for a missing or malformed one."""
+def read_json(path: str | Path, if_missing: str = "check the path") -> dict[str, Any]:
+    """Returns the object in a JSON file. Raises UserError for a malformed file, or a missing one, with that advice."""
     path = Path(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path} is missing: give the folder of a Hugging Face checkpoint") from None
+        raise UserError(f"{path} is missing: {if_missing}") from None
     except OSError as error:
         raise UserError(f"can't read {path}: {error.strerror}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path} should hold a JSON object, it holds a {type(content).__name__}")
+        raise UserError(f"{path} should hold a JSON object, but holds a {type(content).__name__}")
     return content
 
 
 def write_json(path: str | Path, content: Any) -> None:
-    """Writes beside the file and renames: a reader sees the old content or the new, never a part."""
+    """Replaces the file in one step: a reader sees the old content or the new, never a part.
+
+    Raises:
+        UserError: the file can't be written.
+    """
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Replaces a text file in one step, as `write_json`. Raises UserError if the file can't be written."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".part")
-    draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    draft.replace(path)
+    draft = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_text(text, encoding="utf-8")
+        draft.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            draft.unlink()
+        raise UserError(f"can't write {path}: {error.strerror or error}") from None

@@ -1,7 +1,7 @@
 """Options, declared once: a frozen dataclass whose fields carry their help texts.
 
-The command line makes its options of such a class (`cli/arguments.py`), and a recipe's TOML table becomes an instance of
-it by `build`. A key that doesn't exist is refused, naming the nearest one that does.
+The command line makes its options from such a class (`cli/arguments.py`). `build` turns a recipe's TOML table into an
+instance. An unknown key is refused, and the message names the nearest known one.
 """
 
 import dataclasses
@@ -17,7 +17,8 @@ T = TypeVar("T")
 
 
 def option(default: Any = dataclasses.MISSING, help: str = "") -> Any:
-    """A dataclass field with its help text. Without a default the option is required; a dict or list is copied."""
+    """Declares a dataclass field with a help text. Without a default it is required. Each instance gets its own copy of
+    a default that is a dict or list."""
     metadata = {"help": help}
     if isinstance(default, dict | list):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
@@ -25,10 +26,15 @@ def option(default: Any = dataclasses.MISSING, help: str = "") -> Any:
 
 
 def build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
-    """An instance of the dataclass `cls` from a table of its fields.
+    """Makes an instance of the dataclass `cls` from a table of its fields.
+
+    Args:
+        cls: the dataclass. Fields that are dataclasses take tables.
+        table: values by field name. An integer is accepted where a float is expected.
+        where: where the table comes from. Error messages begin with it.
 
     Raises:
-        UserError: an unknown or missing key, a value of another type, or one that `cls` refuses. It begins with `where`.
+        UserError: an unknown or missing key, a value of another type, or one that `cls` refuses.
     """
     hints = typing.get_type_hints(cls)
     check_keys(table, hints, where)
@@ -52,7 +58,7 @@ def build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
 
 
 def check_keys(table: Iterable[str], known: Iterable[str], where: str) -> None:
-    """Raises UserError for a key that isn't known, with the nearest one that is."""
+    """Raises UserError for an unknown key of `table`. The message names the nearest known one."""
     known = list(known)
     for key in table:
         if key not in known:

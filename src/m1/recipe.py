@@ -1,41 +1,50 @@
-"""Recipes: TOML files that become frozen, validated dataclasses. An unknown key is refused, naming the nearest one.
+"""Stages: frozen dataclasses that declare the options of commands and of recipes, once for both.
 
-One file a stage; its `stage` key says which. `[trainer]` holds the arguments of the stage's own trainer (TRL's
-`SFTConfig` or `GRPOConfig`) under their own names.
+The fields of a stage are the options of its command (`cli/`) and the keys of its TOML file, with the same names,
+defaults and help texts. A recipe is a folder with one TOML file per stage, whose key `stage` gives the stage's kind.
+The table `[trainer]` holds arguments of the stage's TRL trainer (`SFTConfig` or `GRPOConfig`) under TRL's names.
 """
 
 import dataclasses
-import difflib
-import tomllib
-import types
-import typing
-from dataclasses import dataclass, field
+import importlib
+import math
+import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
+from m1 import runs
 from m1.errors import UserError
-from m1.model.layer_choice import check_choice
-from m1.reasoning.budget import Budget
-from m1.reasoning.chain import ChainSizes
+from m1.layer_choice import check_choice, ranking_file
+from m1.options import build, option
+from m1.outputs import refuse_sources
+from m1.progress import Progress, silent
+from m1.tasks.chain import ChainSizes
 
-T = TypeVar("T")
+MODEL_NAME = re.compile(r"\w[\w .,+-]*")  # a key of [models], used as a folder name and as a curve's label
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data(ChainSizes):
-    """Where problems come from: a JSONL file, or chain problems made on the spot.
+    """Training data of a stage: a JSONL file, or generated chain problems.
 
-    A file's rows have `messages`, or `problem` with `solution` (SFT, distillation) or `answer`/`answers` (RL).
+    Rows of a file have `messages`, or `problem` with `solution`, for fine-tuning and distillation. For RL they have
+    `problem` with `answer` or `answers`. Each field's metadata has its help text.
+
+    Raises:
+        UserError: both or neither of `path` and `task`, or a value out of range.
     """
 
-    path: str | None = None
-    task: Literal["chain"] | None = None
-    count: int = 10_000  # chain problems to make
-    slip_rate: float = 0.0  # share of a chain's worked steps that are wrong
-    seed: int = 0
-    limit: int | None = None  # rows of a file to use
-    prompt_template: str = "{problem}"
-    bucket: int | None = None  # rows in runs of this many of similar length: little padding, if sampled sequentially
+    path: str | None = option(None, "JSONL file.")
+    task: Literal["chain"] | None = option(None, "Generate chain problems instead of reading a file.")
+    count: int = option(10_000, "Number of chain problems.")
+    slip_rate: float = option(0.0, "Share of a chain's worked steps that are wrong.")
+    seed: int = option(0, "Seed of the chain problems.")
+    limit: int | None = option(None, "Maximum number of the file's rows; the first ones are used.")
+    prompt_template: str = option("{problem}", "User message, with {problem} in it.")
+    bucket: int | None = option(
+        None, "Group rows by length, this many per group. It saves padding with sequential sampling."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,32 +56,144 @@ class Data(ChainSizes):
             raise UserError(f"[data] prompt_template={self.prompt_template!r} has no {{problem}} in it")
 
 
-@dataclass(frozen=True)
-class ConvertStage:
-    """A teacher's conversion; either `keep_attention` (also "@FILE:COUNT") or `attention_ratio` chooses its layers."""
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One step of a recipe, or one run of a command: its options and its output. The base of all stages.
 
-    teacher: str
-    out: str
-    keep_attention: list[int] | str | None = None
-    attention_ratio: float | None = None
-    mixer: Literal["mamba", "mamba2"] = "mamba"
-    head_alignment: Literal["official", "attention"] = "official"
-    state_size: int | None = None
-    seed: int = 0
+    A subclass declares the options as fields; each field's metadata has its help text.
+
+    Attributes:
+        kind: name of the stage in recipes and of its command.
+        function: "module:function" that runs it. It is imported when it runs, because training libraries load slowly.
+        trained: whether the stage trains a model, with a TRL trainer and its arguments in `trainer`.
+        is_file: whether `out` is a file and not a folder.
+        free: options that the output doesn't depend on. They may change when a run resumes.
+        out: path of the output.
+    """
+
+    kind: ClassVar[str]
+    function: ClassVar[str]
+    trained: ClassVar[bool] = False
+    is_file: ClassVar[bool] = False
+    free: ClassVar[tuple[str, ...]] = ("out", "max_num_seqs")
+
+    out: str = option(help="Output.")
+
+    def run(self, resume: bool = False, force: bool = False, progress: Progress = silent) -> Any:
+        """Runs the stage and returns its result.
+
+        Args:
+            resume: continue interrupted training from its last checkpoint. Other stages always resume.
+            force: move existing output aside. An unfinished run with these settings is kept.
+            progress: shows the progress of a stage without training.
+        """
+        refuse_sources(Path(self.out), self.sources())
+        if not force:
+            runs.refuse_foreign(self.kind, self.out, self.is_file)
+        module, _, name = self.function.partition(":")
+        options = {"resume": resume} if self.trained else {"progress": progress}
+        return getattr(importlib.import_module(module), name)(self, force=force, **options)
+
+    def check(self) -> None:
+        """Refuses arguments of a trainer that can't be, and an `out` with other files, before anything runs."""
+        runs.refuse_foreign(self.kind, self.out, self.is_file)
+        if self.trained:
+            importlib.import_module(self.function.partition(":")[0]).arguments_of(self)
+
+    def sources(self) -> list[Path]:
+        """The files and folders that the stage reads."""
+        data = getattr(self, "data", None)
+        named = [getattr(self, name, None) for name in ("model", "teacher", "prompts")]
+        template = getattr(self, "prompt_template", None) or ""
+        named += [template[1:] if template.startswith("@") else None]
+        ranking = ranking_file(getattr(self, "keep_attention", None))
+        paths = [data.path if isinstance(data, Data) else data, *named, *getattr(self, "models", {}).values(), ranking]
+        return [Path(path) for path in paths if path]
+
+    def settings(self) -> dict[str, Any]:
+        """What the output depends on: the options that aren't `free`, and hashes of the files they name.
+
+        A checkpoint is identified by its configuration and, if M1 made it, by its manifest.
+        """
+        options = {key: value for key, value in dataclasses.asdict(self).items() if key not in self.free}
+        files = [path / name for path in self.sources() for name in ("", runs.MANIFEST, "config.json")]
+        return options | {"inputs": {str(path): runs.sha256(path) for path in files if path.is_file()}}
+
+    def finished(self) -> bool:
+        """Whether `out` holds this stage's complete output. Raises UserError if it was made with other settings."""
+        return runs.finished(self.kind, self.out, self.settings(), self.is_file)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionOptions:
+    """Which transformer is converted, and into what kind of layers."""
+
+    teacher: str = option(help="Llama, Qwen2 or Qwen3 checkpoint folder.")
+    mixer: Literal["mamba", "mamba2"] = option("mamba", '"mamba" (Mamba-1) or "mamba2".')
+    head_alignment: Literal["official", "attention"] = option(
+        "official", 'Order of the heads: "official" (as in the released code) or "attention".'
+    )
+    seed: int = option(0, "Seed of the new parameters.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertStage(Stage, ConversionOptions):
+    """Stage `convert`: turns a transformer checkpoint into a hybrid, without training.
+
+    Exactly one of `keep_attention` and `attention_ratio` chooses the layers that stay attention.
+    """
+
+    kind = "convert"
+    function = "m1.model.convert:run"
+
+    out: str = option(help="Folder for the hybrid.")
+    keep_attention: list[int] | str | None = option(
+        None, "Layers that stay attention, e.g. 1,3, or @ranking.json:6 (see rank-layers)."
+    )
+    attention_ratio: float | None = option(None, "Share of layers that stay attention, evenly spaced.")
+    state_size: int | None = option(None, "Mamba-1 states per channel, 16 by default; must divide head_dim.")
 
     def __post_init__(self) -> None:
         check_choice(self.keep_attention, self.attention_ratio)
 
 
-@dataclass(frozen=True)
-class SFTStage:
-    """Supervised fine-tuning of `model`, or of a new Llama transformer described by `[init]`."""
+@dataclass(frozen=True, kw_only=True)
+class RankLayersStage(Stage, ConversionOptions):
+    """Stage `rank-layers`: measures the cost of replacing each layer alone, in KL divergence from the teacher."""
 
-    out: str
-    data: Data
-    model: str | None = None
-    init: dict[str, Any] = field(default_factory=dict)  # LlamaConfig arguments; comes with the byte tokenizer
-    trainer: dict[str, Any] = field(default_factory=dict)
+    kind = "rank-layers"
+    function = "m1.train.rank_layers:run"
+    is_file = True
+
+    data: Data = option(help="JSONL of {messages} or {problem, solution}.")
+    out: str = option("ranking.json", "JSON file for `m1 convert --keep-attention @FILE:COUNT`.")
+    max_length: int = option(1024, "Maximum number of tokens used per row.")
+    batch_size: int = option(8, "Rows per forward pass.")
+
+    def __post_init__(self) -> None:
+        _at_least_one(self, "max_length", "batch_size")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedStage(Stage):
+    """What all training stages have in common: data, and a TRL trainer with arguments of its own."""
+
+    trained = True
+
+    out: str = option(help="Folder for the trained model.")
+    data: Data = option(help="Training data.")
+    trainer: dict[str, Any] = option({}, "Arguments of TRL's trainer: SFTConfig, for grpo GRPOConfig.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTStage(TrainedStage):
+    """Stage `sft`: supervised fine-tuning of `model`, or of a new Llama transformer described by `[init]`."""
+
+    kind = "sft"
+    function = "m1.train.sft:sft"
+
+    model: str | None = option(None, "Checkpoint folder.")
+    init: dict[str, Any] = option({}, "LlamaConfig arguments of a new model with a byte tokenizer.")
 
     def __post_init__(self) -> None:
         if (self.model is None) == (not self.init):
@@ -81,85 +202,168 @@ class SFTStage:
             )
 
 
-@dataclass(frozen=True)
-class DistillStage:
-    """Distillation of `teacher` into `model` on assistant tokens."""
+@dataclass(frozen=True, kw_only=True)
+class DistillStage(TrainedStage):
+    """Stage `distill`: distillation of `teacher` into `model` on assistant tokens."""
 
-    model: str
-    teacher: str
-    out: str
-    data: Data
-    divergence: Literal["reverse_kl", "forward_kl", "jsd"] = "reverse_kl"
-    forward_kl_steps: int = 0  # optimizer steps under forward KL before `divergence` takes over
-    trainer: dict[str, Any] = field(default_factory=dict)
+    kind = "distill"
+    function = "m1.train.distill:distill"
 
-
-@dataclass(frozen=True)
-class GRPOStage:
-    """RL with a verifiable reward; rollouts and their log-probabilities come from the engine."""
-
-    model: str
-    out: str
-    data: Data
-    max_num_seqs: int = 256  # sequences the engine decodes together
-    trainer: dict[str, Any] = field(default_factory=dict)
+    model: str = option(help="The student's checkpoint folder.")
+    teacher: str = option(help="The teacher's checkpoint folder.")
+    divergence: Literal["reverse_kl", "forward_kl", "jsd"] = option("reverse_kl", "The loss per assistant token.")
+    forward_kl_steps: int = option(0, "Optimizer steps under forward KL before `divergence` takes over.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeasuredStage(ChainSizes):
-    """Every model of `models` on the same problems: the first `limit` of a task."""
+class GRPOStage(TrainedStage):
+    """Stage `grpo`: RL with a verifiable reward. Rollouts and their log-probabilities come from the engine."""
 
-    models: dict[str, str]
-    out: str
-    task: str = "chain"
-    data: str | None = None
-    limit: int = 200
-    max_new_tokens: int = 128
-    temperature: float = 1.0
-    max_num_seqs: int = 256  # sequences decoded together
+    kind = "grpo"
+    function = "m1.train.grpo:grpo"
+
+    model: str = option(help="Checkpoint folder.")
+    max_num_seqs: int = option(256, "Maximum number of rollouts decoded in parallel.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalStage(MeasuredStage):
-    """Accuracy of `n` samples a problem, and of their votes; ends in a report."""
+class GenerateStage(Stage):
+    """Stage `generate`: samples every prompt of a file with the engine."""
 
-    n: int = 16
-    seed: int = 0
+    kind = "generate"
+    function = "m1.engine.generate:run"
+    is_file = True
+
+    model: str = option(help="Checkpoint folder.")
+    prompts: str = option(help='JSONL of {"prompt"}, {"problem"} or {"messages"}, each with an optional "id".')
+    out: str = option(help="JSONL file, one line per finished sample. Run again to resume.")
+    n: int = option(1, "Number of samples per prompt.")
+    max_new_tokens: int = option(1024, "Maximum number of new tokens per sample.")
+    temperature: float = option(0.7, "Divides the logits; 0 is greedy.")
+    top_k: int = option(0, "Sample only from the k likeliest tokens (0: all).")
+    top_p: float = option(1.0, "Sample only from the likeliest tokens that together have this probability (1: all).")
+    min_p: float = option(
+        0.0, "Sample only from tokens with this share of the likeliest one's probability or more (0: all)."
+    )
+    stop: list[str] = option([], "Stop a sample before this text. Repeatable.")
+    max_num_seqs: int = option(
+        256, "Maximum number of samples decoded in parallel. More raises throughput and per-sample latency."
+    )
+    quantize: str | None = option(None, "int8: round the weights of linear layers (on a CPU).")
+    seed: int = option(0, "Seed of the random draws.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class BudgetStage(MeasuredStage):
-    """Accuracy of the vote against measured seconds a problem, `max_num_seqs` of whose samples are decoded together."""
+class TaskOptions(ChainSizes):
+    """Options that all measurements of accuracy share: the task and its sampling."""
 
-    seconds: float
-    seeds: int = 1
-    limit: int = 32
-    max_num_seqs: int = 64
-    vllm: list[str] = field(default_factory=list)  # names of models that vLLM samples, too (see `make peers`)
+    task: str = option("chain", "chain, math500, aime24, aime25, amc23, olympiadbench, minerva or gsm8k.")
+    max_new_tokens: int = option(1024, "Maximum number of new tokens per sample.")
+    temperature: float = option(0.7, "Divides the logits; 0 is greedy.")
+    prompt_template: str | None = option(None, "User message with {problem} in it, or @FILE. Default: the task's own.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        Budget(seconds=self.seconds)
-        if self.seeds < 1:
-            raise UserError(f"seeds={self.seeds}: need at least one")
+        _at_least_one(self, "max_new_tokens")
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"temperature={self.temperature} is out of range: need 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSettings(TaskOptions):
+    """Settings of an evaluation: what its samples depend on, besides the model and the problems."""
+
+    n: int = option(16, "Number of samples per problem.")
+    seed: int = option(0, "Seed of the random draws.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least_one(self, "n")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetSettings(TaskOptions):
+    """Settings of `m1 budget`: what its runs depend on, besides the models and the problems."""
+
+    seconds: float = option(help="Longest budget per problem, in seconds.")
+    seeds: int = option(3, "Number of times each problem is solved.")
+    max_num_seqs: int = option(64, "Maximum number of a problem's samples decoded in parallel.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least_one(self, "seeds", "max_num_seqs")
+        if not 0 < self.seconds < math.inf:
+            raise UserError(f"seconds={self.seconds}: need a positive, finite number")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasuredStage(Stage):
+    """A stage that measures every model of `models` on the same problems, the first `limit` of a task."""
+
+    models: dict[str, str] = option(help="Checkpoint folders by name.")
+    data: str | None = option(
+        None,
+        'JSONL of {"problem", "answer"}, or a data set: a folder, or ORG/NAME or ORG/NAME/CONFIG:SPLIT on the Hub. '
+        "Default: the task's own on the Hub.",
+    )
+    limit: int | None = option(None, "Maximum number of problems; the first ones are used.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[misc]  # that of the settings with which it is combined
+        if bad := [name for name in self.models if not MODEL_NAME.fullmatch(name)]:
+            raise UserError(f"[models] {bad[0]!r}: a name has letters, digits, spaces and . , + - _ only")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalStage(MeasuredStage, EvalSettings):
+    """Stage `eval`: measures the accuracy of `n` samples per problem and of their votes, for a recipe's report."""
+
+    kind = "eval"
+    function = "m1.evaluation.evaluate:run"
+
+    out: str = option(help="Result folder. Run again to resume.")
+    max_num_seqs: int = option(
+        256, "Maximum number of samples decoded in parallel. More raises throughput and per-sample latency."
+    )
+    sampler: Literal["engine", "transformers"] = option("engine", "Sampler: this project's engine or transformers.")
+    quantize: str | None = option(None, "int8: round the weights of linear layers (on a CPU).")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetStage(MeasuredStage, BudgetSettings):
+    """Stage `budget`: measures the accuracy of voting against the measured seconds per problem."""
+
+    kind = "budget"
+    function = "m1.evaluation.time_budget:run"
+    free = ("out",)  # not max_num_seqs: samples decoded in parallel share the seconds
+
+    out: str = option(help="Folder for the runs, budget.json and budget.png. Run again to resume.")
+    limit: int | None = option(32, "Maximum number of problems; the first ones are used.")
+    vllm: list[str] = option([], "Name of a model that vLLM samples as well (see `make peers`). Repeatable.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if unknown := [name for name in self.vllm if name not in self.models]:
             raise UserError(f"vllm {unknown[0]!r}: give the name of one of the models, {', '.join(self.models)}")
 
 
-Stage = ConvertStage | SFTStage | DistillStage | GRPOStage | EvalStage | BudgetStage
-STAGES: dict[str, type[Any]] = {
-    "convert": ConvertStage,
-    "sft": SFTStage,
-    "distill": DistillStage,
-    "grpo": GRPOStage,
-    "eval": EvalStage,
-    "budget": BudgetStage,
-}
+STAGES: dict[str, type[Stage]] = {
+    cls.kind: cls
+    for cls in (
+        ConvertStage, RankLayersStage, SFTStage, DistillStage, GRPOStage, GenerateStage, EvalStage, BudgetStage,
+    )
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """`pipeline.toml`: the stage files of a recipe folder, in order."""
+    """The content of a recipe's `pipeline.toml`.
+
+    Attributes:
+        name: title of the report.
+        out: folder of the report.
+        stages: names of the stages' TOML files, without the ending, in the order in which they run.
+    """
 
     name: str
     out: str
@@ -167,7 +371,13 @@ class Pipeline:
 
 
 def load_pipeline(folder: str | Path) -> tuple[Pipeline, dict[str, Stage]]:
-    """A recipe folder's pipeline and all its stages: a mistake in the last one shows before the first runs."""
+    """Reads a recipe folder: its pipeline, and all its stages by name.
+
+    All are read at once, so that a mistake in the last stage is reported before the first one runs.
+
+    Raises:
+        UserError: as `load_stage`, or the recipe doesn't have exactly one eval stage with models.
+    """
     folder = Path(folder)
     pipeline = build(Pipeline, read_toml(folder / "pipeline.toml"), str(folder / "pipeline.toml"))
     stages = {name: load_stage(folder / f"{name}.toml") for name in pipeline.stages}
@@ -178,11 +388,16 @@ def load_pipeline(folder: str | Path) -> tuple[Pipeline, dict[str, Stage]]:
 
 
 def load_stage(path: str | Path, expected: str | None = None) -> Stage:
-    """Raises UserError for a missing file, bad TOML, an unknown or missing key, or a value of the wrong type."""
+    """Reads a stage's TOML file.
+
+    Raises:
+        UserError: a missing file, bad TOML, an unknown or missing key, a value of the wrong type, or another kind of
+            stage than `expected`.
+    """
     path = Path(path)
     table = read_toml(path)
     kind = table.pop("stage", None)
-    if kind not in STAGES:
+    if not isinstance(kind, str) or kind not in STAGES:
         raise UserError(f"{path}: stage = {kind!r} must be one of {', '.join(STAGES)}")
     if expected and kind != expected:
         raise UserError(f"{path} is a recipe for `m1 {kind}`, not for `m1 {expected}`")
@@ -190,6 +405,9 @@ def load_stage(path: str | Path, expected: str | None = None) -> Stage:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
+    """Reads a TOML file. Raises UserError for a file that can't be read or isn't TOML."""
+    import tomllib  # no command needs it to show its help
+
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -198,54 +416,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not valid TOML: {error}") from None
 
 
-def build(cls: type[T], table: dict[str, Any], where: str) -> T:
-    """An instance of the dataclass `cls` from a parsed table. Raises UserError with `where` and the key."""
-    hints = typing.get_type_hints(cls)
-    check_keys(table, hints, where)
-    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
-    required = [f.name for f in fields if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
-    if missing := [name for name in required if name not in table]:
-        raise UserError(f"{where}: missing key {missing[0]!r}")
-    values = {}
-    for key, value in table.items():
-        if dataclasses.is_dataclass(hints[key]) and isinstance(value, dict):
-            value = build(typing.cast(type, hints[key]), value, f"{where} [{key}]")
-        elif type(value) is int and not _matches(value, hints[key]) and _matches(float(value), hints[key]):
-            value = float(value)
-        if not _matches(value, hints[key]):
-            raise UserError(f"{where}: {key} = {value!r} should be {_describe(hints[key])}")
-        values[key] = value
-    try:
-        return cls(**values)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
-
-
-def check_keys(table: dict[str, Any], known: typing.Iterable[str], where: str) -> None:
-    known = list(known)
-    for key in table:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
-            raise UserError(f"{where}: unknown key {key!r}; {hint}")
-
-
-def _matches(value: Any, hint: Any) -> bool:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return True
-    if origin in (types.UnionType, typing.Union):
-        return any(_matches(value, choice) for choice in arguments)
-    if origin is Literal:
-        return value in arguments
-    if origin is list:
-        return isinstance(value, list) and all(_matches(item, arguments[0]) for item in value)
-    if origin is dict:
-        return isinstance(value, dict) and all(_matches(item, arguments[1]) for item in value.values())
-    return isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool)
-
-
-def _describe(hint: Any) -> str:
-    if typing.get_origin(hint) is Literal:
-        return " or ".join(map(repr, typing.get_args(hint)))
-    return getattr(hint, "__name__", str(hint)) if not typing.get_args(hint) else str(hint)
+def _at_least_one(options: Any, *names: str) -> None:
+    for name in names:
+        if getattr(options, name) < 1:
+            raise UserError(f"{name}={getattr(options, name)}: need at least 1")

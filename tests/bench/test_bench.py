@@ -167,8 +167,14 @@ def test_a_peer_that_fails_leaves_the_other_rows(bench, monkeypatch):
         ((*SCAN, "--backends", "triton"), "--backends triton: triton can't run on cpu here; choose from cpu"),
         ((*SCAN, "--device", "tpu"), "--device tpu: choose cpu or cuda"),
         ((*SCAN, "--device", "cuda"), "--device cuda: torch finds no GPU here; use --device cpu"),
-        ((*SCAN, "--out", "."), "--out .: is a folder"),
-        ((*SCAN, "--out", "/dev/null/a/b.json"), "--out /dev/null/a/b.json: can't make its folder"),
+        ((*SCAN, "--out", "."), "m1: . isn't a regular file"),
+        ((*SCAN, "--out", "/dev/null"), "m1: /dev/null isn't a regular file"),
+        (("decode", "--shape", "tiny", "--plot", "."), "m1: . isn't a regular file"),
+        (
+            ("decode", "--shape", "tiny", "--plot", "/dev/null/a/b.png"),
+            "m1: can't write /dev/null/a/b.png",
+        ),
+        ((*SCAN, "--out", "/dev/null/a/b.json"), "m1: can't write /dev/null/a/b.json"),
     ],
 )
 def test_bad_options_are_one_line(bench, monkeypatch, arguments, words):
@@ -182,3 +188,52 @@ def test_bad_options_are_one_line(bench, monkeypatch, arguments, words):
 def test_states_of_another_size_run_without_kernels(bench):
     code, lines, _ = bench(*SCAN, "--state", 8, "--backends", "reference", "--device", "cpu")
     assert code == 0 and len(json.loads(lines[-1])["rows"]) == 4
+
+
+FOREIGN = {
+    "another-benchmark": '{"benchmark": "state"}',
+    "another-object": '{"seed": 0}',
+    "not-an-object": '["scan"]',
+    "not-json": "a diary",
+}
+
+
+@pytest.mark.parametrize("content", FOREIGN.values(), ids=FOREIGN)
+def test_out_never_replaces_another_file(bench, monkeypatch, tmp_path, content):
+    out = tmp_path / "a.json"
+    out.write_text(content)
+    measured = []
+    monkeypatch.setattr(scan, "run", measured.append)
+    code, lines, err = bench(*SCAN, "--out", out)
+    refusal = (
+        f"m1: {out} exists and isn't a result of `m1 bench scan`: choose another file, or give --force to move it aside"
+    )
+    assert code == 2 and not lines and not measured and err.splitlines() == [refusal]
+    assert out.read_text() == content and list(tmp_path.iterdir()) == [out]
+
+
+def test_the_default_file_is_not_replaced_either(bench, tmp_path):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "bench-scan-cpu.json").write_text("a diary")
+    code, _, err = bench(*SCAN, "--device", "cpu")
+    assert code == 2 and "results/bench-scan-cpu.json exists and isn't a result of `m1 bench scan`" in err
+
+
+ATTENTION_ONCE = (*ATTENTION, "--backends", "reference", "--device", "cpu")
+
+
+def test_force_sets_the_old_file_aside(bench, tmp_path):
+    out = tmp_path / "a.json"
+    out.write_text("first")
+    for _ in range(2):  # the second time it is the benchmark's own, and replaced
+        code, lines, _ = bench(*ATTENTION_ONCE, "--out", out, "--force")
+        assert code == 0 and json.loads(out.read_text()) == json.loads(lines[-1])
+    assert (tmp_path / "a.json.replaced").read_text() == "first" and len(list(tmp_path.iterdir())) == 2
+
+
+def test_an_older_result_of_the_benchmark_is_replaced(bench, tmp_path):
+    out = tmp_path / "a.json"
+    out.write_text('{"benchmark": "attention", "rows": []}')
+    code, lines, _ = bench(*ATTENTION_ONCE, "--out", out)
+    assert code == 0 and json.loads(out.read_text()) == json.loads(lines[-1])
+    assert lines[-2] == f"written to {out}" and list(tmp_path.iterdir()) == [out]

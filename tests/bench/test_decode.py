@@ -8,15 +8,12 @@ from typer.testing import CliRunner
 import m1.engine.engine as engine_module
 from m1.bench import decoders
 from m1.bench.decode import floor_seconds
-from m1.bench.decoders import DecodeOptions
+from m1.bench.options import DecodeOptions
 from m1.bench.roofline import Limits
 from m1.cli import app
 from m1.errors import UserError
 
-OPTIONS = dict(
-    shape="tiny", cells=[(3, 5)], prompt=4, engines=["ours-hybrid"], dtype="float32", device="cpu", backends=None,
-    repeats=1,
-)  # fmt: skip
+OPTIONS = dict(shape="tiny", cells="3x5", prompt=4, engines="ours-hybrid", device="cpu", repeats=1)
 
 
 def test_rows_of_every_engine_here(tmp_path):
@@ -48,11 +45,26 @@ def test_steps_at_some_contexts(tmp_path):
     assert (tmp_path / "d.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_plot_never_replaces_a_file(monkeypatch, tmp_path):
+    plot, out = tmp_path / "d.png", tmp_path / "d.json"
+    plot.write_text("a photo")
+    command = ["bench", "decode", "--shape", "tiny", "--cells", "2x5", "--prompt", "4", "--repeats", "1"]
+    command += ["--engines", "ours-hybrid", "--device", "cpu", "--out", str(out), "--plot", str(plot)]
+    run = CliRunner().invoke(app, command)
+    assert str(run.exception) == f"{plot} exists: choose another file, or give --force to move it aside"
+    assert not out.exists()
+    run = CliRunner().invoke(app, [*command, "--force"])
+    assert run.exit_code == 0, run.output
+    assert json.loads(run.stdout.splitlines()[-1]) == json.loads(out.read_text())
+    assert f"written to {plot}" in run.stderr
+    assert plot.read_bytes().startswith(b"\x89PNG") and (tmp_path / "d.png.replaced").read_text() == "a photo"
+
+
 def test_a_batch_without_room_goes_in_parts(monkeypatch):
     monkeypatch.setattr(engine_module, "slots_that_fit", lambda *_: 2)
     monkeypatch.setattr(decoders, "seconds_of_step", lambda options, engine, context: float(context))
     monkeypatch.setattr(decoders, "seconds_of_prompt", lambda options, engine: 7.0)
-    options = DecodeOptions(**OPTIONS | {"cells": [(6, 100)], "contexts": 2})
+    options = DecodeOptions(**OPTIONS | {"cells": "6x100", "contexts": 2})
     run = decoders.at_contexts(options, hybrid=True)(6, 100)
     assert run.together == 2 and run.seconds == 3 * (2 * 7.0 + 100 * (4 + 25 + 4 + 75) / 2)
 
@@ -75,11 +87,11 @@ def test_floor_by_hand():
     ("bad", "message"),
     [
         ({"shape": "7b"}, "--shape 7b: choose tiny"),
-        ({"engines": ["sglang"]}, "no engine 'sglang'"),
-        ({"cells": [(0, 5)]}, "--cells 0"),
+        ({"engines": "ours-hybrid,sglang"}, "--engines ours-hybrid,sglang: no engine 'sglang'"),
+        ({"cells": "0x5"}, "--cells 0x5: each number must be at least 1"),
         ({"prompt": 0}, "--prompt 0"),
         ({"device": "tpu"}, "--device tpu"),
-        ({"contexts": 3, "engines": ["transformers"]}, "--contexts times steps of this engine"),
+        ({"contexts": 3, "engines": "transformers"}, "--contexts times steps of this engine"),
     ],
 )
 def test_impossible_options_are_refused(bad, message):

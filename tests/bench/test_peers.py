@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from tolerance import assert_rms_close
 
 from m1.bench import peers
-from m1.bench.scan import Problem, forward_backward, own_scan
+from m1.bench.scan import ScanCase, forward_backward, own_scan
 from m1.bench.state import start_own
 
 D, X, N = 64, 32, 16
@@ -43,9 +43,9 @@ def parameters():
 
 def test_scan_with_groups_of_their_own(mamba_ssm):
     tokens = {name: normal(2, 7, width) for name, width in zip("zxBC", (D, X, X, D), strict=True)}
-    problem = Problem(tokens | {"dt": normal(2, 7, D)} | parameters(), normal(2, 7, D).flip(0))
-    ours = forward_backward(own_scan("reference", problem))
-    theirs = forward_backward(peers.mamba_scan(mamba_ssm, *problem))
+    case = ScanCase(tokens | {"dt": normal(2, 7, D)} | parameters(), normal(2, 7, D).flip(0))
+    ours = forward_backward(own_scan("reference", case))
+    theirs = forward_backward(peers.mamba_scan(mamba_ssm, *case))
     names = ["y", "dA", "dD", "dconv_weight", "dconv_bias"]
     assert_rms_close([theirs[name] for name in names], [ours[name] for name in names], 1e-5, names)
     assert_rms_close([theirs["ddt_channels"].mT, theirs["dz_channels"].mT], [ours["ddt"], ours["dz"]], 1e-5)

@@ -201,10 +201,10 @@ def test_a_plan_needs_no_token_values(model):
 
 
 def test_slots_take_no_more_than_memory(hybrid, monkeypatch):
-    from m1.engine import state
+    from m1.engine import slots
     from m1.model.cache_layout import slot_bytes
 
     one = slot_bytes(hybrid.config, 64, torch.float32)
-    monkeypatch.setattr(state, "free_memory", lambda device: 10 * one)
+    monkeypatch.setattr(slots, "free_memory", lambda device: 10 * one)
     assert Engine(hybrid, [], max_num_seqs=100, max_model_len=64).num_slots == 7  # 80 %, less the spare one
     assert Engine(hybrid, [], max_num_seqs=3, max_model_len=64).num_slots == 3

@@ -8,7 +8,8 @@ from typer.testing import CliRunner
 
 from m1.cli import app
 from m1.engine import SamplingParams
-from m1.engine.llm import LLM, generate_file
+from m1.engine.generate import generate_file
+from m1.engine.llm import LLM
 from m1.errors import UserError
 from m1.jsonl import read_jsonl
 

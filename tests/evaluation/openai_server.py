@@ -17,13 +17,13 @@ def completion(*texts, finish_reason="stop", logprobs=None, **message):
 
 
 class Server(ThreadingHTTPServer):
-    """`answer(body, number)` gives (status, content[, headers]); `bodies` and `headers` are the requests so far."""
+    """`answer(body, number)` gives (status, content[, headers]); `bodies`, `headers` and `paths` are the requests'."""
 
     daemon_threads = True
 
     def __init__(self, answer):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.answer, self.bodies, self.headers = answer, [], []
+        self.answer, self.bodies, self.headers, self.paths = answer, [], [], []
         self.lock = threading.Lock()
 
     @property
@@ -43,7 +43,8 @@ class Handler(BaseHTTPRequestHandler):
             number = len(self.server.bodies)
             self.server.bodies.append(body)
             self.server.headers.append(dict(self.headers.items()))
-        found = self.path == "/v1/chat/completions"
+            self.server.paths.append(self.path)
+        found = self.path.partition("?")[0] == "/v1/chat/completions"
         status, content, *headers = self.server.answer(body, number) if found else (404, {"error": "no such path"})
         content = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)

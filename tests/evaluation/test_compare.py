@@ -1,14 +1,13 @@
 """The paired bootstrap against hand-computed and simulated numbers; what may be compared; what is printed."""
 
-import io
 import json
 
 import numpy as np
 import pytest
-from rich.console import Console
 
+from m1.cli import render
 from m1.errors import UserError
-from m1.evaluation.compare import compare, paired_bootstrap, print_comparison
+from m1.evaluation.compare import compare, paired_bootstrap
 
 
 def result(folder, accuracies, ks=("1", "2"), golds=None, text="what is {}?", **settings):
@@ -94,9 +93,9 @@ def test_only_results_of_the_same_problems(tmp_path):
     both = {"x": (0.5, 1.0), "y": (0.0, 0.0)}
     a = result(tmp_path / "a", both)
     fewer = result(tmp_path / "fewer", {"x": (0.5, 1.0)})
-    with pytest.raises(UserError, match=r"different problems: 'y' and 0 more are in .*/a alone"):
+    with pytest.raises(UserError, match=r"different problems: 'y' and 0 more are only in .*/a"):
         compare(a, fewer)
-    with pytest.raises(UserError, match=r"are in .*/a alone"):
+    with pytest.raises(UserError, match=r"are only in .*/a"):
         compare(fewer, a)
     with pytest.raises(UserError, match=r"'y' has different golds: \['1'\] in .*/a and \['2'\] in .*/golds"):
         compare(a, result(tmp_path / "golds", both, golds={"y": ["2"]}))
@@ -110,21 +109,20 @@ def test_unfinished_or_foreign_folders(tmp_path):
         compare(a, tmp_path / "nowhere")
     old = result(tmp_path / "old", {"x": (0.5, 1.0)})
     (old / "result.json").write_text('{"settings": {}, "maj@k": {}}')
-    with pytest.raises(UserError, match="no results by problem"):
+    with pytest.raises(UserError, match="no results per problem"):
         compare(old, a)
     (old / "result.json").write_text('{"settings"')
     with pytest.raises(UserError, match="not valid JSON"):
         compare(old, a)
 
 
-def test_what_is_printed(tmp_path):
+def test_what_is_printed(tmp_path, capsys):
     a = result(tmp_path / "a", {"x": (0.5, 1.0), "[y]": (0.0, 0.0)}, temperature=0.7)
     b = result(tmp_path / "b", {"x": (1.0, 1.0), "[y]": (0.25, 0.0)}, temperature=1.0)
     found = compare(a, b)
-    text = io.StringIO()
-    print_comparison(found, Console(file=text, width=80))
-    lines = text.getvalue().splitlines()
+    render.comparison(found)
+    lines = capsys.readouterr().out.splitlines()
     assert json.loads(lines[-1]) == found
     assert any("pass@1" in line and "25.0" in line and "62.5" in line and "37.5" in line for line in lines)
-    assert "made differently: temperature is 0.7 in A and 1.0 in B" in lines
+    assert "different setting: temperature is 0.7 in A and 1.0 in B" in lines
     assert " 50.0 -> 100.0 %  x" in lines and "  0.0 ->  25.0 %  [y]" in lines

@@ -13,19 +13,19 @@ from openai_server import completion
 
 from m1.engine import SamplingParams
 from m1.errors import UserError
-from m1.evaluation.endpoint import CHOICES, EndpointGenerator
-from m1.evaluation.generators import Ask
+from m1.evaluation.endpoint import CHOICES, EndpointSampler
+from m1.evaluation.samplers import SampleRequest
 
 PARAMS = SamplingParams(max_tokens=50, temperature=0.6)
 
 
-def asks(count, n=1):
-    return [Ask(f"p{i}", f"question {i}", tuple(range(n)), seed=1000 * i) for i in range(count)]
+def requests(count, n=1):
+    return [SampleRequest(f"p{i}", f"question {i}", tuple(range(n)), seed=1000 * i) for i in range(count)]
 
 
-def sample(server, asks, **options):
+def sample(server, requests, **options):
     options = {"wait": 0.01, "timeout": 5.0, "concurrency": 4} | options
-    return list(EndpointGenerator(server.url + "/", "some-model", **options).generate(asks, PARAMS))
+    return list(EndpointSampler(server.url + "/", "some-model", **options).generate(requests, PARAMS))
 
 
 def echo(body, number):
@@ -36,7 +36,7 @@ def echo(body, number):
 def test_every_sample_arrives_once(serve, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     server = serve(echo)
-    samples = sample(server, asks(5, n=3))
+    samples = sample(server, requests(5, n=3))
     assert sorted((s.problem, s.round) for s in samples) == [(f"p{i}", r) for i in range(5) for r in range(3)]
     assert all(s.text == rf"question {s.problem[1]} \boxed{{{s.round}}}" for s in samples)
     assert {(s.tokens, s.logprob, s.finish_reason) for s in samples} == {(2, -0.75, "stop")}
@@ -52,20 +52,20 @@ def test_every_sample_arrives_once(serve, monkeypatch):
 def test_no_key_no_header(serve, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     server = serve(echo)
-    sample(server, asks(1))
+    sample(server, requests(1))
     assert "Authorization" not in server.headers[0]
 
 
 def test_many_samples_are_asked_for_in_parts_with_their_own_seeds(serve):
     server = serve(echo)
-    samples = sample(server, asks(1, n=2 * CHOICES + 1))
+    samples = sample(server, requests(1, n=2 * CHOICES + 1))
     assert [s.round for s in sorted(samples, key=lambda s: s.round)] == list(range(2 * CHOICES + 1))
     assert sorted((body["n"], body["seed"]) for body in server.bodies) == [(1, 16), (8, 0), (8, 8)]
 
 
 def test_a_server_that_gives_one_choice_is_asked_again(serve):
     server = serve(lambda body, number: (200, completion(f"sample {number}")))
-    samples = sample(server, asks(1, n=3))
+    samples = sample(server, requests(1, n=3))
     assert [(s.round, s.text) for s in samples] == [(i, f"sample {i}") for i in range(3)]
     assert [(body["n"], body["seed"]) for body in server.bodies] == [(3, 0), (2, 1), (1, 2)]
 
@@ -83,22 +83,22 @@ def test_requests_run_at_the_same_time_but_no_more_than_asked(serve):
             running -= 1
         return echo(body, number)
 
-    sample(serve(slow), asks(9), concurrency=3)
+    sample(serve(slow), requests(9), concurrency=3)
     assert most == 3
 
 
 def test_tokens_without_logprobs_add_up_to_the_servers_count(serve):
     answer = completion("a", "b") | {"usage": {"completion_tokens": 7}}
-    assert [s.tokens for s in sample(serve(lambda *_: (200, answer)), asks(1, n=2))] == [4, 3]
+    assert [s.tokens for s in sample(serve(lambda *_: (200, answer)), requests(1, n=2))] == [4, 3]
     answer = {"choices": completion("a")["choices"]}
-    assert [(s.tokens, s.logprob) for s in sample(serve(lambda *_: (200, answer)), asks(1))] == [(None, None)]
+    assert [(s.tokens, s.logprob) for s in sample(serve(lambda *_: (200, answer)), requests(1))] == [(None, None)]
 
 
 def test_text_of_reasoning_models_and_broken_characters(serve):
     answer = completion(None, reasoning_content=r"so \boxed{3}", finish_reason="length")
-    (found,) = sample(serve(lambda *_: (200, answer)), asks(1))
+    (found,) = sample(serve(lambda *_: (200, answer)), requests(1))
     assert found.text == "<think>\nso \\boxed{3}\n</think>\n" and found.finish_reason == "length"
-    (found,) = sample(serve(lambda *_: (200, completion("half \ud83d"))), asks(1))
+    (found,) = sample(serve(lambda *_: (200, completion("half \ud83d"))), requests(1))
     assert found.text.encode() == b"half ?"
 
 
@@ -110,7 +110,7 @@ MALFORMED = [b"<html>", b"[]", {}, {"choices": []}, {"choices": [{"text": "x"}]}
 )
 def test_what_may_pass_is_tried_again(serve, failure):
     server = serve(lambda body, number: failure if number < 2 else echo(body, number))
-    assert [s.problem for s in sample(server, asks(1))] == ["p0"]
+    assert [s.problem for s in sample(server, requests(1))] == ["p0"]
     assert len(server.bodies) == 3
 
 
@@ -121,7 +121,7 @@ def test_waits_grow_and_the_servers_own_is_kept(serve):
         times.append(time.monotonic())
         return echo(body, number) if number == 3 else (429, {}, {"retry-after": "0.5"} if number == 2 else {})
 
-    sample(serve(answer), asks(1), wait=0.05)
+    sample(serve(answer), requests(1), wait=0.05)
     waits = [after - before for before, after in pairwise(times)]
     assert 0.04 <= waits[0] < 0.09 <= 1.5 * waits[1] and waits[2] >= 0.4
 
@@ -135,7 +135,7 @@ def test_a_request_that_hangs_is_given_up_and_made_again(serve):
         return echo(body, number)
 
     started = time.monotonic()
-    samples = sample(serve(answer), asks(2), timeout=0.3)
+    samples = sample(serve(answer), requests(2), timeout=0.3)
     release.set()
     assert sorted(s.problem for s in samples) == ["p0", "p1"] and time.monotonic() - started < 5
 
@@ -145,10 +145,10 @@ def test_a_failure_that_stays_is_named_after_the_samples_that_were_made(serve):
         return (500, b"out of memory") if body["messages"][0]["content"] == "question 3" else echo(body, number)
 
     server = serve(answer)
-    generator = EndpointGenerator(server.url, "m", concurrency=1, tries=3, wait=0.01)
+    generator = EndpointSampler(server.url, "m", concurrency=1, tries=3, wait=0.01)
     found = []
-    with pytest.raises(UserError, match="given up after 3 tries, the last: 500 out of memory; finished samples are"):
-        for sample in generator.generate(asks(4), PARAMS):
+    with pytest.raises(UserError, match="gave up after 3 tries, the last: 500 out of memory; finished samples are"):
+        for sample in generator.generate(requests(4), PARAMS):
             found.append(sample.problem)
     assert found == ["p0", "p1", "p2"]
 
@@ -156,7 +156,7 @@ def test_a_failure_that_stays_is_named_after_the_samples_that_were_made(serve):
 def test_a_refusal_ends_it_at_once(serve):
     server = serve(lambda *_: (401, {"error": {"message": "bad key"}}))
     with pytest.raises(UserError, match=r"answers 401 .*bad key"):
-        sample(server, asks(1))
+        sample(server, requests(1))
     assert len(server.bodies) == 1
 
 
@@ -166,7 +166,7 @@ def test_a_field_the_server_does_not_know_is_left_out(serve, field):
         return (400, {"error": f"unknown argument {field}"}) if field in body else echo(body, number)
 
     server = serve(answer)
-    assert len(sample(server, asks(3), concurrency=1)) == 3
+    assert len(sample(server, requests(3), concurrency=1)) == 3
     assert [field in body for body in server.bodies] == [True, False, False, False]
 
 
@@ -176,20 +176,20 @@ def test_a_server_that_is_not_there_ends_it_at_once(serve):
     server.server_close()
     started = time.monotonic()
     with pytest.raises(UserError, match="can't reach http"):
-        sample(server, asks(1), wait=60)
+        sample(server, requests(1), wait=60)
     assert time.monotonic() - started < 5
 
 
 @pytest.mark.parametrize("url", ["localhost:8000", "ftp://host/v1", "", "http://", "http://[::1", "/v1"])
 def test_bad_urls(url):
     with pytest.raises(UserError, match="endpoint"):
-        EndpointGenerator(url, "m")
+        EndpointSampler(url, "m")
 
 
 @pytest.mark.parametrize("options", [{"concurrency": 0}, {"timeout": 0}, {"timeout": float("nan")}])
 def test_bad_numbers(options):
     with pytest.raises(UserError, match="must be positive"):
-        EndpointGenerator("http://host/v1", "m", **options)
+        EndpointSampler("http://host/v1", "m", **options)
 
 
 def test_interrupted_while_the_server_hangs(serve, tmp_path):

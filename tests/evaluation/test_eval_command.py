@@ -49,7 +49,7 @@ def test_an_endpoint_and_a_comparison(run, serve, problems, tmp_path):
         code, out, _ = run("--model", model, *base, "Q:{problem}", "--out", tmp_path / model)
         assert code == 0 and f"pass@1 {accuracy} ±" in out and f"maj@2 {accuracy} ±" in out
     result = json.loads((tmp_path / "good" / "result.json").read_text())
-    assert (result["model"], result["endpoint"], result["generator"]) == ("good", server.url, "endpoint")
+    assert (result["model"], result["endpoint"], result["sampler"]) == ("good", server.url, "endpoint")
     code, out, _ = run("compare", tmp_path / "bad", tmp_path / "good")
     comparison = json.loads(out.splitlines()[-1])
     assert code == 0 and comparison["measures"]["pass@1"]["difference"] == 0.5
@@ -61,21 +61,21 @@ def test_an_endpoint_and_a_comparison(run, serve, problems, tmp_path):
 @pytest.mark.parametrize("generator", ["engine", "transformers"])
 def test_a_checkpoint(run, hybrid_dir, problems, tmp_path, generator):
     base = ("--model", hybrid_dir, "--task", "gsm8k", "--data", problems, "--n", 1, "--max-new-tokens", 4)
-    code, out, _ = run(*base, "--generator", generator, "--out", tmp_path / "o")
+    code, out, _ = run(*base, "--sampler", generator, "--out", tmp_path / "o")
     assert code == 0 and "4 problems, 1 samples each" in out
-    assert json.loads((tmp_path / "o" / "result.json").read_text())["generator"] == generator
-    assert run("run", *base, "--generator", generator, "--out", tmp_path / "o")[0] == 0
+    assert json.loads((tmp_path / "o" / "result.json").read_text())["sampler"] == generator
+    assert run("run", *base, "--sampler", generator, "--out", tmp_path / "o")[0] == 0
     other = {"engine": "transformers", "transformers": "engine"}[generator]
-    refused(run(*base, "--generator", other, "--out", tmp_path / "o"), f"generator={generator}", "another --out")
+    refused(run(*base, "--sampler", other, "--out", tmp_path / "o"), f"sampler={generator}", "another output")
 
 
 def test_rounded_weights_are_another_generator(run, hybrid_dir, problems, tmp_path):
     base = ("--model", hybrid_dir, "--task", "gsm8k", "--data", problems, "--n", 1, "--max-new-tokens", 4)
     out = ("--out", tmp_path / "o")
     assert run(*base, *out, "--quantize", "int8")[0] == 0
-    assert json.loads((tmp_path / "o" / "result.json").read_text())["generator"] == "engine, int8"
-    refused(run(*base, *out), "generator=engine, int8", "another --out")
-    refused(run(*base, *out, "--quantize", "int8", "--generator", "transformers"), "--quantize int8")
+    assert json.loads((tmp_path / "o" / "result.json").read_text())["sampler"] == "engine, int8"
+    refused(run(*base, *out), "sampler=engine, int8", "another output")
+    refused(run(*base, *out, "--quantize", "int8", "--sampler", "transformers"), "quantize int8: only")
 
 
 def test_bad_arguments(run, problems, tmp_path):
@@ -88,8 +88,10 @@ def test_bad_arguments(run, problems, tmp_path):
     refused(run(*task, "--data", problems, "--n", 0), "n=0")
     refused(run(*task, "--data", problems, "--limit", 0), "limit=0")
     refused(run(*task, "--data", problems, "--prompt-template", "x"), "has no {problem}")
-    refused(run(*task, "--data", problems, "--generator", "vllm"), "--generator vllm", "engine, transformers")
-    refused(run(*task, "--data", problems, "--generator", "transformers"), "or --endpoint instead")
+    refused(
+        run(*task, "--data", problems, "--sampler", "vllm"), "sampler = 'vllm' should be 'engine' or 'transformers'"
+    )
+    refused(run(*task, "--data", problems, "--sampler", "transformers"), "leave out --sampler")
     refused(run(*task, "--data", problems, "--concurrency", 0), "concurrency=0")
     refused(run(*task, "--data", problems, "--temperature", -1), "temperature=-1")
     refused(run(*task[:2], "--endpoint", "localhost", *task[4:], "--data", problems), "endpoint 'localhost'")

@@ -2,6 +2,7 @@ r"""Whole evaluations: what is written, that a cut-off run goes on as if nothing
 
 import hashlib
 import json
+import re
 import sys
 
 import pytest
@@ -9,47 +10,54 @@ from openai_server import completion
 
 from m1.errors import UserError
 from m1.evaluation import evaluate as module
-from m1.evaluation.endpoint import EndpointGenerator
-from m1.evaluation.evaluate import Settings, evaluate
-from m1.evaluation.generators import EngineGenerator, Sample, TransformersGenerator
-from m1.evaluation.metrics import summarize
-from m1.evaluation.tasks import Problem
+from m1.evaluation.endpoint import EndpointSampler
+from m1.evaluation.evaluate import evaluate
+from m1.evaluation.metrics import metrics_of
+from m1.evaluation.samplers import EngineSampler, Sample, TransformersSampler
 from m1.model.checkpoint import load_tokenizer
+from m1.recipe import EvalSettings
+from m1.tasks.problem import Problem
 
 PROBLEMS = [Problem(f"p{i}", f"{i}+1", (str(i + 1), f"0{i + 1}")) for i in range(5)]
-SETTINGS = Settings("chain", n=3, max_new_tokens=6, temperature=1.0, seed=0, prompt_template="<{problem}>")
+
+
+def settings_of(**changes):
+    return EvalSettings(**{"n": 3, "max_new_tokens": 6, "temperature": 1.0, "prompt_template": "<{problem}>"} | changes)
+
+
+SETTINGS = settings_of()
 
 
 class Scripted:
-    """Says what `texts(ask, round)` gives, a second each."""
+    """Says what `texts(request, round)` gives, a second each."""
 
     by_round = True
 
-    def __init__(self, texts=lambda ask, round_: rf"\boxed{{{int(ask.prompt[1]) + round_ % 2}}}", model="m"):
+    def __init__(self, texts=lambda request, round_: rf"\boxed{{{int(request.prompt[1]) + round_ % 2}}}", model="m"):
         self.texts, self.model, self.asked = texts, model, []
 
     def identity(self):
-        return {"generator": "scripted", "model": self.model}
+        return {"sampler": "scripted", "model": self.model}
 
     def facts(self):
         return {"fact": 1}
 
-    def generate(self, asks, params):
-        self.asked += asks
-        jobs = [(ask, round_) for ask in asks for round_ in ask.rounds]
-        for seconds, (ask, round_) in enumerate(jobs, start=1):
-            yield Sample(ask.problem, round_, self.texts(ask, round_), 4, -1.0, "stop", float(seconds))
+    def generate(self, requests, params):
+        self.asked += requests
+        jobs = [(request, round_) for request in requests for round_ in request.rounds]
+        for seconds, (request, round_) in enumerate(jobs, start=1):
+            yield Sample(request.problem, round_, self.texts(request, round_), 4, -1.0, "stop", float(seconds))
 
 
 @pytest.fixture
-def generators(hybrid, hybrid_dir, serve):
-    """New generators of every kind, as another process would make them."""
+def samplers(hybrid, hybrid_dir, serve):
+    """New samplers of every kind, as another process would make them."""
     tokenizer = load_tokenizer(hybrid_dir)
     server = serve(lambda body, number: (200, completion(*[r"\boxed{2}"] * body["n"])))
     return {
-        "engine": lambda: EngineGenerator(hybrid, tokenizer, 4),
-        "transformers": lambda: TransformersGenerator(hybrid, tokenizer, 4),
-        "endpoint": lambda: EndpointGenerator(server.url, "m", concurrency=2),
+        "engine": lambda: EngineSampler(hybrid, tokenizer, 4),
+        "transformers": lambda: TransformersSampler(hybrid, tokenizer, 4),
+        "endpoint": lambda: EndpointSampler(server.url, "m", concurrency=2),
     }
 
 
@@ -72,7 +80,7 @@ def test_what_is_written(tmp_path):
     assert found["seconds"] == 15 and [p["seconds"] for p in found["accuracy_against_seconds"]] == [5, 10, 15]
     assert found["settings"]["prompt_template"] == "<{problem}>"
     assert found["prompt_template_sha256"] == hashlib.sha256(b"<{problem}>").hexdigest()
-    assert (found["generator"], found["model"], found["fact"]) == ("scripted", "m", 1)
+    assert (found["sampler"], found["model"], found["fact"]) == ("scripted", "m", 1)
     assert set(found["grading"]) >= {"graded", "timeout", "crash"}
     first = rows_of(tmp_path)[0]
     grading = first.pop("grading")
@@ -88,7 +96,7 @@ def test_what_is_written(tmp_path):
 def test_samples_as_parquet(tmp_path, monkeypatch):
     parquet = pytest.importorskip("pyarrow.parquet")
     texts = ["no answer", r"\boxed{1}"]
-    evaluate(Scripted(lambda ask, round_: texts[round_ % 2]), PROBLEMS, SETTINGS, tmp_path / "a")
+    evaluate(Scripted(lambda request, round_: texts[round_ % 2]), PROBLEMS, SETTINGS, tmp_path / "a")
     table = parquet.read_table(tmp_path / "a" / "samples.parquet").to_pylist()
     assert table == rows_of(tmp_path / "a")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
@@ -97,17 +105,17 @@ def test_samples_as_parquet(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["engine", "transformers", "endpoint"])
-def test_a_run_that_was_interrupted_goes_on(generators, kind, tmp_path):
+def test_a_run_that_was_interrupted_goes_on(samplers, kind, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    evaluate(generators[kind](), PROBLEMS, SETTINGS, whole)
+    evaluate(samplers[kind](), PROBLEMS, SETTINGS, whole)
     with pytest.raises(KeyboardInterrupt):
-        evaluate(generators[kind](), PROBLEMS, SETTINGS, parts, interrupt_after(7))
+        evaluate(samplers[kind](), PROBLEMS, SETTINGS, parts, interrupt_after(7))
     before = (parts / "samples.jsonl").read_text()
     assert len(before.splitlines()) == 7 and not (parts / "result.json").exists()
     with (parts / "samples.jsonl").open("a") as file:
         file.write('{"problem": "p4", "rou')  # killed while writing the eighth
     seen = []
-    result = evaluate(generators[kind](), PROBLEMS, SETTINGS, parts, lambda done, total: seen.append((done, total)))
+    result = evaluate(samplers[kind](), PROBLEMS, SETTINGS, parts, lambda done, total: seen.append((done, total)))
     assert (parts / "samples.jsonl").read_text().startswith(before)
     assert seen == [(done, 15) for done in range(7, 16)]
     keys = [(row["problem"], row["round"]) for row in rows_of(parts)]
@@ -116,38 +124,38 @@ def test_a_run_that_was_interrupted_goes_on(generators, kind, tmp_path):
     if kind == "engine":  # its samples depend on nothing else: they are those of a run in one piece
         texts = [{(row["problem"], row["round"]): row["text"] for row in rows_of(out)} for out in (whole, parts)]
         assert texts[0] == texts[1] and len(set(texts[0].values())) > 5
-    again = evaluate(generators[kind](), PROBLEMS, SETTINGS, parts)
-    del again["grading"], result["grading"]  # a new session asks the worker for the votes' pairs again
+    again = evaluate(samplers[kind](), PROBLEMS, SETTINGS, parts)
+    del again["grading"], result["grading"]  # a new session requests the worker for the votes' pairs again
     assert len(rows_of(parts)) == 15 and again == result
 
 
 def test_seconds_go_on_where_they_stopped(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         evaluate(Scripted(), PROBLEMS, SETTINGS, tmp_path, interrupt_after(7))
-    generator = Scripted()
-    found = evaluate(generator, PROBLEMS, SETTINGS, tmp_path)
+    sampler = Scripted()
+    found = evaluate(sampler, PROBLEMS, SETTINGS, tmp_path)
     assert found["seconds"] == 15
     assert [row["seconds"] for row in rows_of(tmp_path)] == list(range(1, 16))
-    assert [(ask.problem, ask.rounds) for ask in generator.asked][:4] == [
+    assert [(request.problem, request.rounds) for request in sampler.asked][:4] == [
         ("p2", (1,)), ("p3", (1,)), ("p4", (1,)), ("p0", (2,)),
     ]  # fmt: skip
 
 
 def test_asks_have_seeds_of_their_own_and_prompts_of_the_template(tmp_path):
-    generator = Scripted()
-    evaluate(generator, PROBLEMS, SETTINGS, tmp_path / "a")
-    assert len({ask.seed for ask in generator.asked}) == 15
-    assert [ask.prompt for ask in generator.asked[:2]] == ["<0+1>", "<1+1>"]
+    sampler = Scripted()
+    evaluate(sampler, PROBLEMS, SETTINGS, tmp_path / "a")
+    assert len({request.seed for request in sampler.asked}) == 15
+    assert [request.prompt for request in sampler.asked[:2]] == ["<0+1>", "<1+1>"]
     other = Scripted()
-    evaluate(other, PROBLEMS, Settings("chain", 3, 6, 1.0, seed=1, prompt_template="<{problem}>"), tmp_path / "b")
-    assert not {ask.seed for ask in generator.asked} & {ask.seed for ask in other.asked}
+    evaluate(other, PROBLEMS, settings_of(seed=1), tmp_path / "b")
+    assert not {request.seed for request in sampler.asked} & {request.seed for request in other.asked}
 
 
 def test_a_generator_without_rounds_is_asked_once(tmp_path):
-    generator = Scripted()
-    generator.by_round = False
-    found = evaluate(generator, PROBLEMS, SETTINGS, tmp_path)
-    assert [ask.rounds for ask in generator.asked] == [(0, 1, 2)] * 5
+    sampler = Scripted()
+    sampler.by_round = False
+    found = evaluate(sampler, PROBLEMS, SETTINGS, tmp_path)
+    assert [request.rounds for request in sampler.asked] == [(0, 1, 2)] * 5
     assert [point["samples"] for point in found["accuracy_against_seconds"]] == [3]
 
 
@@ -163,11 +171,11 @@ class Doubting(module.Grader):
 def test_grading_counts_add_up_over_sessions(tmp_path, monkeypatch):
     """Ten samples of ten spellings, none of them the gold's."""
     monkeypatch.setattr(module, "Grader", Doubting)
-    settings = Settings("chain", 2, 6, 1.0, 0, "<{problem}>")
+    settings = settings_of(n=2)
     problems = [Problem(f"p{i}", str(i), (f"y_{i}",)) for i in range(5)]
 
     def scripted():
-        return Scripted(lambda ask, round_: rf"\boxed{{x_{ask.problem}_{round_}}}")
+        return Scripted(lambda request, round_: rf"\boxed{{x_{request.problem}_{round_}}}")
 
     whole = evaluate(scripted(), problems, settings, tmp_path / "whole")["grading"]
     with pytest.raises(KeyboardInterrupt):
@@ -176,50 +184,51 @@ def test_grading_counts_add_up_over_sessions(tmp_path, monkeypatch):
     rows = rows_of(tmp_path / "parts")
     assert sum(row["grading"]["timeout"] for row in rows) == 10
     votes = Doubting()
-    summarize(rows, {p.id: p.answers for p in problems}, 2, votes)
+    metrics_of(rows, {p.id: p.answers for p in problems}, 2, votes)
     assert whole["timeout"] == 10 + votes.counts["timeout"] > 10
 
 
 @pytest.mark.parametrize(
-    ("generator", "problems", "settings", "words"),
+    ("sampler", "problems", "settings", "words"),
     [
-        (Scripted(model="other"), PROBLEMS, SETTINGS, "another model"),
-        (Scripted(), PROBLEMS[:4], SETTINGS, "other problems"),
-        (Scripted(), [Problem("p0", "0+1", ("2",)), *PROBLEMS[1:]], SETTINGS, "other problems"),
-        (Scripted(), PROBLEMS, Settings("chain", 4, 6, 1.0, 0, "<{problem}>"), "n=3"),
-        (Scripted(), PROBLEMS, Settings("chain", 3, 6, 0.5, 0, "<{problem}>"), "temperature=1.0"),
-        (Scripted(), PROBLEMS, Settings("chain", 3, 6, 1.0, 0, "[{problem}]"), "another prompt template"),
+        (Scripted(model="other"), PROBLEMS, SETTINGS, "model=m, now other"),
+        (Scripted(), PROBLEMS[:4], SETTINGS, "problems: not the same"),
+        (Scripted(), [Problem("p0", "0+1", ("2",)), *PROBLEMS[1:]], SETTINGS, "problems: not the same"),
+        (Scripted(), PROBLEMS, settings_of(n=4), "n=3, now 4"),
+        (Scripted(), PROBLEMS, settings_of(temperature=0.5), "temperature=1.0, now 0.5"),
+        (Scripted(), PROBLEMS, settings_of(prompt_template="[{problem}]"), "prompt_template=<{problem}>"),
     ],
 )
-def test_what_is_not_mixed(tmp_path, generator, problems, settings, words):
+def test_what_is_not_mixed(tmp_path, sampler, problems, settings, words):
     evaluate(Scripted(), PROBLEMS, SETTINGS, tmp_path)
     before = (tmp_path / "samples.jsonl").read_text()
-    with pytest.raises(UserError, match=f"{words}: choose another --out"):
-        evaluate(generator, problems, settings, tmp_path)
+    with pytest.raises(UserError, match=f"{re.escape(words)}.*choose another output"):
+        evaluate(sampler, problems, settings, tmp_path)
     assert (tmp_path / "samples.jsonl").read_text() == before
 
 
 def test_a_run_that_made_nothing_leaves_nothing_in_the_way(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         evaluate(Scripted(), PROBLEMS, SETTINGS, tmp_path, interrupt_after(0))
-    evaluate(Scripted(), PROBLEMS[:2], Settings("chain", 1, 9, 1.0, 0, "<{problem}>"), tmp_path)
+    evaluate(Scripted(), PROBLEMS[:2], settings_of(n=1, max_new_tokens=9), tmp_path)
     assert len((tmp_path / "problems.jsonl").read_text().splitlines()) == len(rows_of(tmp_path)) == 2
 
 
 def test_an_out_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="can't write to"):
+    with pytest.raises(UserError, match="exists and isn't `m1 eval` output"):
         evaluate(Scripted(), PROBLEMS, SETTINGS, tmp_path / "file")
+    with pytest.raises(UserError, match="can't write to"):
+        evaluate(Scripted(), PROBLEMS, SETTINGS, tmp_path / "file" / "folder")
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
-    [({"n": 0}, "n=0"), ({"max_new_tokens": 0}, "max_tokens=0"), ({"temperature": -1.0}, "temperature=-1.0")],
+    [({"n": 0}, "n=0"), ({"max_new_tokens": 0}, "max_new_tokens=0"), ({"temperature": -1.0}, "temperature=-1.0")],
 )
 def test_settings_out_of_range(changes, words):
-    values = {"task": "chain", "n": 1, "max_new_tokens": 1, "temperature": 1.0, "seed": 0} | changes
     with pytest.raises(UserError, match=words):
-        Settings(**values)
+        settings_of(**changes)
 
 
 def test_a_second_grader_doubts_what_differs(tmp_path, monkeypatch):

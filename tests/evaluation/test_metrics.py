@@ -5,8 +5,8 @@ from itertools import combinations
 
 import pytest
 
-from m1.evaluation.metrics import estimate, majority_at_k, pass_at_1, pass_at_k, summarize
-from m1.reasoning.answers import Grader
+from m1.evaluation.metrics import estimate, majority_at_k, metrics_of, pass_at_1, pass_at_k
+from m1.grading import Grader
 
 CORRECT = [[True, True, False, False], [False, False, False, False]]
 
@@ -83,7 +83,7 @@ ROWS = [
 
 
 def test_summary():
-    found = summarize(ROWS, {"a": ("1",), "b": ("1",)}, 2, Grader())
+    found = metrics_of(ROWS, {"a": ("1",), "b": ("1",)}, 2, Grader())
     half = 1.96 * math.sqrt(0.5 / 2)
     assert found.pop("accuracy_against_seconds") == [
         {"samples": 1, "seconds": 2.0, "accuracy": 0.5, "ci95": half},
@@ -109,13 +109,13 @@ def test_summary():
 
 def test_summary_of_what_is_not_known():
     rows = [{**ROWS[1], "tokens": None}, ROWS[2]]
-    found = summarize(rows, {"a": ("1",)}, 2, Grader(), by_round=False)
+    found = metrics_of(rows, {"a": ("1",)}, 2, Grader(), by_round=False)
     assert found["tokens"] is None and found["tokens_per_second"] is None
     assert [point["samples"] for point in found["accuracy_against_seconds"]] == [2]
 
 
 def test_the_curve_is_of_the_first_rounds_not_of_a_draw():
     rows = [row("a", i, answer, answer == "1", i + 1.0) for i, answer in enumerate(["2", "1", "1"])]
-    curve = summarize(rows, {"a": ("1",)}, 3, Grader())["accuracy_against_seconds"]
+    curve = metrics_of(rows, {"a": ("1",)}, 3, Grader())["accuracy_against_seconds"]
     # of "2" and "1", as often given, the alphabetically first wins
     assert [(point["seconds"], point["accuracy"]) for point in curve] == [(1, 0), (2, 1), (3, 1)]

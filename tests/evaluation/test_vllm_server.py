@@ -89,4 +89,4 @@ def test_many_samples(url, tmp_path):
     assert len(rows) == 60 and len({row["text"] for row in rows.values()}) > 30
     assert all(1 <= row["tokens"] <= 8 and row["logprob"] < 0 for row in rows.values())
     result = read_json(tmp_path / "out/result.json")
-    assert result["generator"] == "endpoint" and result["tokens"] == sum(row["tokens"] for row in rows.values())
+    assert result["sampler"] == "endpoint" and result["tokens"] == sum(row["tokens"] for row in rows.values())

@@ -93,9 +93,10 @@ def generate(model, out, options, batch, count=None):
 
 
 def resumed(model, out, options, batch):
-    """A run that was cut off when all samples of the first four prompts were written, and one of the fifth."""
-    generate(model, out, options, batch, 5)
-    lines = [row for row in rows(out) if row["id"] != PROMPTS[4]["id"] or row["sample"] == 0]
+    """A run that was interrupted when all samples of the first four prompts were written, and one of the fifth."""
+    generate(model, out, options, batch)
+    done = {prompt["id"] for prompt in PROMPTS[:5]}
+    lines = [row for row in rows(out) if row["id"] in done and (row["id"] != PROMPTS[4]["id"] or row["sample"] == 0)]
     out.write_text("".join(json.dumps(row) + "\n" for row in lines) + '{"id": "torn')
     return generate(model, out, options, batch)
 

@@ -152,7 +152,7 @@ def record(folder, small=False):
         options = f"--n 12 --max-new-tokens 32 --seed 7 --weights {scores}"
         golden[f"solve/{name}/reward model"] = solve(model, folder / f"{name} reward.json", options)
         golden[f"generate/{name}/resumed"] = resumed(model, folder / f"{name} resumed.jsonl", *GENERATE["sampled"])
-        for kind in ("--generator", "transformers"), ("--quantize", "int8"), ("--period", 3, "--seed", 4):
+        for kind in ("--sampler", "transformers"), ("--quantize", "int8"), ("--period", 3, "--seed", 4):
             out = folder / f"eval {name} {kind[-1]}"
             golden[f"eval/{name}/{' '.join(map(str, kind))}"] = evaluate(model, out, *kind)
         if name in MIXERS:

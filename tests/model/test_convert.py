@@ -137,7 +137,9 @@ def test_weights_left_in_the_folder_are_not_read(tmp_path, tokens):
     """Converting into a folder that held a sharded model: its index would be read before the new weights."""
     save_checkpoint(tiny_teacher(), tmp_path / "teacher")
     save_checkpoint(tiny_teacher(initializer_range=0.2), tmp_path / "out", max_shard_size="100KB")
-    model = convert(tmp_path / "teacher", tmp_path / "out", [1, 3])
-    assert not list((tmp_path / "out").glob("*index*"))
+    with pytest.raises(UserError, match=r"out holds .*config\.json.*choose another output"):
+        convert(tmp_path / "teacher", tmp_path / "out", [1, 3])
+    model = convert(tmp_path / "teacher", tmp_path / "out", [1, 3], force=True)
+    assert not list((tmp_path / "out").glob("*index*")) and list((tmp_path / "out.replaced").glob("*index*"))
     weights = read_weights(tmp_path / "out")
     assert torch.equal(weights["model.embed_tokens.weight"], model.model.embed_tokens.weight)

@@ -230,7 +230,7 @@ def test_a_conversion_survives_export_and_import(tmp_path, tokens):
         ("qwen2", {}, "no projection biases"),
         ("llama", {"mlp_bias": True}, "no projection biases"),
         ("qwen3", {}, "no QK-norm"),
-        ("llama", {"rope_parameters": LLAMA3_ROPE}, "ignores rope scaling, this model has 'llama3'"),
+        ("llama", {"rope_parameters": LLAMA3_ROPE}, "ignores rope scaling, but this model has 'llama3'"),
     ],
 )
 def test_what_the_layout_has_no_place_for_is_not_exported(tmp_path, family, options, message):

@@ -6,8 +6,9 @@ from checkpoints import FAMILIES, save_checkpoint, tiny_teacher
 from rich.console import Console
 from transformers import DynamicCache
 
+from m1.cli import render
 from m1.errors import UserError
-from m1.model.summary import human_bytes, plot_summary, print_summary, summarize
+from m1.model.summary import plot_summary, summarize
 
 
 @torch.no_grad()
@@ -45,10 +46,11 @@ def test_a_hybrids_teacher_is_the_teacher(family, tmp_path):
     assert before.break_even is None
 
 
-def test_table_and_plot(variant_dir, tmp_path):
+def test_table_and_plot(variant_dir, tmp_path, monkeypatch):
     console = Console(record=True, width=120)
+    monkeypatch.setattr(render, "console", console)
     summary = summarize(variant_dir)
-    print_summary(summary, console)
+    render.model_summary(summary)
     text = console.export_text()
     lines = [line.split() for line in text.splitlines()]
     for i, layer in enumerate(summary.layers):
@@ -66,4 +68,4 @@ def test_table_and_plot(variant_dir, tmp_path):
     [(0, "0 B"), (1023, "1,023 B"), (1024, "1.0 KiB"), ((1 << 20) - 1, "1.0 MiB"), (5 << 40, "5,120.0 GiB")],
 )
 def test_human_bytes(size, text):
-    assert human_bytes(size) == text
+    assert render.human_bytes(size) == text

@@ -78,7 +78,7 @@ def test_tokenizer_template_and_generation_config_travel(tmp_path):
 def test_sliding_windows_are_refused(tmp_path):
     teacher = tiny_teacher("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=2)
     save_checkpoint(teacher, tmp_path / "teacher")
-    with pytest.raises(UserError, match="sliding windows"):
+    with pytest.raises(UserError, match="sliding-window attention"):
         convert(tmp_path / "teacher", tmp_path / "out", [1])
 
 

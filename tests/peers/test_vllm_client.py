@@ -40,8 +40,8 @@ def test_work_goes_out_and_comes_back(stand_in):
     ("code", "message"),
     [
         ('print(\'{"error": "no such model"}\')', "vllm: no such model"),
-        ("raise SystemExit('out of memory')", "it ended without an answer: out of memory"),
-        (START + "print('gone', file=sys.stderr)", "it ended without an answer: gone"),
+        ("raise SystemExit('out of memory')", "the worker ended without an answer: out of memory"),
+        (START + "print('gone', file=sys.stderr)", "the worker ended without an answer: gone"),
         (START + 'for line in sys.stdin: print(json.dumps({"error": "too long"}), flush=True)', "vllm: too long"),
     ],
 )
@@ -53,7 +53,7 @@ def test_what_it_cannot_do_is_one_line(stand_in, code, message):
 
 def test_one_that_died_while_idle(stand_in):
     stand_in(START)
-    with pytest.raises(UserError, match="it ended without an answer"), start_vllm(tiny_teacher(), 64, 4) as ask:
+    with pytest.raises(UserError, match="the worker ended without an answer"), start_vllm(tiny_teacher(), 64, 4) as ask:
         time.sleep(0.5)
         ask({"batch": 3})
 

@@ -6,8 +6,8 @@ from collections import Counter
 import pytest
 
 from m1.errors import UserError
-from m1.reasoning.answers import Grader
-from m1.reasoning.budget import Budget, TimedGrader, Timer
+from m1.grading import Grader
+from m1.reasoning.budget import Budget, Timer, timed
 from m1.reasoning.voting import Vote, vote
 
 
@@ -78,10 +78,10 @@ class SlowGrader(Grader):
 def test_grading_never_overruns():
     now = [0.0]
     slow = SlowGrader(now, cost=2.0)
-    timed = TimedGrader(slow, Timer(5.0, lambda: now[0]))
+    equal = timed(slow.equal, Timer(5.0, lambda: now[0]))
     answers = ["a", "b", "c", "d", "e"]  # a=b and a=c take 2 seconds each, a=d is cut off after one
-    assert vote(answers, timed).counts == {"a": 3, "d": 1, "e": 1}
+    assert vote(answers, equal).counts == {"a": 3, "d": 1, "e": 1}
     assert now == [5.0] and sum(slow.asked.values()) == 3
-    assert vote([*answers, "d", "f", "12", "012"], timed).counts == {"a": 3, "d": 2, "12": 2, "e": 1, "f": 1}
+    assert vote([*answers, "d", "f", "12", "012"], equal).counts == {"a": 3, "d": 2, "12": 2, "e": 1, "f": 1}
     assert now == [5.0] and sum(slow.asked.values()) == 3  # what was found equal stays so; nothing more is asked
     assert slow.equal("a", "d")  # another problem has the time that was missing here

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from m1.engine import LLM, Engine, SamplingParams
 from m1.errors import UserError
+from m1.grading import Grader
 from m1.model import M1ForCausalLM
 from m1.model.tokenizer import byte_tokenizer
-from m1.reasoning.answers import Grader
 from m1.reasoning.budget import Budget
 from m1.reasoning.solve import solve
 

@@ -10,9 +10,9 @@ from rich.console import Console
 from test_verifier import tiny_reward_model
 
 from m1 import cli
+from m1.cli import render
 from m1.reasoning.budget import Budget
-from m1.reasoning.live import picture, summary, watch
-from m1.reasoning.solution import Sample, Solution
+from m1.reasoning.solution import Solution, VotedSample
 from m1.reasoning.voting import Vote
 
 
@@ -89,26 +89,28 @@ def test_bad_values_are_one_line(run, arguments, words):
 
 
 VOTE = Vote({"[b]7": 3, "8": 1}, {"[b]7": 2.25, "8": 1.0}, abstained=1)
-SAMPLES = [Sample("", answer, 5, 0.0, "stop", 1.0) for answer in ["[b]7", "[b]7", "8", None, "[b]7"]]
+SAMPLES = [VotedSample("", answer, 5, 0.0, "stop", 1.0) for answer in ["[b]7", "[b]7", "8", None, "[b]7"]]
 
 
-def test_live_view_on_a_terminal():
+def test_live_view_on_a_terminal(monkeypatch):
     console = Console(file=io.StringIO(), force_terminal=True, width=100, color_system=None)
+    monkeypatch.setattr(render, "console", console)
     budget = Budget(n=8, seconds=10.0)
-    with watch(console, budget) as on_step:
+    with render.watch_vote(budget) as on_step:
         for seconds in (1.0, 1.05, 2.0):
             on_step(Solution(VOTE, SAMPLES, [], seconds))
     drawn = console.file.getvalue()
     # 1.05 comes too soon behind 1.0 to be drawn
     assert "9.0 s left" in drawn and "8.0 s left" in drawn and "8.9 s left" not in drawn and "9.0 s left" in drawn
     assert "5 of 8 samples" in drawn and "tokens/s" in drawn and "[b]7" in drawn
-    with watch(Console(file=io.StringIO(), force_terminal=False), budget) as on_step:
+    monkeypatch.setattr(render, "console", Console(file=io.StringIO(), force_terminal=False))
+    with render.watch_vote(budget) as on_step:
         on_step(Solution(VOTE, SAMPLES, [], 1.0))
 
 
 def test_a_terminal_sees_the_vote_and_then_the_final_lines(run, answers, monkeypatch):
     console = Console(file=io.StringIO(), force_terminal=True, width=100, color_system=None)
-    monkeypatch.setattr(cli, "console", console)
+    monkeypatch.setattr(render, "console", console)
     assert run("--n", 3, "--rule", "none")[0] == 0
     shown = console.file.getvalue()
     assert "3 samples, " in shown and "tokens/s" in shown  # of the live view
@@ -117,13 +119,14 @@ def test_a_terminal_sees_the_vote_and_then_the_final_lines(run, answers, monkeyp
 
 def test_bars_are_as_long_as_the_weights():
     console = Console(file=io.StringIO(), width=100, color_system=None)
-    console.print(picture(Solution(VOTE, SAMPLES, [], 1.0), Budget(seconds=3.0)))
+    console.print(render.vote_picture(Solution(VOTE, SAMPLES, [], 1.0), Budget(seconds=3.0)))
     status, first, second = console.file.getvalue().splitlines()
     assert status.strip() == "5 samples, 0 tokens, 0 tokens/s, 2.0 s left"
     assert (first.count("━"), second.count("━")) == (27, 12)  # 2.25 and 1 of 3.25, of 40, rounded down
 
 
-def test_final_lines():
-    lines = summary(Solution(VOTE, SAMPLES, [], 1.5, "seconds"))
+def test_final_lines(capsys):
+    render.solution(Solution(VOTE, SAMPLES, [], 1.5, "seconds"))
+    lines = capsys.readouterr().out.splitlines()
     assert lines[:3] == ["   3     2.250  [b]7", "   1  8", "   1  (no answer)"]
     assert lines[3].endswith("1.50 s, stopped: seconds") and lines[4] == "answer: [b]7"

@@ -42,7 +42,7 @@ def test_names_that_are_weights_already():
 
 
 def test_what_is_no_reward_model(tmp_path, teacher_dir):
-    with pytest.raises(UserError, match=r"is no reward model: it has no tensor 'score.weight'"):
+    with pytest.raises(UserError, match=r"is not a reward model: it has no tensor 'score.weight'"):
         vote_weights(str(teacher_dir))
     with pytest.raises(UserError, match=r"can't load .*nowhere as a reward model"):
         vote_weights(str(tmp_path / "nowhere"))

@@ -6,17 +6,17 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from m1.reasoning.answers import Grader
-from m1.reasoning.voting import Vote, vote
+from m1.grading import Grader
+from m1.reasoning.voting import Vote, cluster, vote
 
 ANSWERS = st.sampled_from(["1", "01", "2", "3", None])
 WEIGHTS = st.sampled_from([0.0, 0.1, 0.2, 0.3, 0.7, 1.0]) | st.floats(0, 1)
 SAMPLES = st.lists(st.tuples(ANSWERS, WEIGHTS), max_size=12)
-GRADER = Grader()  # these answers are all decided without a worker
+EQUAL = Grader().equal  # these answers are all decided without a worker
 
 
 def weighed(samples):
-    return vote([answer for answer, _ in samples], GRADER, [weight for _, weight in samples])
+    return vote([answer for answer, _ in samples], EQUAL, [weight for _, weight in samples])
 
 
 @given(SAMPLES, st.randoms())
@@ -26,7 +26,7 @@ def test_order_does_not_matter(samples, rng):
     rng.shuffle(shuffled) if rng else shuffled.reverse()
     assert list(weighed(samples).weights.items()) == list(weighed(shuffled).weights.items())
     answers = [answer for answer, _ in samples]
-    assert vote(answers, GRADER) == vote([answer for answer, _ in shuffled], GRADER)
+    assert vote(answers, EQUAL) == vote([answer for answer, _ in shuffled], EQUAL)
 
 
 @given(SAMPLES, SAMPLES)
@@ -50,16 +50,16 @@ def test_decided_is_as_eager_as_it_can_be(seen, bound, remaining):
 
 def test_by_hand():
     seven = Vote({"7": 3, "2": 2}, {"7": 3.0, "2": 2.0}, abstained=1)
-    assert vote(["2", "7", None, "07", "2", "7"], GRADER) == seven
-    assert vote(["9", "12", "9", "12"], GRADER).answer == "9"  # a tie goes to the shorter answer
-    assert vote([None], GRADER).answer is None
+    assert vote(["2", "7", None, "07", "2", "7"], EQUAL) == seven
+    assert vote(["9", "12", "9", "12"], EQUAL).answer == "9"  # a tie goes to the shorter answer
+    assert vote([None], EQUAL).answer is None
     assert Vote({"7": 3, "2": 1}, {"7": 3.0, "2": 1.0}).decided(1)
     assert not Vote({"7": 3, "2": 1}, {"7": 3.0, "2": 1.0}).decided(2)
     assert not Vote({}, {}).decided(0)
 
 
 def test_weight_beats_number():
-    heavy = vote(["1", "1", "2", None], GRADER, [0.2, 0.3, 0.75, 0.9])
+    heavy = vote(["1", "1", "2", None], EQUAL, [0.2, 0.3, 0.75, 0.9])
     assert list(heavy.weights.items()) == [("2", 0.75), ("1", 0.5)]
     assert (heavy.counts, heavy.abstained) == ({"2": 1, "1": 2}, 1)
 
@@ -88,3 +88,11 @@ def test_confidence_by_hand():
     assert Vote({"1": 2000, "2": 1000}, {"1": 2000.0, "2": 1000.0}).confidence() > 0.999  # no overflow
     # the leader by weight has fewer votes than its strongest rival, which is not the next by weight
     assert Vote({"1": 2, "2": 1, "3": 4}, {"1": 1.9, "2": 0.9, "3": 0.4}).confidence() == pytest.approx(tail(2, 4))
+
+
+def test_clusters_ignore_order():
+    samples = ["0.5", "3", r"\frac{1}{2}", None, "3", "1/2", "4"]
+    with Grader() as grader:
+        clusters = cluster(samples, grader.equal)
+        assert sorted(map(sorted, clusters.values())) == [[0, 2, 5], [1, 4], [6]]
+        assert set(cluster(samples[::-1], grader.equal)) == set(clusters)

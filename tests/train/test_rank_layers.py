@@ -10,9 +10,12 @@ from checkpoints import save_checkpoint, tiny_teacher
 from m1.errors import UserError
 from m1.model.checkpoint import load_model
 from m1.model.convert import convert
-from m1.recipe import Data
+from m1.recipe import Data, RankLayersStage
 from m1.train import rank_layers as module
-from m1.train.rank_layers import rank_layers
+
+
+def rank_layers(teacher, data, out, **options):
+    return RankLayersStage(teacher=str(teacher), data=data, out=str(out), **options).run()
 
 
 @pytest.fixture
@@ -27,7 +30,7 @@ def data(tmp_path):
 @torch.no_grad()
 def test_costs_are_those_of_the_converted_models(tmp_path, teacher_dir, data, mixer):
     """Each cost equals the KL of the checkpoint `convert` would write with that one layer replaced, unpadded."""
-    result = rank_layers(teacher_dir, data, tmp_path / "r.json", mixer)
+    result = rank_layers(teacher_dir, data, tmp_path / "r.json", mixer=mixer)
     teacher, tokenizer = load_model(teacher_dir)
     chats = [[{"role": "user", "content": "7+5*3"}, {"role": "assistant", "content": "12, 36"}]]
     chats.append([{"role": "user", "content": "a"}])
@@ -68,7 +71,7 @@ def test_goes_on_where_it_was_cut_off(tmp_path, teacher_dir, data, monkeypatch):
     monkeypatch.setattr(module, "_divergence", interrupted)
     with pytest.raises(KeyboardInterrupt):
         rank_layers(teacher_dir, data, tmp_path / "r.json")
-    assert sorted(json.loads((tmp_path / "r.json").read_text())["kl"]) == ["0", "1"]
+    assert not (tmp_path / "r.json").exists()
     assert rank_layers(teacher_dir, data, tmp_path / "r.json") == whole
     assert len(calls) == 5  # two done, one cut off, two more
 

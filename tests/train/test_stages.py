@@ -10,7 +10,6 @@ import torch
 from m1.errors import UserError
 from m1.jsonl import read_jsonl
 from m1.model.checkpoint import load_model
-from m1.pipeline import finished, run_stage
 from m1.recipe import Data, DistillStage, GRPOStage, SFTStage
 from m1.train import rollout
 
@@ -25,22 +24,28 @@ TRAINER = {
 }
 
 
+def distill_stage(model, teacher, out, trainer, **options):
+    paths = {"model": str(model), "teacher": str(teacher), "out": str(out)}
+    return DistillStage(**paths, **{"data": CHAIN, "trainer": trainer} | options)
+
+
 def metrics(out):
     return list(read_jsonl(out / "metrics.jsonl"))
 
 
 def test_distil_lowers_the_divergence_and_switches_it(hybrid_dir, teacher_dir, tmp_path):
     trainer = TRAINER | {"max_steps": 12, "lr_scheduler_type": "constant"}
-    stage = DistillStage(str(hybrid_dir), str(teacher_dir), str(tmp_path), CHAIN, "reverse_kl", 10, trainer)
-    run_stage(stage)
+    stage = distill_stage(hybrid_dir, teacher_dir, tmp_path, trainer, forward_kl_steps=10)
+    stage.run()
     rows = metrics(tmp_path)
     forward = [row["forward_kl"] for row in rows if "forward_kl" in row]
     assert len(forward) == 10 and forward[-1] < 0.7 * forward[0]
     assert len([row for row in rows if "reverse_kl" in row]) == 2
-    assert finished(stage)
+    assert stage.finished()
+    weights = (tmp_path / "model.safetensors").stat().st_mtime_ns
     for resume in (False, True):
-        with pytest.raises(UserError, match="already holds this stage's finished output"):
-            run_stage(stage, resume)
+        stage.run(resume)  # nothing is left to do
+    assert (tmp_path / "model.safetensors").stat().st_mtime_ns == weights
 
 
 def test_bfloat16_checkpoints_are_trained_in_float32(hybrid_dir, teacher_dir, tmp_path):
@@ -50,10 +55,7 @@ def test_bfloat16_checkpoints_are_trained_in_float32(hybrid_dir, teacher_dir, tm
         model.to(torch.bfloat16).save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
     trainer = TRAINER | {"max_steps": 2, "bf16": True}
-    stage = DistillStage(
-        str(tmp_path / "hybrid"), str(tmp_path / "teacher"), str(tmp_path / "out"), CHAIN, trainer=trainer
-    )
-    run_stage(stage)
+    distill_stage(tmp_path / "hybrid", tmp_path / "teacher", tmp_path / "out", trainer).run()
     assert load_model(tmp_path / "out")[0].dtype == torch.float32
     assert all(math.isfinite(row["reverse_kl"]) for row in metrics(tmp_path / "out") if "reverse_kl" in row)
 
@@ -68,39 +70,39 @@ def test_packed_distillation_equals_unpacked(hybrid_dir, teacher_dir, tmp_path):
     }.items():
         trainer = TRAINER | {"max_steps": 1, "learning_rate": 0.0} | options
         out = tmp_path / name
-        run_stage(DistillStage(str(hybrid_dir), str(teacher_dir), str(out), data, "reverse_kl", 0, trainer))
+        distill_stage(hybrid_dir, teacher_dir, out, trainer, data=data).run()
         losses.append(metrics(out)[0]["loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 def test_interrupted_stage_goes_on(hybrid_dir, tmp_path, monkeypatch):
     """Ctrl-C after step 2 keeps a checkpoint; resuming ends where an uninterrupted run ends."""
-    from m1.train import stage as stage_module
+    from m1.train import trainer as trainer_module
 
     def sft(out):
-        return SFTStage(str(out), CHAIN, model=str(hybrid_dir), trainer=TRAINER)
+        return SFTStage(out=str(out), data=CHAIN, model=str(hybrid_dir), trainer=TRAINER)
 
-    run_stage(sft(tmp_path / "whole"))
-    on_step_end = stage_module._InterruptCallback.on_step_end
+    sft(tmp_path / "whole").run()
+    on_step_end = trainer_module._InterruptCallback.on_step_end
 
     def interrupt(self, args, state, control, **kwargs):
         self.requested = self.requested or state.global_step == 2
         return on_step_end(self, args, state, control, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stage_module._InterruptCallback, "on_step_end", interrupt)
+        patch.setattr(trainer_module._InterruptCallback, "on_step_end", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            run_stage(sft(tmp_path / "cut"))
-    assert not finished(sft(tmp_path / "cut"))
+            sft(tmp_path / "cut").run()
+    assert not sft(tmp_path / "cut").finished()
     with pytest.raises(UserError, match="--resume"):
-        run_stage(sft(tmp_path / "cut"))
+        sft(tmp_path / "cut").run()
     other = dataclasses.replace(sft(tmp_path / "cut"), trainer=TRAINER | {"learning_rate": 2e-3})
-    with pytest.raises(UserError, match="begun with another recipe"):
-        run_stage(other, resume=True)
+    with pytest.raises(UserError, match=r"other settings \(trainer\.learning_rate=0\.001, now 0\.002"):
+        other.run(resume=True)
     (tmp_path / "cut" / "checkpoints" / "checkpoint-9").mkdir()  # half-written when the power went
     with (tmp_path / "cut" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "lo')
-    run_stage(sft(tmp_path / "cut"), resume=True)
+    sft(tmp_path / "cut").run(resume=True)
     assert [row["step"] for row in metrics(tmp_path / "cut") if "loss" in row] == [1, 2, 3, 4]
     whole, cut = (load_model(tmp_path / name)[0].state_dict() for name in ("whole", "cut"))
     for name, tensor in whole.items():
@@ -114,11 +116,11 @@ def test_grpo_runs_on_engine_rollouts(hybrid_dir, tmp_path):
         "per_device_train_batch_size": 8,
         "max_completion_length": 12,
     }
-    run_stage(GRPOStage(str(hybrid_dir), str(tmp_path), CHAIN, trainer=trainer))
+    GRPOStage(model=str(hybrid_dir), out=str(tmp_path), data=CHAIN, trainer=trainer).run()
     rows = [row for row in metrics(tmp_path) if "reward" in row]
     assert len(rows) == 2 and all(row["entropy"] > 0 and row["entropy_coef"] > 0 for row in rows)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
-    assert manifest["recipe"]["model"] == str(hybrid_dir) and manifest["versions"]["trl"]
+    assert manifest["settings"]["model"] == str(hybrid_dir) and manifest["versions"]["trl"]
 
 
 def test_parity_gate_refuses_wrong_logprobs(hybrid_dir, tmp_path, monkeypatch):
@@ -131,14 +133,14 @@ def test_parity_gate_refuses_wrong_logprobs(hybrid_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(SamplingBatch, "sample", shifted)
     trainer = TRAINER | {"num_generations": 4, "max_completion_length": 8}
     with pytest.raises(UserError, match=r"differ from the trainer's by 0\.1"):
-        run_stage(GRPOStage(str(hybrid_dir), str(tmp_path), CHAIN, trainer=trainer))
+        GRPOStage(model=str(hybrid_dir), out=str(tmp_path), data=CHAIN, trainer=trainer).run()
     assert rollout.PARITY_THRESHOLD < 0.1
 
 
 def test_unknown_trainer_argument(hybrid_dir, tmp_path):
-    stage = SFTStage(str(tmp_path), CHAIN, model=str(hybrid_dir), trainer={"learning_rat": 1e-3})
+    stage = SFTStage(out=str(tmp_path), data=CHAIN, model=str(hybrid_dir), trainer={"learning_rat": 1e-3})
     with pytest.raises(UserError, match="unknown key 'learning_rat'; did you mean 'learning_rate'"):
-        run_stage(stage)
+        stage.run()
 
 
 def test_real_training_rows(tmp_path, hybrid_dir):
@@ -150,5 +152,5 @@ def test_real_training_rows(tmp_path, hybrid_dir):
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows * 4))
     data = Data(path=str(path), prompt_template="{problem} Answer in \\boxed{}.")
-    run_stage(SFTStage(str(tmp_path / "out"), data, model=str(hybrid_dir), trainer=TRAINER | {"max_steps": 1}))
+    SFTStage(out=str(tmp_path / "out"), data=data, model=str(hybrid_dir), trainer=TRAINER | {"max_steps": 1}).run()
     assert (tmp_path / "out" / "manifest.json").exists()

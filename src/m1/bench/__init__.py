@@ -1,1 +1,1 @@
-"""Speed of the kernels: against each other, against other people's code, and against the machine's limits."""
+"""Benchmarks: the kernels and the engine against each other, against peers, and against the machine's limits."""

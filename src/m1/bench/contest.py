@@ -1,4 +1,4 @@
-"""The rows of a benchmark: every contender's result is checked, then all are timed in turns."""
+"""Makes the rows of a benchmark: checks the result of every contender, then times all of them in turns."""
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -8,20 +8,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from m1.bench.options import DTYPES, Options
+from m1.bench.options import KernelOptions, Options
 from m1.bench.roofline import Limits, describe_machine, interleaved, measure_limits
 
-# The largest relative error of a row: sums may be taken in another order, and peers do parts of them in bfloat16.
+# The largest relative error allowed. The order of summation may differ, and peers compute some sums in bfloat16.
 TOLERANCES = {"float32": 1e-3, "bfloat16": 3e-2}
 
-Results = Mapping[str, Tensor]  # by name; those that are expected are compared
+Results = Mapping[str, Tensor]  # by name; those with an expected value are compared
 Call = Callable[[], Results]
 
 
 class Work(NamedTuple):
-    """The least that one layer has to do for `tokens` tokens; a call visits `layers` of them.
+    """The minimum work of one layer, from which a row's bandwidth and arithmetic rate follow.
 
-    `bytes` counts inputs, outputs and states that are read or written once, `flops` a multiply-add as two.
+    Attributes:
+        bytes: inputs, outputs and states, each read or written once.
+        flops: arithmetic operations; a multiply-add counts as two.
+        tokens: tokens that the layer processes.
+        layers: number of layers that one call visits.
     """
 
     bytes: int
@@ -31,9 +35,15 @@ class Work(NamedTuple):
 
 
 class Contender(NamedTuple):
-    """A call that does the work. Before it is timed, `check` (when None, its first call) must give what is expected.
+    """One implementation that takes part in a benchmark. It is timed only if its results are correct.
 
-    A `capturable` call is timed on a GPU as a CUDA graph, without the cost of launches, as a decode loop runs it.
+    Attributes:
+        name: its name in the table.
+        run: the call to time.
+        work: the minimum work of the call.
+        expected: the correct results.
+        check: the call whose results are compared with `expected`. None: `run`.
+        capturable: time `run` on a GPU as a CUDA graph, without launch costs, as a decode loop runs it.
     """
 
     name: str
@@ -45,9 +55,9 @@ class Contender(NamedTuple):
 
 
 def begin(options: Options) -> tuple[Limits, dict[str, Any]]:
-    """The machine's limits, and the head of the result."""
+    """Measures the machine's limits. Returns them with the head of the result."""
     device = torch.device(options.device)
-    limits = measure_limits(device, DTYPES[options.dtype])
+    limits = measure_limits(device, options.torch_dtype)
     return limits, {
         "benchmark": options.name,
         "options": asdict(options),
@@ -56,8 +66,11 @@ def begin(options: Options) -> tuple[Limits, dict[str, Any]]:
     }
 
 
-def contest(contenders: Sequence[Contender], limits: Limits, options: Options) -> list[dict[str, Any]]:
-    """One row a contender, its figures those of one layer; `failure` instead of them where it fails or is wrong."""
+def contest(contenders: Sequence[Contender], limits: Limits, options: KernelOptions) -> list[dict[str, Any]]:
+    """Checks and times the contenders. Returns one row per contender, with figures per layer.
+
+    A row has `failure`, and no figures, if its contender raised an exception or gave wrong results.
+    """
     device, tolerance = torch.device(options.device), TOLERANCES[options.dtype]
     rows, racing = [], []
     for contender in contenders:
@@ -71,7 +84,7 @@ def contest(contenders: Sequence[Contender], limits: Limits, options: Options) -
                 racing.append((row, contender.work, run))
             else:
                 row["failure"] = f"wrong numbers: relative error {error:.1e}, allowed {tolerance:.0e}"
-        except Exception as failure:  # whatever goes wrong in other people's code, the other rows still count
+        except Exception as failure:  # a peer may raise anything; the other rows must still be measured
             row["failure"] = f"{type(failure).__name__}: {failure}".splitlines()[0]
     times = interleaved([run for *_, run in racing], options.repeats, device)
     for (row, work, _), seconds in zip(racing, times, strict=True):
@@ -83,7 +96,10 @@ def contest(contenders: Sequence[Contender], limits: Limits, options: Options) -
 
 
 def relative_error(actual: Results, expected: Results) -> float:
-    """RMS of the difference over RMS of what is expected, the largest of the results that both name; NaN if one is."""
+    """RMS of the difference, divided by RMS of the expected values; the largest over the results in both mappings.
+
+    NaN if any result contains one.
+    """
     errors = []
     for name in actual.keys() & expected.keys():
         wanted = expected[name].float()
@@ -92,7 +108,7 @@ def relative_error(actual: Results, expected: Results) -> float:
 
 
 def captured(run: Callable[[], Any]) -> Callable[[], Any]:
-    """The call as a CUDA graph."""
+    """Captures the call as a CUDA graph. Returns its replay."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
@@ -100,7 +116,7 @@ def captured(run: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def figures(seconds: Sequence[float], work: Work, limits: Limits) -> dict[str, Any]:
-    """What a row tells, from the seconds that each call took for one layer."""
+    """The figures of a row. `seconds` has one time per call, for one layer."""
     median = statistics.median(seconds)
     return {
         "tokens": work.tokens,
@@ -117,4 +133,5 @@ def figures(seconds: Sequence[float], work: Work, limits: Limits) -> dict[str, A
 
 
 def nbytes(*tensors: Tensor) -> int:
+    """Bytes of all tensors together."""
     return sum(tensor.nbytes for tensor in tensors)

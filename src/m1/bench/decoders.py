@@ -1,54 +1,37 @@
-"""What `m1 bench decode` times: the engine and its peers, each a function of a batch and its new tokens.
+"""The engines that `m1 bench decode` times: this one and its peers, with one type of function for all, `Decoder`.
 
-A decoder warms up when it first meets a batch: what compiles, captures or allocates does so before the clock starts.
+A decoder warms up before its first run of a batch, so that compiling, capturing and allocating aren't timed.
 """
 
 import gc
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from m1.bench.options import DTYPES, Options
+from m1.bench.models import SHAPES
+from m1.bench.options import DecodeOptions
 from m1.engine import Engine, Request, SamplingParams
-from m1.engine.state import slots_that_fit
+from m1.engine.slots import slots_that_fit
 from m1.errors import UserError
 from m1.model import M1Config, M1ForCausalLM
 from m1.model.configuration import ATTENTION, MAMBA
-from m1.peers.vllm_client import start_vllm, version
+from m1.peers.vllm_client import start_vllm
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": dict(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=16, vocab_size=1000, attention=(1, 3),
-    ),
-    "30m": dict(
-        hidden_size=512, intermediate_size=1344, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=2,
-        head_dim=64, vocab_size=16000, attention=(3, 7),
-    ),
-    "100m": dict(
-        hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12, num_key_value_heads=4,
-        head_dim=64, vocab_size=16000, attention=(3, 7, 11),
-    ),
-    "m1-3b": dict(
-        hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24, num_key_value_heads=8,
-        head_dim=128, vocab_size=128256, attention=(3, 8, 13, 18, 23, 27), tie_word_embeddings=True,
-    ),
-}  # fmt: skip
-OURS = ("ours-hybrid", "ours-transformer", "ours-hybrid-int8", "ours-transformer-int8")
-ENGINES = (*OURS, "transformers", "vllm")
-STEPS, WARMUPS = 24, 4  # timed at each context, and before them
+STEPS, WARMUPS = 24, 4  # timed steps at each context, and untimed steps before them
 
 
-class Run(NamedTuple):
-    """A batch: seconds from the first prompt's submission to the last token, and how many samples went together.
+class TimedRun(NamedTuple):
+    """One timed run of a batch by one engine.
 
-    `largest` is the batch that memory has room for, `peak_bytes` the memory that was taken, where these are known.
+    Attributes:
+        seconds: time from the first prompt's submission to the last token.
+        together: number of samples that were decoded in parallel.
+        largest: the largest batch that fits into memory, None if unknown.
+        peak_bytes: peak memory in bytes, None if unknown.
     """
 
     seconds: float
@@ -57,40 +40,11 @@ class Run(NamedTuple):
     peak_bytes: int | None = None
 
 
-Decoder = Callable[[int, int], Run]  # of a batch and so many new tokens each
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecodeOptions(Options):
-    """`cells`: pairs of batch and new tokens. `engines`: some of ENGINES. `contexts`: see `at_contexts`."""
-
-    name = "decode"
-
-    shape: str
-    cells: list[tuple[int, int]]
-    prompt: int
-    engines: list[str]
-    contexts: int | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.require(self.shape in SHAPES, "shape", f"choose {', '.join(SHAPES)}")
-        for engine in self.engines:
-            if engine not in ENGINES:
-                raise UserError(f"--engines: no engine {engine!r}; choose from {', '.join(ENGINES)}")
-        for number in (number for cell in self.cells for number in cell):
-            if number < 1:
-                raise UserError(f"--cells {number}: must be at least 1")
-        if self.contexts and not all(engine.startswith("ours") for engine in self.engines):
-            raise UserError("--contexts times steps of this engine: choose --engines ours-hybrid,ours-transformer")
-
-    @property
-    def max_model_len(self) -> int:
-        return self.prompt + max(new for _, new in self.cells)
+Decoder = Callable[[int, int], TimedRun]  # arguments: batch, new tokens per sample
 
 
 def make_model(shape: str, dtype: torch.dtype, hybrid: bool, max_model_len: int) -> PreTrainedModel:
-    """One of SHAPES with random weights, on the device of the context. A transformer is a Llama."""
+    """A model of one of SHAPES with random weights, on torch's default device. Without `hybrid` it is a Llama."""
     sizes = dict(SHAPES[shape], max_position_embeddings=max_model_len)
     attention = sizes.pop("attention")
     torch.manual_seed(0)
@@ -101,17 +55,19 @@ def make_model(shape: str, dtype: torch.dtype, hybrid: bool, max_model_len: int)
 
 
 def model_on_device(options: DecodeOptions, hybrid: bool) -> PreTrainedModel:
+    """The benchmark's model on its device."""
     with torch.device(options.device):
-        return make_model(options.shape, DTYPES[options.dtype], hybrid, options.max_model_len)
+        return make_model(options.shape, options.torch_dtype, hybrid, options.max_model_len)
 
 
 def random_prompts(shape: str, count: int, length: int) -> list[list[int]]:
+    """`count` prompts of `length` random tokens, the same in every call."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(SHAPES[shape]["vocab_size"], (count, length), generator=generator).tolist()
 
 
 def clock(options: DecodeOptions) -> float:
-    """Seconds, all work done."""
+    """The clock's seconds, after all queued work on a GPU is done."""
     if options.device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -119,6 +75,7 @@ def clock(options: DecodeOptions) -> float:
 
 @contextmanager
 def start(name: str, options: DecodeOptions) -> Iterator[Decoder]:
+    """Starts one of ENGINES. Its processes end with the context."""
     match name:
         case "vllm":
             with vllm(options) as decoder:
@@ -131,18 +88,19 @@ def start(name: str, options: DecodeOptions) -> Iterator[Decoder]:
 
 
 def is_hybrid(name: str) -> bool:
+    """Whether an engine of this name decodes the hybrid model."""
     return name.startswith("ours-hybrid")
 
 
 def whole_batches(options: DecodeOptions, hybrid: bool, quantize: str | None = None) -> Decoder:
-    """This engine, every token of every sample."""
+    """A decoder that runs this engine on every token of every sample."""
     model = model_on_device(options, hybrid)
     engine: Engine | None = None
 
     def decode(engine: Engine, batch: int, new: int) -> None:
         engine.generate(random_prompts(options.shape, batch, options.prompt), SamplingParams(max_tokens=new))
 
-    def run(batch: int, new: int) -> Run:
+    def run(batch: int, new: int) -> TimedRun:
         nonlocal engine
         length = options.prompt + new
         if engine is None or (engine.num_slots, engine.max_model_len) != (batch, length):
@@ -152,20 +110,20 @@ def whole_batches(options: DecodeOptions, hybrid: bool, quantize: str | None = N
             decode(engine, batch, min(new, 2))
         began = clock(options)
         decode(engine, batch, new)
-        return Run(clock(options) - began, batch)
+        return TimedRun(clock(options) - began, batch)
 
     return run
 
 
 def at_contexts(options: DecodeOptions, hybrid: bool, quantize: str | None = None) -> Decoder:
-    """This engine, timing a few steps at each of some contexts, evenly spread over those that a batch passes through.
+    """A decoder that times a few steps of this engine at each of `options.contexts` context lengths.
 
-    A batch takes the mean of those steps for each new token, and its prompts the time that one prompt takes alone. Of a
-    batch that memory has no room for, as many as fit are decoded together, one such part after the other. The model is
-    made for each batch anew: what another one holds would take its memory.
+    The lengths are evenly spread over those of the batch. The batch's time is estimated: the mean step for each new
+    token, plus the time of a single prompt for each prompt. If the batch doesn't fit into memory, it counts as several
+    parts that do, one after the other. Each batch loads its own model, because a second one would take memory.
     """
 
-    def run(batch: int, new: int) -> Run:
+    def run(batch: int, new: int) -> TimedRun:
         gc.collect()
         if options.device == "cuda":
             torch.cuda.empty_cache()
@@ -179,13 +137,13 @@ def at_contexts(options: DecodeOptions, hybrid: bool, quantize: str | None = Non
         step = sum(seconds_of_step(options, engine, context) for context in contexts) / parts
         seconds = together * seconds_of_prompt(options, engine) + new * step
         peak = torch.cuda.max_memory_allocated() if options.device == "cuda" else None
-        return Run(seconds * batch / together, together, largest, peak)
+        return TimedRun(seconds * batch / together, together, largest, peak)
 
     return run
 
 
 def seconds_of_step(options: DecodeOptions, engine: Engine, context: int) -> float:
-    """A step that decodes in all slots, which have seen about `context` tokens."""
+    """Seconds of a step that decodes in all slots, at a context of about `context` tokens."""
     steps = min(STEPS, 2 * (engine.max_model_len - context - WARMUPS) - 2)
     if steps < 1:
         raise UserError(
@@ -207,21 +165,24 @@ def seconds_of_step(options: DecodeOptions, engine: Engine, context: int) -> flo
 
 
 def seconds_of_prompt(options: DecodeOptions, engine: Engine, count: int = 4) -> float:
-    """A prompt's prefill, by the first token."""
+    """Seconds of one prompt's prefill, until its first token."""
     began = clock(options)
     engine.generate(random_prompts(options.shape, count, options.prompt), SamplingParams(max_tokens=1))
     return (clock(options) - began) / count
 
 
 def transformers_generate(options: DecodeOptions) -> Decoder:
-    """On a GPU with a static cache, with which transformers compiles the decoding step."""
+    """A decoder that runs transformers' `generate`.
+
+    On a GPU its cache is static, because transformers then compiles the decode step.
+    """
     model: Any = model_on_device(options, hybrid=False)
     sampling: dict[str, Any] = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
     if options.device == "cuda":
         sampling["cache_implementation"] = "static"
     warm: set[tuple[int, int]] = set()
 
-    def run(batch: int, new: int) -> Run:
+    def run(batch: int, new: int) -> TimedRun:
         prompts = torch.tensor(random_prompts(options.shape, batch, options.prompt), device=options.device)
 
         def generate() -> float:
@@ -230,27 +191,26 @@ def transformers_generate(options: DecodeOptions) -> Decoder:
             model.generate(prompts, attention_mask=mask, min_new_tokens=new, max_new_tokens=new, **sampling)
             return clock(options) - began
 
-        if (batch, new) not in warm:  # the static cache's size is the length's: each is compiled for itself
+        if (batch, new) not in warm:  # the static cache has the sample's length: each length compiles anew
             generate()
             warm.add((batch, new))
-        return Run(generate(), batch)
+        return TimedRun(generate(), batch)
 
     return run
 
 
 @contextmanager
 def vllm(options: DecodeOptions) -> Iterator[Decoder]:
-    """The transformer under vLLM."""
-    most = max(batch for batch, _ in options.cells)
+    """A decoder that runs the transformer in vLLM."""
+    most = max(cell.batch for cell in options.chosen_cells())
     with start_vllm(model_on_device(options, hybrid=False), options.max_model_len, most) as ask:
-        print(f"vllm {version()}", file=sys.stderr)
         warm: set[int] = set()
 
-        def run(batch: int, new: int) -> Run:
+        def run(batch: int, new: int) -> TimedRun:
             work = {"batch": batch, "prompt": options.prompt, "new_tokens": new, "seed": 0}
             if batch not in warm:
                 ask(work | {"new_tokens": 2})
                 warm.add(batch)
-            return Run(ask(work)["seconds"], batch)
+            return TimedRun(ask(work)["seconds"], batch)
 
         yield run

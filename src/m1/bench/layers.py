@@ -1,6 +1,7 @@
-"""Decode steps visit all layers of a model: a layer's states have left the caches when their turn comes again.
+"""Makes a timed call visit several layers, as a decode step does, so that their tensors come from memory.
 
-So a timed call visits several layers, each with tensors of its own, that together don't fit into the caches.
+In a model, a layer's states have left the processor's caches before the layer's next turn. So each layer has tensors of
+its own here, and all of them together don't fit into the caches.
 """
 
 import math
@@ -9,14 +10,15 @@ from collections.abc import Callable
 import torch
 
 from m1.bench.contest import Contender, Results, Work, nbytes
-from m1.bench.peers import Inputs, Step
+from m1.bench.layer_inputs import Inputs
+from m1.bench.peers import Step
 from m1.bench.roofline import beyond_caches
 
-MOST_LAYERS = 64  # few models have more; what of so many fits into the caches does so in decoding, too
+MOST_LAYERS = 64  # few models have more: tensors that stay in the caches then also do so in decoding
 
 
 def make_layers(make: Callable[[torch.Generator], Inputs], device: torch.device) -> list[Inputs]:
-    """Layers, each made with fresh random numbers."""
+    """Makes enough layers to exceed the caches, each with fresh random numbers."""
     generator = torch.Generator(device).manual_seed(0)
     first = make(generator)
     count = min(MOST_LAYERS, math.ceil(beyond_caches(device) / nbytes(*first.values())))
@@ -26,7 +28,7 @@ def make_layers(make: Callable[[torch.Generator], Inputs], device: torch.device)
 def visiting(
     layers: list[Inputs], name: str, start: Callable[[Inputs], Step], work: Work, expected: Results
 ) -> Contender:
-    """A call is one step of each layer; its result is the first layer's."""
+    """A contender whose call runs one step of each layer. Its result is the first layer's."""
     first, *others = [start(layer) for layer in layers]
 
     def run() -> Results:
@@ -35,5 +37,5 @@ def visiting(
             step()
         return result
 
-    # The reference asks tensors for their values, which a CUDA graph can't.
+    # The reference reads tensors' values in Python, which a CUDA graph can't capture.
     return Contender(name, run, work, expected, capturable=name != "reference")

@@ -1,4 +1,4 @@
-"""How much memory a call takes beyond what is there before it: its results and all it keeps in between."""
+"""Measures the peak memory of a call: its results and its intermediate tensors."""
 
 import multiprocessing
 import re
@@ -9,11 +9,14 @@ from typing import Any
 
 import torch
 
-STATUS = Path("/proc/self/status")  # Linux; ru_maxrss won't do: a process inherits it from the one that started it
+STATUS = Path("/proc/self/status")  # Linux only; a new process would inherit its parent's ru_maxrss
 
 
 def peak_growth(run: Callable[[], Any], device: torch.device) -> int | None:
-    """Bytes; on a CPU of this whole process, which should be a fresh one. None where the system doesn't tell."""
+    """Bytes by which the call raises peak memory. None if the system doesn't report it.
+
+    On a CPU the whole process is measured, which should be a fresh one: see `in_fresh_process`.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -27,7 +30,7 @@ def peak_growth(run: Callable[[], Any], device: torch.device) -> int | None:
 
 
 def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """The function's result, from a process that has imported its module and done nothing else."""
+    """Calls the function in a process that has only imported the function's module. Returns its result."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([function.__module__])
     with ProcessPoolExecutor(1, mp_context=context) as pool:

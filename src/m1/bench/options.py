@@ -1,78 +1,265 @@
-"""The options that all benchmarks have, refused in one line where they make no sense."""
+"""The options of every benchmark, declared once, with defaults and help texts. Impossible values are refused.
+
+The command line is made of these classes, and `m1 --help` must not wait for torch. So torch, and whatever imports it,
+is imported inside functions only.
+"""
 
 from dataclasses import asdict, dataclass
-from typing import ClassVar, get_args
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, get_args
 
-import torch
-
+from m1.bench.models import SHAPES
 from m1.errors import UserError
-from m1.ops.backend import Backend, available, own_backend
+from m1.options import option
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+if TYPE_CHECKING:
+    import torch
 
+    from m1.ops.backend import Backend
 
-def default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+Dtype = Literal["float32", "bfloat16"]
+STATE = 16  # states per channel of Mamba-1; a Mamba-2 head has head_dim x head_dim states
+OURS = ("ours-hybrid", "ours-transformer", "ours-hybrid-int8", "ours-transformer-int8")
+ENGINES = (*OURS, "transformers", "vllm")
+
+# Help texts of options that several benchmarks share, with different defaults.
+DTYPE = "Data type of the activations: float32 or bfloat16."
+INNER = "Channels of the layer."
+KV = "Channels of x and B, before they are repeated."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What every benchmark asks for.
+    """The options that all benchmarks share. The options of one benchmark are a subclass.
+
+    Creating an instance checks all values.
 
     Attributes:
-        dtype: of the activations, "float32" or "bfloat16"; the kernels' arithmetic and states are float32.
-        device: "cpu" or "cuda".
-        backends: those that are timed, separated by commas; all that run on the device when None.
-        repeats: timed calls a row; slow rows have fewer.
+        name: the benchmark's name on the command line.
+        dtype: data type of the activations. The kernels' arithmetic and states are float32.
+        device: "cpu" or "cuda". None becomes "cuda" if there is a GPU, else "cpu".
+        repeats: timed calls per row of the result. Slow rows have fewer.
+
+    Raises:
+        UserError: a value that is impossible or can't run on this machine. It names the option and the value.
     """
 
-    name: ClassVar[str]  # of the benchmark
+    name: ClassVar[str]
 
-    dtype: str
-    device: str
-    backends: str | None
-    repeats: int
+    dtype: Dtype = option("float32", DTYPE)
+    device: str = option(None, "cpu or cuda. Default: cuda if there is a GPU.")
+    repeats: int = option(7, "Timed calls per row. Slow rows have fewer.")
 
     def __post_init__(self) -> None:
+        from m1.ops.backend import default_device  # heavy: see the module's docstring
+
+        if self.device is None:
+            object.__setattr__(self, "device", default_device())
         for name, value in asdict(self).items():
-            if isinstance(value, int) and value < 1:
-                raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
-        if self.dtype not in DTYPES:
-            raise UserError(f"--dtype {self.dtype}: choose {' or '.join(DTYPES)}")
-        if self.device not in ("cpu", "cuda"):
-            raise UserError(f"--device {self.device}: choose cpu or cuda")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise UserError("--device cuda: torch finds no GPU here; use --device cpu")
+            if isinstance(value, int):
+                self.require(value >= 1, name, "must be at least 1")
+        self.require(self.dtype in get_args(Dtype), "dtype", f"choose {' or '.join(get_args(Dtype))}")
+        self.require(self.device in ("cpu", "cuda"), "device", "choose cpu or cuda")
+        if self.device == "cuda":
+            self.require(default_device() == "cuda", "device", "torch finds no GPU here; use --device cpu")
+
+    @property
+    def torch_dtype(self) -> "torch.dtype":
+        """`dtype` as PyTorch's object."""
+        import torch  # heavy: see the module's docstring
+
+        return getattr(torch, self.dtype)
+
+    def require(self, holds: bool, name: str, demand: str) -> None:
+        """Raises UserError unless `holds`. The message names the option, its value and the demand."""
+        if not holds:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: {demand}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelOptions(Options):
+    """The options of benchmarks that compare this package's backends with each other and with peers.
+
+    Attributes:
+        backends: names of the backends to time, separated by commas. None means all that run on the device.
+    """
+
+    backends: str | None = option(None, "Backends to time, e.g. cpu,reference. Default: all that run on the device.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self.chosen_backends()
 
     @property
-    def own(self) -> Backend:
-        """This package's kernels on the device."""
+    def own(self) -> "Backend":
+        """The backend with this package's kernels for the device."""
+        from m1.ops.backend import own_backend  # heavy: see the module's docstring
+
         return own_backend(self.device)
 
-    def chosen_backends(self) -> list[Backend]:
-        """Those asked for, or all that run here.
+    def chosen_backends(self) -> "list[Backend]":
+        """The backends to time, in a fixed order.
 
         Raises:
-            UserError: a name that isn't known, or a backend that can't run here.
+            UserError: an unknown name, or a backend that can't run here.
         """
+        from m1.ops.backend import Backend, available  # heavy: see the module's docstring
+
         here: list[Backend] = [backend for backend in (self.own, "reference") if available(backend)]
         chosen = here if self.backends is None else self.backends.split(",")
         for name in chosen:
-            if name not in get_args(Backend) or name == "auto":
-                raise UserError(f"--backends {self.backends}: no backend {name!r}; choose from cpu, triton, reference")
-            if name not in here:
-                raise UserError(
-                    f"--backends {self.backends}: {name} can't run on {self.device} here; choose from {', '.join(here)}"
-                )
+            known = name in get_args(Backend) and name != "auto"
+            self.require(known, "backends", f"no backend {name!r}; choose from cpu, triton, reference")
+            where = f"{name} can't run on {self.device} here; choose from {', '.join(here)}"
+            self.require(name in here, "backends", where)
         return [backend for backend in here if backend in chosen]
 
-    def require(self, holds: bool, option: str, demand: str) -> None:
-        """Raises UserError naming the option, its value and the demand that doesn't hold."""
-        if not holds:
-            raise UserError(f"--{option.replace('_', '-')} {getattr(self, option)}: {demand}")
-
-    def require_for_kernels(self, holds: bool, option: str, demand: str) -> None:
-        """As `require`, but `reference` alone does without."""
+    def require_for_kernels(self, holds: bool, name: str, demand: str) -> None:
+        """As `require`, unless the backend `reference` alone is timed: it has no such limits."""
         kernels = [backend for backend in self.chosen_backends() if backend != "reference"]
-        self.require(holds or not kernels, option, f"{demand} for the {self.own} kernel; or use --backends reference")
+        self.require(holds or not kernels, name, f"{demand} for the {self.own} kernel; or use --backends reference")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScanOptions(KernelOptions):
+    """The options of `m1 bench scan`: the sizes of a Mamba-1 layer and of its batch.
+
+    Attributes:
+        inner: channels D of the layer.
+        kv: channels X of x and B, before they are repeated to D.
+        state: states N per channel.
+        batch: number of sequences.
+        length: tokens per sequence.
+    """
+
+    name = "scan"
+
+    inner: int = option(768, INNER)
+    kv: int = option(256, KV)
+    state: int = option(16, "States per channel.")
+    batch: int = option(8, "Number of sequences.")
+    length: int = option(1024, "Tokens per sequence.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.inner % self.kv == 0, "kv", f"must divide --inner {self.inner}")
+        self.require(self.kv % self.state == 0, "state", f"must divide --kv {self.kv}")
+        self.require_for_kernels(self.state == STATE, "state", f"must be {STATE}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateOptions(KernelOptions):
+    """The options of `m1 bench state`: the sizes of a Mamba layer and the number of sequences in a decode step.
+
+    Attributes:
+        mixer: "mamba" (Mamba-1) or "mamba2".
+        slots: number of sequences.
+        inner: channels D of the layer.
+        kv: channels X of x and B, before they are repeated to D.
+        head_dim: channels per head of Mamba-2.
+    """
+
+    name = "state"
+
+    mixer: Literal["mamba", "mamba2"] = option("mamba", "mamba (Mamba-1) or mamba2.")
+    slots: int = option(64, "Number of sequences.")
+    inner: int = option(768, INNER)
+    kv: int = option(256, KV)
+    head_dim: int = option(64, "Channels per head of Mamba-2.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.mixer in ("mamba", "mamba2"), "mixer", "choose mamba or mamba2")
+        self.require(self.inner % self.kv == 0, "kv", f"must divide --inner {self.inner}")
+        if self.mixer == "mamba":
+            self.require(self.kv % STATE == 0, "kv", f"must be a multiple of {STATE}, the states per channel")
+        else:
+            self.require(self.kv % self.head_dim == 0, "head_dim", f"must divide --kv {self.kv}")
+            self.require_for_kernels(self.head_dim % 16 == 0, "head_dim", "must be a multiple of 16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionOptions(KernelOptions):
+    """The options of `m1 bench attention`: the sizes of an attention layer and of its key-value cache.
+
+    Attributes:
+        batch: number of sequences.
+        kv_heads: heads of keys and values.
+        group: query heads per head of keys and values.
+        keys: cached keys per sequence.
+        head_dim: channels per head.
+    """
+
+    name = "attention"
+
+    batch: int = option(64, "Number of sequences.")
+    kv_heads: int = option(4, "Heads of keys and values.")
+    group: int = option(3, "Query heads per head of keys and values.")
+    keys: int = option(4096, "Cached keys per sequence.")
+    head_dim: int = option(64, "Channels per head.")
+    dtype: Dtype = option("bfloat16", DTYPE)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_for_kernels(self.head_dim % 16 == 0, "head_dim", "must be a multiple of 16")
+
+
+class Cell(NamedTuple):
+    """One batch that `m1 bench decode` times: `batch` samples of `new_tokens` tokens each."""
+
+    batch: int
+    new_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeOptions(Options):
+    """The options of `m1 bench decode`: a model, the batches to decode, and the engines to compare.
+
+    Attributes:
+        shape: the model's shape, a key of `SHAPES`.
+        cells: the batches as text: "16x512,64x2048" is 16 samples of 512 new tokens, then 64 of 2048.
+        prompt: tokens per prompt.
+        engines: some of `ENGINES`, separated by commas.
+        contexts: time a few steps at this many context lengths of each batch. None: decode every token.
+    """
+
+    name = "decode"
+
+    shape: str = option("30m", "Shape of the model: 30m, 100m or m1-3b; tiny for a quick try.")
+    cells: str = option("16x512,64x512,64x2048,16x8192", "Batches, as BATCHxNEW_TOKENS separated by commas.")
+    prompt: int = option(128, "Tokens per prompt.")
+    engines: str = option(
+        "ours-hybrid,ours-transformer,vllm",
+        "Engines, separated by commas: ours-hybrid, ours-transformer (each also with -int8), transformers, "
+        "vllm (see `make peers`).",
+    )
+    dtype: Dtype = option("float32", "Data type of weights and activations: float32 or bfloat16.")
+    repeats: int = option(3, "Timed runs per cell and engine. Engines take turns.")
+    contexts: int | None = option(
+        None, "Time a few steps at this many context lengths of each batch, instead of decoding every token."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.shape in SHAPES, "shape", f"choose {', '.join(SHAPES)}")
+        for engine in self.chosen_engines():
+            self.require(engine in ENGINES, "engines", f"no engine {engine!r}; choose from {', '.join(ENGINES)}")
+        at_least_1 = all(number >= 1 for cell in self.chosen_cells() for number in cell)
+        self.require(at_least_1, "cells", "each number must be at least 1")
+        if self.contexts and not all(engine in OURS for engine in self.chosen_engines()):
+            raise UserError("--contexts times steps of this engine: choose --engines ours-hybrid,ours-transformer")
+
+    def chosen_cells(self) -> list[Cell]:
+        """The batches to decode. Raises UserError if `cells` isn't of the form BATCHxNEW_TOKENS,..."""
+        try:
+            return [Cell(int(batch), int(new)) for batch, new in (cell.split("x") for cell in self.cells.split(","))]
+        except ValueError:
+            raise UserError(f"--cells {self.cells}: give BATCHxNEW_TOKENS, such as 16x512,64x2048") from None
+
+    def chosen_engines(self) -> list[str]:
+        """The names of the engines to time."""
+        return self.engines.split(",")
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of the longest prompt and sample together."""
+        return self.prompt + max(cell.new_tokens for cell in self.chosen_cells())

@@ -1,11 +1,12 @@
-"""Other people's code for the same work, handed the same numbers in the layout it likes; preparing that isn't timed.
+"""Kernels of other libraries for the same work, with the same inputs in the layout that each library prefers.
 
-Their Mamba is channel-major and knows no repeated groups: x comes to them repeated. Of B and C transformers' Mamba-1
-has one vector a token for all channels, so the benchmarks repeat one over all groups, and all rows compute the same.
+Preparing a layout isn't timed. The libraries' Mamba is channel-major and doesn't know repeated groups, so its x is
+repeated beforehand. The Mamba-1 of transformers has one vector B and one C per token for all channels. So the
+benchmarks use the same B and C in all groups, and all rows compute the same.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -13,16 +14,21 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
+from m1.bench.layer_inputs import Inputs
 from m1.ops.reference import repeat_groups
 
-Inputs = Mapping[str, Tensor]  # an op's arguments by name
 Step = Callable[[], dict[str, Tensor]]
 
 
 class Scan(NamedTuple):
-    """A differentiable way from `leaves` to y [b, T, D]; leaves that are arguments of our op have their names.
+    """One implementation of the selective scan, with its inputs. The benchmark times it forward and backward.
 
-    `dy` is the gradient of y, laid out in memory as y is. `loop`: it is a loop over time in Python.
+    Attributes:
+        name: its name in the table.
+        loop: whether it is a loop over time in Python.
+        leaves: its inputs by name. Those that are arguments of `m1.ops.selective_scan` have the same names.
+        forward: computes y [b, T, D] from the leaves, differentiably.
+        dy: the gradient of y, with the memory layout of y.
     """
 
     name: str
@@ -33,9 +39,16 @@ class Scan(NamedTuple):
 
 
 class MambaLibrary(NamedTuple):
-    """Functions with the signatures of causal-conv1d and mamba-ssm.
+    """A library's Mamba functions. Their signatures are those of causal-conv1d and mamba-ssm.
 
-    `grouped`: Mamba-1's B and C may differ between groups of channels. `heads_update` is `state_update` with heads.
+    Attributes:
+        name: the library and its version.
+        grouped: whether B and C of Mamba-1 may differ between groups of channels.
+        conv: the causal convolution of a sequence.
+        scan: the selective scan of a sequence.
+        conv_update: one decode step of the convolution.
+        state_update: one decode step of the scan.
+        heads_update: as `state_update`, for states with heads.
     """
 
     name: str
@@ -48,7 +61,7 @@ class MambaLibrary(NamedTuple):
 
 
 def mamba_libraries(device: str) -> tuple[list[MambaLibrary], list[str]]:
-    """Those that run here, and a line about each that doesn't."""
+    """The libraries that run on the device, and one line for each that doesn't."""
     found, skipped = [], []
     try:
         found.append(_transformers())
@@ -65,7 +78,7 @@ def mamba_libraries(device: str) -> tuple[list[MambaLibrary], list[str]]:
 
 
 def _transformers() -> MambaLibrary:
-    """The plain PyTorch that MambaMixer runs between its projections (and Mamba2Mixer, for `heads_update`)."""
+    """The plain PyTorch code of MambaMixer between its projections. `heads_update` is that of Mamba2Mixer."""
     from transformers.models.mamba.modeling_mamba import (
         causal_conv1d_fn,
         causal_conv1d_update,
@@ -81,7 +94,7 @@ def _transformers() -> MambaLibrary:
         mamba_selective_state_update,
         mamba2_selective_state_update,
     )
-    # Their decorators would call mamba-ssm where that is installed: it has a row of its own.
+    # The functions' decorators would call mamba-ssm if it is installed, which has its own row.
     return MambaLibrary(f"transformers {transformers.__version__}", False, *map(inspect.unwrap, functions))
 
 
@@ -97,14 +110,14 @@ def _mamba_ssm() -> MambaLibrary:
 
 
 def mamba_scan(library: MambaLibrary, inputs: Inputs, dy: Tensor) -> Scan:
-    """What is timed: convolution, silu, softplus, scan, skip and gate, as our op's."""
+    """A library's scan. As in this package's op, convolution, silu, softplus, scan, skip and gate are timed."""
     n, dtype = inputs["A"].shape[1], inputs["z"].dtype
 
     def channel_major(t: Tensor) -> Tensor:
         return t.mT.contiguous()
 
     def vectors(t: Tensor) -> Tensor:
-        """[b, T, channels] -> [b, N, T], or [b, D / N groups, N, T] where each may have its own."""
+        """[b, T, channels] -> [b, N, T], or [b, D / N groups, N, T] if each group may have its own."""
         if not library.grouped:
             return channel_major(t[..., :n])
         return repeat_groups(t, n, dy.shape[-1] // t.shape[-1]).mT.unflatten(1, (-1, n)).contiguous()
@@ -130,7 +143,7 @@ def mamba_scan(library: MambaLibrary, inputs: Inputs, dy: Tensor) -> Scan:
 
 
 def mamba_step(library: MambaLibrary, layer: Inputs) -> Step:
-    """One decode step of Mamba-1, timed with its convolution, softplus, skip and gate, as our op is."""
+    """A library's decode step of Mamba-1. As in this package's op, convolution, softplus, skip and gate are timed."""
     x, B, C, A = layer["x"], layer["B"], layer["C"], layer["A"]
     n, rep = A.shape[1], A.shape[0] // x.shape[1]
     x = repeat_groups(x, n, rep)[..., None]
@@ -155,9 +168,9 @@ def mamba_step(library: MambaLibrary, layer: Inputs) -> Step:
 
 
 def mamba2_step(library: MambaLibrary, layer: Inputs) -> Step:
-    """One decode step of Mamba-2, timed with its convolution, softplus and skip, as our op is.
+    """A library's decode step of Mamba-2. As in this package's op, convolution, softplus and skip are timed.
 
-    C differs between all heads, x and B only between groups: their repeat, a copy, is a part of the step.
+    C differs between all heads, but x and B only between groups. Repeating x and B is a copy, and part of the step.
     """
     xBC, ssm_state, conv_state = layer["xBC"][..., None], layer["ssm_state"].clone(), layer["conv_state"].clone()
     _, heads, P, N = ssm_state.shape
@@ -165,7 +178,8 @@ def mamba2_step(library: MambaLibrary, layer: Inputs) -> Step:
     weight, bias = layer["conv_weight"].to(xBC.dtype), layer["conv_bias"].to(xBC.dtype)
     A, D = layer["A"][:, None, None].expand(heads, P, N), layer["D"][:, None].expand(heads, P)
     dt = layer["dt"][..., None].expand(-1, heads, P)
-    no_bias = torch.zeros_like(layer["A"])[:, None].expand(heads, P)  # mamba-ssm needs one where A is one number a head
+    # mamba-ssm needs a bias if A is one number per head
+    no_bias = torch.zeros_like(layer["A"])[:, None].expand(heads, P)
 
     def step() -> dict[str, Tensor]:
         u = library.conv_update(xBC, conv_state, weight, bias, activation="silu")[..., 0]
@@ -181,7 +195,7 @@ def mamba2_step(library: MambaLibrary, layer: Inputs) -> Step:
 
 
 def attention_peers(device: str, dtype: str) -> tuple[dict[str, Callable[[Inputs], Step]], list[str]]:
-    """What starts a step of each peer that runs here, by name, and a line about each that doesn't."""
+    """By name, the function that prepares a step of each peer that runs here. Also one line for each that doesn't."""
     peers: dict[str, Callable[[Inputs], Step]] = {f"torch {torch.__version__} SDPA": sdpa_step}
     skipped = []
     if device == "cuda" and dtype == "bfloat16":
@@ -197,13 +211,13 @@ def attention_peers(device: str, dtype: str) -> tuple[dict[str, Callable[[Inputs
 
 
 def sdpa_step(layer: Inputs) -> Step:
-    """PyTorch's attention on the same tensors; all keys count."""
+    """PyTorch's attention on the same tensors, without a mask: all caches are full."""
     q, k, v = layer["q"][:, :, None], layer["k_cache"], layer["v_cache"]
     return lambda: {"y": F.scaled_dot_product_attention(q, k, v, enable_gqa=True)[:, :, 0]}
 
 
 def flash_attention_step(layer: Inputs) -> Step:
-    """flash-attn's decode kernel, keys and values laid out token-major, as it likes them."""
+    """flash-attn's decode kernel, with keys and values in the token-major layout that it needs."""
     from flash_attn import flash_attn_with_kvcache
 
     q, lengths = layer["q"][:, None], layer["lengths"].int()

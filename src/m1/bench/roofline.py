@@ -1,7 +1,7 @@
-"""The machine's limits and the clock.
+"""Measures the machine's limits, and times calls.
 
-A kernel takes no less time than moving its bytes at the memory's rate, nor than its arithmetic at the processor's. Both
-rates are measured in the same run as the kernels, by code that comes near them: a copy and a large matrix product.
+A kernel can't be faster than the memory moves its bytes, nor than the processor does its arithmetic. Both rates are
+measured in the same run as the kernels, with a copy and a large matrix product.
 """
 
 import os
@@ -15,27 +15,35 @@ from typing import Any, NamedTuple
 import torch
 
 CACHES = 4  # a working set of this many last-level caches comes from memory
-LARGEST_BUFFER = 2**30  # where the caches of all sockets together are larger than one process needs to defeat
-MIN_ROUNDS = 3  # that a slow run takes part in
-ROW_SECONDS = 20.0  # that the calls of one run may take together, beyond those
-PRODUCT_SECONDS = 0.1  # a matrix product this long hides what surrounds it
+LARGEST_BUFFER = 2**30  # bytes; enough for one process, even if the caches of all sockets are larger together
+MIN_ROUNDS = 3  # every run takes part in this many rounds, however slow it is
+ROW_SECONDS = 20.0  # a run takes part in more rounds until its calls have taken this long
+PRODUCT_SECONDS = 0.1  # a matrix product of this length hides the overhead of its call
 LARGEST_PRODUCT = 16384
 
 
 class Limits(NamedTuple):
-    """Bytes a second of a copy, read and written ones counted; operations a second of a matrix product."""
+    """The measured limits of a machine, which a benchmark's rows are compared with.
+
+    Attributes:
+        copy: bytes per second of a copy; bytes read and bytes written both count.
+        gemm: arithmetic operations per second of a matrix product; a multiply-add counts as two.
+    """
 
     copy: float
     gemm: float
 
 
 def measure_limits(device: torch.device, dtype: torch.dtype) -> Limits:
-    """What this machine can do now. Processors without bfloat16 multiply faster in float32: the better rate counts."""
+    """Measures this machine. The matrix product is the faster one of `dtype` and float32.
+
+    Processors without bfloat16 instructions are faster in float32.
+    """
     return Limits(copy_rate(device), max(gemm_rate(device, kind) for kind in {dtype, torch.float32}))
 
 
 def copy_rate(device: torch.device) -> float:
-    """Bytes a second, the best of several copies between two buffers that don't fit into the caches."""
+    """Bytes per second: the best of several copies between two buffers that exceed the caches."""
     source = torch.ones(beyond_caches(device), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     seconds = [timed(lambda: target.copy_(source), device) for _ in range(6)]
@@ -43,10 +51,11 @@ def copy_rate(device: torch.device) -> float:
 
 
 def gemm_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of square matrix products, whose size grows until one takes PRODUCT_SECONDS."""
+    """Operations per second of square matrix products. Their size doubles until one takes PRODUCT_SECONDS."""
     best, size, seconds = 0.0, 512, 0.0
     while seconds < PRODUCT_SECONDS and size <= LARGEST_PRODUCT:
-        a = torch.randn(size, size, dtype=dtype, device=device)  # with constants a GPU draws less power and is faster
+        # With constants a GPU would draw less power and be faster.
+        a = torch.randn(size, size, dtype=dtype, device=device)
         product = torch.empty_like(a)
         seconds = min(timed(partial(torch.matmul, a, a, out=product), device) for _ in range(3))
         best, size = max(best, 2 * size**3 / seconds), 2 * size
@@ -54,12 +63,12 @@ def gemm_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def beyond_caches(device: torch.device) -> int:
-    """Bytes of a working set that comes from memory each time it is read in turn."""
+    """Bytes of a working set that must come from memory each time it is read."""
     return min(CACHES * processor_cache_bytes(device), LARGEST_BUFFER)
 
 
 def processor_cache_bytes(device: torch.device) -> int:
-    """All last-level caches together; 32 MiB where the system doesn't tell."""
+    """Bytes of all last-level caches together. 32 MiB if the system doesn't report them."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
     sizes = {}
@@ -71,12 +80,12 @@ def processor_cache_bytes(device: torch.device) -> int:
 
 
 def timed(run: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one call."""
+    """Runs the call once. Returns its seconds."""
     if device.type == "cpu":
         start = time.perf_counter()
         run()
         return time.perf_counter() - start
-    # Filling a large buffer empties the caches, and keeps the GPU busy until the call's first kernels are queued.
+    # Filling a large buffer clears the caches. It also keeps the GPU busy until the call's first kernels are queued.
     torch.empty(LARGEST_BUFFER, dtype=torch.uint8, device=device).zero_()
     start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start_event.record()
@@ -87,10 +96,13 @@ def timed(run: Callable[[], Any], device: torch.device) -> float:
 
 
 def interleaved(runs: Sequence[Callable[[], Any]], rounds: int, device: torch.device) -> list[list[float]]:
-    """Seconds of each call of each run, taken in turns, so that a disturbance hits all alike; after a warm-up call.
+    """Times several runs in turns, after one warm-up call each. A disturbance then affects all of them.
 
-    A run that is slow takes part in fewer rounds: MIN_ROUNDS, and then until it has used ROW_SECONDS. Where the warm-up
-    alone took so long, its time is the only one.
+    A slow run takes part in fewer rounds: at least MIN_ROUNDS, then more until it has used ROW_SECONDS. If its warm-up
+    call took longer than ROW_SECONDS, that call's time is its only one.
+
+    Returns:
+        For each run, the seconds of each of its calls.
     """
     warmups = [timed(run, device) for run in runs]
     seconds = [[warmup] if warmup > ROW_SECONDS else [] for warmup in warmups]
@@ -102,7 +114,7 @@ def interleaved(runs: Sequence[Callable[[], Any]], rounds: int, device: torch.de
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """What the figures depend on."""
+    """The properties of the machine that the figures depend on."""
     machine: dict[str, Any] = {
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
@@ -117,7 +129,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """The processor's name as Linux gives it; elsewhere its architecture."""
+    """The processor's name. On systems other than Linux it may be only the architecture."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

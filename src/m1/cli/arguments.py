@@ -1,4 +1,4 @@
-"""Command-line options made of the dataclasses that declare them."""
+"""Makes command-line options from the dataclasses that declare them."""
 
 import dataclasses
 import functools
@@ -11,7 +11,12 @@ from typing import Annotated, Any, Literal
 import typer
 
 Command = Callable[..., Any]
-Force = Annotated[bool, typer.Option("--force", help="Move what the output already holds aside, and start again.")]
+Force = Annotated[
+    bool,
+    typer.Option(
+        "--force", help="Rename existing output to *.replaced. An unfinished run with these settings is kept."
+    ),
+]
 
 
 def options_of(cls: type) -> Callable[[Command], Command]:
@@ -30,8 +35,9 @@ def options_of(cls: type) -> Callable[[Command], Command]:
         fields = [f for f in dataclasses.fields(cls) if f.name not in {p.name for p in own}]
         hints = typing.get_type_hints(cls)
         made = [_parameter(field, type_) for field in fields if (type_ := option_type(hints[field.name]))]
-        # Python wants parameters without a default first.
-        parameters = sorted([*own, *made], key=lambda p: p.default is not p.empty)
+        # Those that are required come first, then the dataclass's; the command's own switches are last.
+        parameters = [p for p in [*own, *made] if p.default is p.empty]
+        parameters += [p for p in [*made, *own] if p.default is not p.empty]
         parameters = [p.replace(kind=p.POSITIONAL_OR_KEYWORD) for p in parameters]
 
         @functools.wraps(command)
@@ -47,9 +53,9 @@ def options_of(cls: type) -> Callable[[Command], Command]:
 
 
 def option_type(hint: Any) -> Any:
-    """The type an option of this annotation has on the command line, None if it can't be one.
+    """The command-line type of an option with this annotation; None if it can't be a command-line option.
 
-    A choice of texts is a text here: whoever builds the dataclass refuses the wrong ones.
+    A choice of texts becomes a plain text. Building the dataclass refuses the wrong ones.
     """
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):

@@ -1,4 +1,4 @@
-"""Generation: `Engine` knows tokens alone, `LLM` text. Voting and HTTP are other rooms."""
+"""Generation. `Engine` maps tokens to tokens; `LLM` maps text to text."""
 
 from m1.engine.engine import Engine, stop_tokens
 from m1.engine.llm import LLM

@@ -1,7 +1,7 @@
-"""Continuous batching, tokens in and tokens out: every step plans what has a slot and draws a token of each sequence.
+"""Continuous batching: tokens in, tokens out. Each step draws one token of every sequence that has a slot.
 
-It knows no text and no HTTP; `LLM` (llm.py) knows text. A step is decided by integers (scheduler.py) and executed on
-tensors (executor.py).
+The scheduler decides a step on integers (scheduler.py). The executor runs it on tensors (executor.py). Text is left to
+`LLM` (llm.py).
 """
 
 from collections.abc import Generator, Iterable
@@ -13,7 +13,7 @@ from m1.engine.executor import Executor
 from m1.engine.sampling import SamplingParams
 from m1.engine.scheduler import Scheduler
 from m1.engine.sequence import Request, Sequence, requests_for
-from m1.engine.state import slots_that_fit
+from m1.engine.slots import slots_that_fit
 from m1.errors import UserError
 
 DEFAULT_MAX_MODEL_LEN = 8192
@@ -29,19 +29,28 @@ def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Non
 
 
 class Engine:
-    """Generates from an M1, Llama, Qwen2 or Qwen3 model on its device, with the weights it has now.
+    """Generates token sequences from prompts of token ids, with continuous batching.
 
-    Results are batch-invariant: a sequence's tokens depend on its prompt, its settings and its seed, not on what else
-    is being decoded.
+    It runs M1, Llama, Qwen2 and Qwen3 models on the model's device. `generate` samples a list of prompts. `run` also
+    yields finished sequences and takes new requests while it works. `submit` and `step` are the parts of that loop.
+
+    Results are batch-invariant in float32 on a CPU: a sequence's tokens depend on its prompt, settings and seed, not on
+    what else is being decoded. Elsewhere, sums may differ in the last bit.
 
     Args:
-        model: mustn't change as long as the engine lives; some weights are packed, others shared.
+        model: the network. Its weights mustn't change while the engine exists: some are packed, others shared.
         stop_token_ids: generation stops after any of these tokens; the model's eos tokens when None.
-        max_num_seqs: maximum number of sequences decoded together; fewer if memory has no room for so many.
-        max_model_len: tokens of a prompt and its sequence together; the model's context, at most 8192, when None.
-        prefill_chunk: prompt tokens that are prefilled between two decode steps.
-        prefix_cache: prompts (and beginnings of prompts) whose states are kept for the next prompt that begins so.
-        quantize: "int8" rounds the weights of linear layers, for fewer bytes a step on a CPU; None keeps them.
+        max_num_seqs: maximum number of sequences decoded together; fewer where they don't fit into memory.
+        max_model_len: maximum number of tokens of a prompt and its sequence together. When None, the model's context,
+            but at most 8192.
+        prefill_chunk: maximum number of tokens in a chunk of a prompt. Fewer than twice as many prompt tokens are
+            prefilled between two decode steps.
+        prefix_cache: number of states kept after prompts and their beginnings, for prompts that begin the same way.
+        quantize: "int8" rounds the weights of linear layers, for fewer bytes per step (CPU only). None keeps them.
+
+    Attributes:
+        num_slots: maximum number of sequences decoded together, after the memory limit.
+        stats: `Stats`, counters of steps and tokens.
 
     Raises:
         UserError: a model the engine can't run, or an impossible setting.
@@ -67,7 +76,7 @@ class Engine:
         if self.max_model_len > self.context:
             raise UserError(f"max_model_len={max_model_len}: the model's context is {self.context} tokens")
         if quantize not in (None, "int8") or (quantize and model.device.type != "cpu"):
-            raise UserError(f"quantize={quantize!r} on {model.device.type}: only int8, and only on a CPU")
+            raise UserError(f"quantize={quantize!r} on {model.device.type}: must be 'int8', on a CPU only")
         self.vocab_size: int = model.config.vocab_size
         room = slots_that_fit(model.config, self.max_model_len, model.dtype, model.device)
         self.num_slots = min(max_num_seqs, room)
@@ -78,38 +87,37 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """Whether anything waits or runs."""
+        """Whether any sequence is waiting or running."""
         return bool(self.scheduler.waiting or self.scheduler.running)
 
     @property
     def free_slots(self) -> int:
-        """Sequences that could start at once: free slots, unless requests wait for them."""
+        """How many sequences could start at once: the free slots, or 0 if requests are waiting."""
         return 0 if self.scheduler.waiting else len(self.scheduler.free)
 
     def submit(self, request: Request) -> None:
-        """Queues a request; `step` fills its sequences. Raises UserError as `check`."""
+        """Queues a request. `step` fills its sequences. Raises UserError as `check`."""
         self.check(request)
         self.scheduler.add(request)
 
     @torch.inference_mode()
     def step(self) -> list[Sequence]:
-        """Decides and executes one step. Returns the sequences that ended by themselves."""
+        """Decides and executes one step. Returns the sequences that ended in it by themselves."""
         plan = self.scheduler.schedule()
         tokens, logprobs = self.executor.execute(plan)
         return self.scheduler.update(plan, tokens.tolist(), logprobs.tolist())
 
     def run(self, requests: list[Request]) -> Generator[list[Sequence], None, None]:
-        """Submits the requests and steps until they are done. Yields after every step those of their sequences that
-        ended in it.
+        """Submits the requests and steps until they are done. After each step, yields their sequences that ended in it.
 
-        The list may grow meanwhile: what is appended is submitted before the next step. What is unfinished when the
-        iterator is closed is aborted. Others may use the engine at the same time.
+        You may append to the list: new requests are submitted before the next step. Closing the iterator aborts the
+        unfinished requests. Other callers may use the engine at the same time.
 
         Raises:
-            UserError: as `check`; none of the requests added since the last step is submitted then.
+            UserError: as `check`. None of the requests added since the last step is submitted then.
         """
         mine: set[Request] = set()
-        done = 0  # of the first requests
+        done = 0  # number of requests at the front of the list that are done
         try:
             while True:
                 fresh = requests[len(mine) :]
@@ -129,10 +137,10 @@ class Engine:
                     self.abort(request)
 
     def generate(self, prompts: Iterable[list[int]], params: SamplingParams) -> list[Sequence]:
-        """`params.n` sequences of each prompt, prompt by prompt, of the requests that `requests_for` makes.
+        """Samples `params.n` sequences of each prompt, in the order of the prompts. `requests_for` sets the seeds.
 
         Raises:
-            UserError: as `check`; nothing is generated then.
+            UserError: as `check`. Nothing is generated then.
         """
         requests = requests_for(prompts, params)
         for _ in self.run(requests):
@@ -140,20 +148,20 @@ class Engine:
         return [sequence for request in requests for sequence in request.sequences]
 
     def finish(self, sequence: Sequence, reason: str) -> None:
-        """Ends a running sequence for a reason that the engine doesn't know, such as a stop string."""
+        """Ends a running sequence for a reason of the caller, such as a stop string."""
         self.scheduler.finish(sequence, reason)
 
     def abort(self, request: Request) -> None:
-        """Ends what is unfinished of a request, with reason "abort"; its slots are free at once."""
+        """Ends the request's unfinished sequences with reason "abort". Their slots are free at once."""
         self.scheduler.abort(request)
 
     def check(self, request: Request) -> None:
-        """Raises UserError for an empty prompt, a token that isn't in the vocabulary, or more tokens than fit."""
+        """Raises UserError for an empty prompt, a token outside the vocabulary, or more tokens than fit."""
         tokens, new, name = request.tokens, request.params.max_tokens, f"prompt {request.id}"
         if not tokens:
             raise UserError(f"{name} is empty")
         if not (min(tokens) >= 0 and max(tokens) < self.vocab_size):
-            raise UserError(f"{name} has token {max(tokens, key=abs)}; the model knows 0 to {self.vocab_size - 1}")
+            raise UserError(f"{name} has token {max(tokens, key=abs)}; the vocabulary is 0 to {self.vocab_size - 1}")
         if len(tokens) + new > self.max_model_len:
             limit, fix = f"the model's context of {self.context}", "shorten one of them"
             if self.max_model_len < self.context:

@@ -1,6 +1,6 @@
-"""Carries plans out: owns the slots' tensors, the network and the sampler.
+"""Executes plans on tensors. Owns the slots, the network and the sampler.
 
-What a step reads stays on the device from step to step. Nothing here waits for a token's value.
+A step's inputs stay on the device between steps. Nothing here waits for a token's value.
 """
 
 import numpy as np
@@ -12,16 +12,20 @@ from m1.engine.graphs import GraphRunner
 from m1.engine.runner import DecodeBatch, Runner
 from m1.engine.sampling import SamplingBatch
 from m1.engine.scheduler import Chunk, Decode, Fork, Plan
-from m1.engine.state import Slots, Snapshot
+from m1.engine.slots import Slots, Snapshot
 
 Drawn = tuple[Tensor, Tensor]  # tokens [rows] int64, their log-probabilities [rows] float32
 
 
 class Executor:
-    """Executes the plans of a `Scheduler` with as many slots.
+    """Executes a scheduler's plans: fills slots, runs the network, and draws tokens.
+
+    `execute` takes a `Plan` and returns the drawn tokens as device tensors, without waiting for their values.
 
     Args:
-        max_model_len: tokens of a slot.
+        model: the network, on the device that executes.
+        num_slots: the same number as the `Scheduler` has.
+        max_model_len: maximum number of tokens in a slot.
         int8: rounds the weights of all linear layers (`PackedLinear`).
 
     Raises:
@@ -32,14 +36,14 @@ class Executor:
         self.device = model.device
         self.slots = Slots(model.config, num_slots, max_model_len, model.dtype, model.device)
         self.runner = (GraphRunner if model.device.type == "cuda" else Runner)(model, self.slots, int8)
-        self.prefix_cache: dict[int, tuple[Snapshot, Tensor]] = {}  # by entry: a state, and the logits after it
-        self.prompt_logits: dict[int, Tensor] = {}  # [V] after the prompt in a slot, until its last sequence starts
+        self.prefix_cache: dict[int, tuple[Snapshot, Tensor]] = {}  # by entry: a state and the logits after it
+        self.prompt_logits: dict[int, Tensor] = {}  # by slot: [V] after its prompt, until a sequence takes it over
         self.last_tokens = torch.zeros(num_slots + 1, dtype=torch.long, device=self.device)  # by slot
         self.sequences: dict[int, Fork] = {}  # by slot: how its sequence started
         self.batch = Batch(Decode([], [], []), self.sequences, self.last_tokens)
 
     def execute(self, plan: Plan) -> Drawn:
-        """The tokens that the plan's forks and decodes draw, in this order, on the device."""
+        """Executes a plan. Returns the tokens drawn by its forks, then by its decodes, on the device."""
         for entry, slot, length in plan.restore:
             snapshot, self.prompt_logits[slot] = self.prefix_cache[entry]
             self.slots.restore(slot, length, snapshot)
@@ -63,7 +67,7 @@ class Executor:
             self.prefix_cache[chunk.entry] = snapshot, logits
 
     def _fork(self, forks: list[Fork]) -> Drawn:
-        """Copies the prompts' slots and draws the sequences' first tokens."""
+        """Copies the prompts' slots to the new sequences and draws their first tokens."""
         logits = torch.stack([self.prompt_logits[fork.source] for fork in forks])
         for fork in forks:
             self.sequences[fork.target] = fork
@@ -85,7 +89,20 @@ class Executor:
 
 
 class Batch:
-    """Sequences that are decoded together, and what their steps read. `sequences` and `last_tokens` are by slot."""
+    """Sequences that are decoded together, and the inputs of their next step.
+
+    It is made anew when a sequence joins or leaves; otherwise `advance` updates it in place.
+
+    Args:
+        decode: the sequences, their slots and their lengths.
+        sequences: by slot, the fork that started the sequence there.
+        last_tokens: [slots] int64, the last token drawn in each slot.
+
+    Attributes:
+        rows: `DecodeBatch` on the device, what the network reads.
+        sampling: `SamplingBatch`, the rows' sampling settings.
+        drawn: [b] int64 on the host, the number of tokens that each sequence has drawn.
+    """
 
     def __init__(self, decode: Decode, sequences: dict[int, Fork], last_tokens: Tensor):
         self.slots = decode.slots
@@ -97,7 +114,7 @@ class Batch:
         self.rows = DecodeBatch(last_tokens[slots], slots, lengths_)
 
     def advance(self, tokens: Tensor) -> None:
-        """Makes the drawn tokens the next step's."""
+        """Makes the drawn tokens [b] the inputs of the next step."""
         self.drawn += 1
         self.rows.tokens.copy_(tokens)
         self.rows.lengths.add_(1)

@@ -1,7 +1,7 @@
-"""Decoding under CUDA graphs: a step is launched at once, not kernel by kernel.
+"""Decoding under CUDA graphs: one launch per step instead of one per kernel.
 
-A graph is captured for each of a few batch sizes, when first needed. Smaller batches are padded with rows of the spare
-slot, whose logits are dropped.
+A graph is captured when its batch size is first needed, for each of a few sizes. Other batches are padded to the next
+size with rows of the spare slot. The logits of these rows are dropped.
 """
 
 from bisect import bisect_left
@@ -14,15 +14,21 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from m1.engine.runner import DecodeBatch, Runner
-from m1.engine.state import Slots
+from m1.engine.slots import Slots
 
 SIZES = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024]
-WARMUPS = 2  # runs before a capture: they compile kernels and allocate
+WARMUPS = 2  # runs before a capture, which compile kernels and allocate memory
 
 
 @dataclass
 class Graph:
-    """A captured step: the rows it reads, what runs it and returns their logits, and the rows that were filled last."""
+    """A decode step captured for one batch size.
+
+    Attributes:
+        rows: the input tensors that the graph reads, each [size].
+        replay: runs the step and returns its logits [size, V].
+        filled: views of `rows` that the last batch filled; the other rows are padding.
+    """
 
     rows: DecodeBatch
     replay: Callable[[], Tensor]
@@ -30,14 +36,18 @@ class Graph:
 
 
 class GraphRunner(Runner):
-    """A Runner whose decode steps are graphs. On a CPU, where there are none, it pads and runs the same way."""
+    """A `Runner` that decodes under CUDA graphs.
+
+    Takes the arguments of `Runner`. On a CPU, which has no graphs, it pads batches and runs the steps directly.
+    """
 
     def __init__(self, model: PreTrainedModel, slots: Slots, int8: bool = False):
         super().__init__(model, slots, int8)
         self.graphs: dict[int, Graph] = {}
-        self.idle = (0, slots.spare, 0)  # a row that decodes a first token in the spare slot
+        self.idle = (0, slots.spare, 0)  # a padding row: token 0 at position 0 of the spare slot
 
     def decode(self, rows: DecodeBatch) -> Tensor:
+        """Runs one decode step, padded to a captured batch size. Returns the logits [b, V]."""
         count = len(rows.tokens)
         size = SIZES[bisect_left(SIZES, count)] if count <= SIZES[-1] else count
         if size not in self.graphs:

@@ -1,7 +1,6 @@
-"""Text in, text out, around the engine: chat templates, stop strings, streams, and whole files of prompts."""
+"""Text in, text out: chat templates, stop strings, and streams on top of the engine."""
 
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,24 +10,27 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from m1.engine.engine import Engine, stop_tokens
 from m1.engine.sampling import SamplingParams
-from m1.engine.sequence import Sequence, requests_for
-from m1.errors import UserError
-from m1.jsonl import append_jsonl, drop_torn_line, read_jsonl
+from m1.engine.sequence import Request, Sequence, requests_for
 from m1.model.checkpoint import load_model
 from m1.model.tokenizer import encode_chat
 
-Prompt = str | list[dict[str, str]]  # plain text as it is, or a chat's messages, which go through its template
-UNFINISHED = "\ufffd"  # what a tokenizer makes of a character whose bytes are not all there
+Prompt = str | list[dict[str, str]]  # plain text without a template, or chat messages, which go through the template
+UNFINISHED = "\ufffd"  # what a tokenizer returns for a character with missing bytes
 
 
 class LLM:
-    """A model, its tokenizer, and an engine for them.
+    """Generates text from text or chat messages with a model, its tokenizer and an `Engine`.
 
     Args:
+        model: M1, Llama, Qwen2 or Qwen3.
+        tokenizer: the model's tokenizer, with a chat template if prompts are messages.
         stop_token_ids: generation stops after any of these tokens; the model's and the tokenizer's eos when None.
-        max_model_len: tokens of a prompt and its sequence together. None: as many as what is asked for needs; the
-            engine is then made when first needed, and again when more is asked for.
-        engine_options: `Engine`'s: max_num_seqs, prefix_cache, quantize, ...
+        max_model_len: maximum number of tokens of a prompt and its sequence together. When None, the engine is made
+            for the first prompts' length, and made again when longer ones come.
+        engine_options: further options of `Engine`: max_num_seqs, prefix_cache, quantize, ...
+
+    Attributes:
+        engine: the current `Engine`; None before it is first needed.
     """
 
     def __init__(
@@ -46,26 +48,28 @@ class LLM:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **options: Any) -> "LLM":
-        """The model and tokenizer of a checkpoint folder."""
+        """Loads the model and the tokenizer of a checkpoint folder. `options` are those of `LLM`."""
         return cls(*load_model(folder), **options)
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """A prompt's tokens. Raises UserError for messages without a chat template, or that break it."""
+        """A prompt's token ids. Raises UserError if messages have no chat template or the template fails on them."""
         if isinstance(prompt, str):
             return self.tokenizer(prompt).input_ids
         return encode_chat(self.tokenizer, prompt)
 
     def decode(self, token_ids: list[int]) -> str:
-        """The text of tokens, without special ones."""
+        """The text of the tokens, without special tokens."""
         return self.tokenizer.decode(token_ids, skip_special_tokens=True)
 
     def length_for(self, prompts: Iterable[list[int]], max_tokens: int) -> int:
-        """Tokens of the longest prompt and its sequence, but no more than the model's context, past which `Engine`
-        refuses."""
+        """The max_model_len these prompts need: the longest one and its sequence, at most the model's context."""
         return min(max(map(len, prompts), default=0) + max_tokens, self.model.config.max_position_embeddings)
 
     def engine_for(self, prompts: Iterable[list[int]], max_tokens: int) -> Engine:
-        """An engine with room for any of these prompts and `max_tokens` more: the one there is, or a larger one."""
+        """The engine to use for these prompts and `max_tokens` more. It is replaced by a larger one if needed.
+
+        With a fixed `max_model_len` the engine has that length, whatever the prompts need.
+        """
         length = self.length_for(prompts, max_tokens) if self.max_model_len is None else self.max_model_len
         if self.engine is None or self.engine.max_model_len < length:
             self.engine = None  # its memory is needed for the next one
@@ -73,24 +77,27 @@ class LLM:
         return self.engine
 
     def generate(self, prompts: list[Prompt], params: SamplingParams) -> list["TextSequence"]:
-        """`params.n` samples of each prompt, prompt by prompt. Raises UserError as `stream`."""
+        """Returns `params.n` samples of each prompt, in the order of the prompts. Raises UserError as `stream`."""
         samples = {(sample.prompt, sample.sequence.index): sample for sample in self.stream(prompts, params)}
         return [samples[i, j] for i in range(len(prompts)) for j in range(params.n)]
 
     def stream(self, prompts: list[Prompt], params: SamplingParams) -> Iterator["TextSequence"]:
-        """Samples whose text has grown or ended, each as often as that happens. Seeds are those of `requests_for`.
+        """Yields a sample whenever its text has grown or ended. Seeds are those of `requests_for`.
 
         Raises:
             UserError: a prompt the engine refuses, or messages without a chat template.
         """
-        yield from self.stream_tokens([self.encode(prompt) for prompt in prompts], params)
+        yield from self.stream_requests(requests_for([self.encode(prompt) for prompt in prompts], params))
 
-    def stream_tokens(self, prompts: list[list[int]], params: SamplingParams) -> Iterator["TextSequence"]:
-        """`stream` of encoded prompts."""
-        requests = requests_for(prompts, params)
-        engine = self.engine_for(prompts, params.max_tokens)
-        skip = frozenset([*self.stop_token_ids, *params.stop_token_ids])
-        samples = [TextSequence(s, self.tokenizer, skip) for request in requests for s in request.sequences]
+    def stream_requests(self, requests: list[Request]) -> Iterator["TextSequence"]:
+        """`stream` for requests, each with its own parameters."""
+        longest = max((request.params.max_tokens for request in requests), default=0)
+        engine = self.engine_for([request.tokens for request in requests], longest)
+        samples = [
+            TextSequence(sequence, self.tokenizer, frozenset([*self.stop_token_ids, *request.params.stop_token_ids]))
+            for request in requests
+            for sequence in request.sequences
+        ]
         with closing(engine.run(requests)) as steps:
             for _ in steps:
                 for sample in samples:
@@ -104,24 +111,31 @@ class LLM:
 
 @dataclass
 class TextSequence:
-    """A sequence and its text so far, without the stop string that ended it."""
+    """A sample as text: a `Sequence` and its text so far, without the stop string that ended it.
+
+    Attributes:
+        sequence: its tokens, log-probabilities and reason to end.
+        tokenizer: decodes the tokens.
+        skip: stop tokens, which are left out of the text.
+        text: the text so far. It grows with `read`, by whole characters.
+    """
 
     sequence: Sequence
     tokenizer: PreTrainedTokenizerBase = field(repr=False)
-    skip: frozenset[int] = field(repr=False)  # stop tokens, which are no text
+    skip: frozenset[int] = field(repr=False)
     text: str = ""
-    _tokens: list[int] = field(default_factory=list, repr=False)  # those that are text
-    _seen: int = 0  # of the sequence's tokens
-    _shown: int = 0  # of _tokens: they are in `text`
-    _context: int = 0  # where decoding starts: tokenizers glue a token to those before it
+    _tokens: list[int] = field(default_factory=list, repr=False)  # the sequence's tokens without `skip`
+    _seen: int = 0  # number of the sequence's tokens read
+    _shown: int = 0  # number of _tokens whose text is in `text`
+    _context: int = 0  # where decoding starts in _tokens: a token's text can depend on those before it
 
     @property
     def prompt(self) -> int:
-        """The number of its prompt. `sequence.index` is its number among the prompt's samples."""
+        """Number of its prompt in the list. `sequence.index` is its number among the prompt's samples."""
         return self.sequence.request.id
 
     def read(self) -> bool:
-        """Takes in the new tokens. True if a stop string ended the text."""
+        """Adds the text of the sequence's new tokens. Returns True if a stop string has ended the text."""
         new = self.sequence.token_ids[self._seen :]
         self._seen += len(new)
         self._tokens += [token for token in new if token not in self.skip]
@@ -137,60 +151,3 @@ class TextSequence:
         cut = min((position for position in found if position >= 0), default=None)
         self.text = self.text[:cut]
         return cut is not None
-
-
-def generate_file(
-    llm: LLM,
-    prompts: Path,
-    out: Path,
-    params: SamplingParams,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
-) -> tuple[int, float]:
-    """Samples every prompt of a JSONL file; a sample is a line of `out` as soon as it is finished.
-
-    A row has `prompt` (plain text), `problem` (a user's message) or `messages`, and may have an `id`, else its number
-    is one. Prompts whose samples are all in `out` are left alone; others are sampled whole.
-
-    Returns:
-        New tokens and seconds.
-
-    Raises:
-        UserError: a row without a prompt, or an id twice.
-    """
-    rows = list(read_jsonl(prompts))
-    ids = [str(row.get("id", i)) for i, row in enumerate(rows)]
-    if len(set(ids)) != len(ids):
-        raise UserError(f"{prompts}: ids are not unique")
-    texts = [_prompt_of(row, f"{prompts}, row {i + 1}") for i, row in enumerate(rows)]
-    drop_torn_line(out)
-    done = {(row.get("id"), row.get("sample")) for row in read_jsonl(out)} if out.exists() else set()
-    missing = [i for i, name in enumerate(ids) if any((name, j) not in done for j in range(params.n))]
-    total, finished, tokens = len(ids) * params.n, (len(ids) - len(missing)) * params.n, 0
-    on_progress(finished, total)
-    if not missing:
-        return 0, 0.0
-    encoded = [llm.encode(texts[i]) for i in missing]
-    llm.engine_for(encoded, params.max_tokens)  # packing its weights isn't on the clock
-    began = time.monotonic()
-    for sample in llm.stream_tokens(encoded, params):
-        sequence = sample.sequence
-        if not sequence.done:
-            continue
-        finished, tokens = finished + 1, tokens + len(sequence.token_ids)
-        name = ids[missing[sample.prompt]]
-        if (name, sequence.index) not in done:
-            row = {"id": name, "sample": sequence.index, "text": sample.text, "finish_reason": sequence.finish_reason}
-            append_jsonl(out, [row | {"tokens": len(sequence.token_ids), "logprob": sum(sequence.logprobs)}])
-        on_progress(finished, total)
-    return tokens, time.monotonic() - began
-
-
-def _prompt_of(row: dict[str, Any], where: str) -> Prompt:
-    match row:
-        case {"messages": list(messages)}:
-            return messages
-        case {"problem": str(problem)}:
-            return [{"role": "user", "content": problem}]
-        case {"prompt": str(prompt)}:
-            return prompt
-    raise UserError(f"{where}: needs `prompt` or `problem` (text) or `messages` (a list); has {sorted(row)}")

@@ -1,7 +1,7 @@
-"""The network on slots: one sequence's prompt in chunks, or one token of each of many sequences.
+"""The network on slots: prefills one prompt in chunks, or decodes one token of each of many sequences.
 
-Weights come from a loaded model, packed once for products with few rows; Mamba layers are the model's own modules.
-Results are batch-invariant: products and kernels sum in an order of their own, prompts run alone.
+Weights come from a loaded model. Linear layers are packed once, for products with few rows; Mamba layers reuse the
+model's modules. Results are batch-invariant in float32 on a CPU: the order of each sum is fixed, and prompts run alone.
 """
 
 import copy
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from m1.engine.state import Slots, used
+from m1.engine.slots import Slots, used
 from m1.errors import UserError
 from m1.model.cache_layout import AttentionCache, MambaState
 from m1.ops import PackedLinear, add_rms_norm, decode_attention, swiglu
@@ -25,17 +25,27 @@ Pack = Callable[..., PackedLinear]
 
 
 class DecodeBatch(NamedTuple):
-    """A token of each of b sequences, each [b] int64."""
+    """The input of a decode step: one token of each of b sequences.
+
+    Attributes:
+        tokens: [b] int64, the tokens to run.
+        slots: [b] int64, the slots of their sequences.
+        lengths: [b] int64, how many tokens the slots have seen, which is the position of the new ones.
+    """
 
     tokens: Tensor
     slots: Tensor
-    lengths: Tensor  # tokens that the slots have seen: the new ones' positions
+    lengths: Tensor
 
 
 class Runner:
-    """Runs M1, Llama, Qwen2 and Qwen3 models.
+    """Runs an M1, Llama, Qwen2 or Qwen3 model on the caches in `slots`, for inference.
+
+    `prefill` runs a chunk of one prompt. `decode` runs one token of each of many sequences. Both return logits.
 
     Args:
+        model: the network, whose weights mustn't change afterwards.
+        slots: the caches of the sequences, which both methods read and update.
         int8: rounds the weights of all linear layers (`PackedLinear`).
 
     Raises:
@@ -69,18 +79,18 @@ class Runner:
         self.head = pack(model.get_output_embeddings())
 
     def prefill(self, tokens: Tensor, slot: int, start: int) -> Tensor:
-        """Logits [V] after tokens [T], which follow the `start` tokens that the slot has seen."""
+        """Runs tokens [T] of one prompt after the slot's first `start` tokens. Returns the last one's logits [V]."""
         positions = torch.arange(start, start + len(tokens), device=self.device)
         hidden = self._stack(tokens, positions, lambda layer, *inputs: layer.prefill(*inputs, slot, start))
         return self.head(hidden[-1:])[0]
 
     def decode(self, rows: DecodeBatch) -> Tensor:
-        """Logits [b, V] after a token of each row."""
+        """Runs one token per row. Returns the logits [b, V] after it."""
         hidden = self._stack(rows.tokens, rows.lengths, lambda layer, *inputs: layer.decode(*inputs, rows))
         return self.head(hidden)
 
     def _stack(self, tokens: Tensor, positions: Tensor, mix: Any) -> Tensor:
-        """All layers and the last norm, [rows, H]."""
+        """Runs all layers and the final norm on tokens [rows]. Returns hidden states [rows, H]."""
         hidden = F.embedding(tokens, self.embedding)
         cos, sin = (t[0, :, None] for t in self.rotary(hidden[None], positions[None]))  # [rows, 1, head_dim]
         update = None
@@ -91,7 +101,12 @@ class Runner:
 
 
 class DecoderLayer:
-    """What layers of both kinds have: two norms and an MLP."""
+    """Base class of `AttentionLayer` and `MambaLayer`: two norms and an MLP.
+
+    Args:
+        layer: the model's decoder layer.
+        pack: packs linear layers into a `PackedLinear`.
+    """
 
     def __init__(self, layer: Any, pack: Pack):
         self.mixer_norm: Tensor = layer.input_layernorm.weight
@@ -99,11 +114,19 @@ class DecoderLayer:
         self.gate_up, self.down = pack(layer.mlp.gate_proj, layer.mlp.up_proj), pack(layer.mlp.down_proj)
 
     def mlp(self, hidden: Tensor) -> Tensor:
+        """The gated MLP: hidden states [..., H] -> [..., H], without norm and residual."""
         return self.down(swiglu(self.gate_up(hidden)))
 
 
 class AttentionLayer(DecoderLayer):
-    """Rotary grouped-query attention over the keys and values in the slots."""
+    """Rotary grouped-query attention over the keys and values in the slots.
+
+    Args:
+        layer: the model's decoder layer.
+        cache: keys and values of all slots, [slots, kv_heads, capacity, head_dim] each.
+        config: the model's configuration.
+        pack: packs linear layers into a `PackedLinear`.
+    """
 
     def __init__(self, layer: Any, cache: AttentionCache[Tensor], config: Any, pack: Pack):
         super().__init__(layer, pack)
@@ -115,6 +138,7 @@ class AttentionLayer(DecoderLayer):
         self.q_norm, self.k_norm = (getattr(attention, name, nn.Identity()) for name in ("q_norm", "k_norm"))
 
     def prefill(self, hidden: Tensor, cos: Tensor, sin: Tensor, slot: int, start: int) -> Tensor:
+        """Runs hidden [T, H] of one prompt after the slot's first `start` tokens. Returns [T, H]."""
         q, k, v = self.queries_keys_values(hidden, cos, sin)
         end = start + len(hidden)
         keys, values = used(self.cache, slot, end)
@@ -127,13 +151,14 @@ class AttentionLayer(DecoderLayer):
         return self.out(out[0].transpose(0, 1).flatten(1))
 
     def decode(self, hidden: Tensor, cos: Tensor, sin: Tensor, rows: DecodeBatch) -> Tensor:
+        """Runs one token per row, hidden [b, H]. Returns [b, H]."""
         q, k, v = self.queries_keys_values(hidden, cos, sin)
         self.cache.keys[rows.slots, :, rows.lengths] = k
         self.cache.values[rows.slots, :, rows.lengths] = v
         return self.out(decode_attention(q, *self.cache, rows.lengths + 1, rows.slots).flatten(1))
 
     def queries_keys_values(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[rows, heads or kv_heads, head_dim], queries and keys rotated."""
+        """hidden [rows, H] -> q [rows, heads, head_dim], k and v [rows, kv_heads, head_dim]; q and k are rotated."""
         heads = self.qkv(hidden).view(len(hidden), -1, self.head_dim)
         q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
         qk = torch.cat([self.q_norm(q), self.k_norm(k)], dim=1)
@@ -143,7 +168,13 @@ class AttentionLayer(DecoderLayer):
 
 
 class MambaLayer(DecoderLayer):
-    """The model's own mixer, of either kind, on the states in the slots."""
+    """The model's Mamba-1 or Mamba-2 mixer on the states in the slots.
+
+    Args:
+        layer: the model's decoder layer.
+        state: convolution inputs [slots, channels, K-1] and recurrent states [slots, ...] of all slots.
+        pack: packs linear layers into a `PackedLinear`.
+    """
 
     def __init__(self, layer: Any, state: MambaState[Tensor], pack: Pack):
         super().__init__(layer, pack)
@@ -153,6 +184,7 @@ class MambaLayer(DecoderLayer):
         self.constants = type(constants)(*(t.float().contiguous() for t in constants))
 
     def prefill(self, hidden: Tensor, cos: Tensor, sin: Tensor, slot: int, start: int) -> Tensor:
+        """Runs hidden [T, H] of one prompt after the slot's first `start` tokens. Returns [T, H]."""
         state = MambaState(self.state.conv[slot], self.state.ssm[slot])
         activations = self.mixer.activations(hidden)
         joined = torch.cat([state.conv, self.mixer.conv_inputs(activations).T], dim=1)
@@ -163,21 +195,22 @@ class MambaLayer(DecoderLayer):
         return self.mixer.out_proj(y[0])
 
     def decode(self, hidden: Tensor, cos: Tensor, sin: Tensor, rows: DecodeBatch) -> Tensor:
+        """Runs one token per row, hidden [b, H]. Returns [b, H]."""
         y = self.mixer.step(self.mixer.activations(hidden), self.constants, self.state, rows.slots)
         return self.mixer.out_proj(y)
 
 
 def packed(*linears: nn.Linear, int8: bool) -> PackedLinear:
-    """Linear layers of one input as one."""
+    """Packs linear layers that share an input into one, whose outputs are theirs in order."""
     weights = [linear.weight.detach() for linear in linears]
     biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
-    # a single weight isn't copied: a GPU's product takes it as it is
+    # don't copy a single weight: GPU products use it without packing
     weight = weights[0] if len(weights) == 1 else torch.cat(weights)
     return PackedLinear(weight, torch.cat(biases) if biases else None, int8=int8)
 
 
 def with_packed_linears(module: nn.Module, pack: Pack) -> nn.Module:
-    """A copy that shares all parameters but those of its linear layers, which are packed."""
+    """A copy of the module with packed linear layers. It shares all other parameters."""
     if type(module) is nn.Linear:
         return pack(module)
     clone = copy.copy(module)

@@ -1,4 +1,4 @@
-"""How the next token is chosen: a row for itself, whatever stands in the other rows."""
+"""How the next token is sampled. Each row is sampled independently of the others."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,20 +13,20 @@ from m1.ops import sample_token
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """Settings of one request.
+    """How a request's sequences are sampled: how many, how long, from which distribution, and where they stop.
 
     Args:
-        n: sequences sampled from the prompt.
-        max_tokens: maximum number of new tokens a sequence.
+        n: number of sequences sampled from the prompt.
+        max_tokens: maximum number of new tokens per sequence.
         temperature: divides the logits; 0 is greedy.
-        top_k: only the k likeliest tokens (0: all).
-        top_p: only the likeliest tokens that together have this probability (1: all).
-        min_p: only tokens at least this times as likely as the likeliest (0: all).
-        seed: of the random draws. A request's sequence j depends on seed and j alone.
-        stop: strings that end a sequence, whose text is cut before them. They may begin inside a token. `LLM` finds
-            them; the engine alone knows no text.
+        top_k: samples from the k likeliest tokens only; 0 for all.
+        top_p: samples from the smallest set of likeliest tokens that has this probability; 1 for all.
+        min_p: samples from tokens at least `min_p` times as likely as the likeliest; 0 for all.
+        seed: seed of the random draws. The draws of sequence j depend only on seed and j.
+        stop: strings that end a sequence, whose text is cut before them. They may begin inside a token. Only `LLM` sees
+            text, so the engine alone ignores them.
         stop_token_ids: generation stops after any of these tokens, too.
-        ignore_eos: don't stop at the model's own end-of-sequence tokens.
+        ignore_eos: ignores the engine's own stop tokens, such as end-of-sequence tokens.
 
     Raises:
         UserError: a value out of range, or an empty stop string.
@@ -60,11 +60,17 @@ class SamplingParams:
 
 
 class SamplingBatch:
-    """The settings of a batch's rows as tensors. Rows come and go rarely; steps are many."""
+    """Samples one token per row of a batch, each row with its own settings and random stream.
+
+    The settings are made into tensors once, since a batch lasts for many steps.
+
+    Args:
+        params: the settings of each row.
+        streams: the random stream of each row, a seed from `fold_in`.
+        device: of the logits.
+    """
 
     def __init__(self, params: Sequence[SamplingParams], streams: Sequence[int], device: torch.device):
-        """streams: each row's random stream, a seed from `fold_in`."""
-
         def column(name: str, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.tensor([getattr(p, name) for p in params], dtype=dtype, device=device)[:, None]
 
@@ -77,15 +83,16 @@ class SamplingBatch:
         self.truncated, self.any_truncated = torch.tensor(truncated, device=device), any(truncated)
 
     def sample(self, logits: Tensor, drawn: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Draws a token a row.
+        """Draws one token per row.
 
         Args:
             logits: [b, V], float32 or bfloat16.
-            drawn: [b] integers, tokens each row has drawn before.
+            drawn: [b] integers, the number of tokens that each row has drawn before.
 
         Returns:
-            tokens [b], and their log-probabilities [b] under softmax(logits / temperature) before truncation, float32
-            (at temperature 0: under softmax(logits)); NaN where a row's logits have one.
+            tokens: [b] int64.
+            logprobs: [b] float32, under softmax(logits / temperature) before truncation, or under softmax(logits) at
+                temperature 0. NaN where a row's logits have a NaN.
         """
         uniform = torch.from_numpy(uniforms(self.streams, drawn)).to(logits.device, non_blocking=True)
         tokens, logprobs = sample_token(logits, uniform, self.temperature[:, 0])
@@ -98,8 +105,10 @@ class SamplingBatch:
         return tokens, logprobs
 
     def truncate(self, logprobs: Tensor) -> Tensor:
-        """-inf where top-k, top-p or min-p leave a token out; the likeliest always stays. Each is of the whole
-        distribution's probabilities after those before it, as in transformers."""
+        """Sets logprobs [b, V] to -inf where top-k, top-p or min-p exclude a token. The likeliest always stays.
+
+        The filters apply in this order. Each sees the distribution that the previous one left, as in transformers.
+        """
         size = logprobs.shape[-1]
         if self.max_k:
             likeliest = logprobs.topk(min(self.max_k, size)).values
@@ -115,13 +124,15 @@ class SamplingBatch:
         return logprobs
 
     def _nucleus_threshold(self, logprobs: Tensor) -> Tensor:
-        """[b, 1] log-probability of the last token inside top-p. Looks at as many of the likeliest as it takes,
-        doubling: a full sort is seldom needed."""
+        """[b, 1] log-probability of the last token inside top-p.
+
+        Looks at the 64 likeliest tokens first, then at four times as many until they suffice. A full sort is rare.
+        """
         size, count = logprobs.shape[-1], 64
         while True:
             likeliest = logprobs.topk(min(count, size)).values
             mass = likeliest.exp().cumsum(dim=-1)
-            inside = mass - likeliest.exp() < self.top_p  # tokens in front of it have less than top_p
+            inside = mass - likeliest.exp() < self.top_p  # the likelier tokens have less than top_p
             if count >= size or not (inside[:, -1:] & (self.top_p < 1)).any():
                 last = inside.sum(dim=-1, keepdim=True).clamp(min=1) - 1
                 threshold = likeliest.gather(1, last)
@@ -130,13 +141,13 @@ class SamplingBatch:
 
 
 def fold_in(seed: int, i: int) -> int:
-    """The seed of a seed's i-th child: of a request's sequence, of a job's request."""
+    """Derives the i-th child seed of a seed, e.g. that of a request's i-th sequence."""
     with np.errstate(over="ignore"):
         return int(_mix(_mix(np.uint64(seed % 2**64)) + np.uint64(i)))
 
 
 def uniforms(streams: np.ndarray, index: np.ndarray) -> np.ndarray:
-    """[b] float64 in [0, 1): element `index` of each stream. Counter-based (SplitMix64): nothing is carried along."""
+    """Element `index` [b] of each stream: [b] float64 in [0, 1). Counter-based (SplitMix64), so it has no state."""
     with np.errstate(over="ignore"):
         bits = _mix(streams + index.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
     return np.asarray((bits >> np.uint64(11)) * 2.0**-53)

@@ -1,7 +1,7 @@
-"""Decides what the next step does. Only integers are handled here; executor.py carries a plan out.
+"""Decides what the next step does, on integers only. executor.py executes the plan.
 
-Requests are admitted in order. A prompt is prefilled once, in chunks, and forked for its n sequences. Planning needs no
-token values: a plan may be made before the tokens of the one before it are known, so `update` may come one plan late.
+Requests are admitted in order. A prompt is prefilled once, in chunks, and forked into its n sequences. Planning needs
+no token values: a plan can be made before the previous plan's tokens are known, so `update` may come one plan late.
 """
 
 from collections import OrderedDict, deque
@@ -14,7 +14,13 @@ from m1.engine.sequence import Request, Sequence
 
 
 class Restore(NamedTuple):
-    """Copy an entry of the prefix cache, the state after `length` tokens, into a slot."""
+    """Part of a `Plan`: copy a state from the prefix cache into a slot.
+
+    Attributes:
+        entry: which entry of the prefix cache.
+        slot: the slot to fill.
+        length: number of tokens that the state has seen.
+    """
 
     entry: int
     slot: int
@@ -22,27 +28,49 @@ class Restore(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Prefill a prompt's next tokens, with `start` 0 into an empty slot; then keep the state in the prefix cache."""
+    """Part of a `Plan`: prefill a prompt's next tokens, then keep the state in the prefix cache.
+
+    Attributes:
+        slot: the prompt's slot.
+        start: number of prompt tokens that the slot has seen. The slot is cleared first when 0.
+        tokens: the token ids to prefill.
+        entry: the entry of the prefix cache that takes the state; None to keep nothing.
+    """
 
     slot: int
     start: int
     tokens: list[int]
-    entry: int | None  # of the prefix cache
+    entry: int | None
 
 
 class Fork(NamedTuple):
-    """Start a sequence: copy its prompt's slot (or take it over, where source is target) and draw its first token."""
+    """Part of a `Plan`: start a sequence from its prompt's state and draw its first token.
+
+    Attributes:
+        sequence: id of the sequence.
+        source: the prompt's slot.
+        target: the sequence's slot, a copy of `source`. If they are equal, the sequence takes the prompt's slot over.
+        length: number of tokens in the prompt.
+        params: how to sample.
+        stream: the sequence's random stream, a seed from `fold_in`.
+    """
 
     sequence: int
     source: int
     target: int
-    length: int  # tokens of the prompt
+    length: int
     params: SamplingParams
-    stream: int  # of random numbers
+    stream: int
 
 
 class Decode(NamedTuple):
-    """Decode one token of each of these sequences, whose slots have seen `lengths` tokens."""
+    """Part of a `Plan`: decode one token of each of b sequences.
+
+    Attributes:
+        sequences: ids of the sequences.
+        slots: their slots.
+        lengths: number of tokens that each slot has seen.
+    """
 
     sequences: list[int]
     slots: list[int]
@@ -51,7 +79,14 @@ class Decode(NamedTuple):
 
 @dataclass
 class Plan:
-    """The work of one step, in the order in which it is executed. Restores read what earlier plans have kept."""
+    """The work of one step, decided by the `Scheduler` and executed by the `Executor` in the order of the fields.
+
+    Attributes:
+        restore: states to copy from the prefix cache, which earlier plans have written.
+        prefill: chunks of prompts to run.
+        fork: sequences to start. Each draws its first token.
+        decode: sequences to decode. Each draws its next token.
+    """
 
     restore: list[Restore] = field(default_factory=list)
     prefill: list[Chunk] = field(default_factory=list)
@@ -61,24 +96,35 @@ class Plan:
 
 @dataclass
 class Stats:
-    """What has been planned and drawn so far."""
+    """Counters of an engine's work since it was made.
 
-    steps: int = 0  # decode steps
-    decoded: int = 0  # tokens drawn
-    prefilled: int = 0  # prompt tokens computed
-    prefix_hits: int = 0  # prompt tokens found in the prefix cache
+    Attributes:
+        steps: decode steps.
+        decoded: tokens drawn.
+        prefilled: prompt tokens computed.
+        prefix_hits: prompt tokens found in the prefix cache.
+        forks: sequences that started with a copy of their prompt's slot.
+    """
+
+    steps: int = 0
+    decoded: int = 0
+    prefilled: int = 0
+    prefix_hits: int = 0
     forks: int = 0
 
 
 class Scheduler:
-    """Waiting and running sequences, free slots, and the prefix cache's index.
+    """Decides which sequences get a slot and what each step computes, without a model or tensors.
+
+    `add` queues a request, `schedule` plans the next step, and `update` takes in the tokens that a plan drew. It holds
+    the waiting requests, the running sequences, the free slots, and the index of the prefix cache.
 
     Args:
-        num_slots: sequences that run at a time.
-        prefill_chunk: maximum number of prompt tokens in a chunk. No chunk begins in a plan that has as many already.
-        prefix_cache: entries of the cache: states after whole prompts, and after their beginnings at multiples of
-            `prefill_chunk`. They are used only where a prefill would have passed through the same state.
-        stop_token_ids: end a sequence, unless its request ignores them.
+        num_slots: maximum number of sequences that run at the same time.
+        prefill_chunk: maximum number of prompt tokens in a chunk. A plan that has as many takes no further chunk.
+        prefix_cache: number of entries in the prefix cache. An entry is the state after a whole prompt, or after the
+            beginning of one at a multiple of `prefill_chunk`. It is used only where a prefill would pass through it.
+        stop_token_ids: tokens that end a sequence, unless its request has `ignore_eos`.
     """
 
     def __init__(self, num_slots: int, prefill_chunk: int, prefix_cache: int, stop_token_ids: Collection[int] = ()):
@@ -90,17 +136,18 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: dict[int, Sequence] = {}
         self.stats = Stats()
-        self._admitted = self._plans = self._steady_until = 0  # sequences and plans so far; the last plan of `_rows`
-        self._rows: list[Sequence] = []  # decoded by every plan until one joins, leaves, or has drawn its last token
+        self._admitted = self._plans = self._steady_until = 0  # sequences and plans so far; last plan of `_rows`
+        self._rows: list[Sequence] = []  # decoded by each plan until one joins, leaves, or draws its last token
         self._columns: tuple[list[int], list[int]] = [], []  # their ids and slots
 
     def add(self, request: Request) -> None:
+        """Queues a request after those that wait."""
         own = frozenset() if request.params.ignore_eos else self.stop_token_ids
         request.stop = own.union(request.params.stop_token_ids)
         self.waiting.append(request)
 
     def schedule(self) -> Plan:
-        """The next step: admits what has a slot, then decodes every sequence that may draw more tokens."""
+        """Plans the next step: admits waiting requests, then decodes each sequence that may draw more tokens."""
         plan = Plan()
         self._plans = now = self._plans + 1
         self._admit(plan)
@@ -113,9 +160,14 @@ class Scheduler:
         return plan
 
     def update(self, plan: Plan, tokens: list[int], logprobs: list[float]) -> list[Sequence]:
-        """Takes in the tokens that a plan drew, those of its forks first. Returns the sequences that ended with them.
+        """Appends the tokens that a plan drew to their sequences. Returns the sequences that ended with them.
 
-        Tokens of sequences that ended before are dropped: they were planned before that was known.
+        Tokens of sequences that have ended are dropped: they were planned before the end was known.
+
+        Args:
+            plan: the plan that was executed.
+            tokens: one per fork, then one per decoded sequence.
+            logprobs: their log-probabilities; NaN ends the sequence with reason "nan".
         """
         ended, drawn = [], 0
         ids = [fork.sequence for fork in plan.fork] + plan.decode.sequences
@@ -145,7 +197,7 @@ class Scheduler:
         sequence.finish_reason, sequence.done = reason, True
 
     def abort(self, request: Request) -> None:
-        """Ends what is unfinished of a request, waiting or running."""
+        """Ends the request's unfinished sequences, waiting or running."""
         if request in self.waiting:
             self.waiting.remove(request)
             if request.slot is not None:
@@ -157,7 +209,7 @@ class Scheduler:
             sequence.done = True
 
     def _admit(self, plan: Plan) -> None:
-        """Prefills and starts what waits, in order, as far as slots and the chunk budget go."""
+        """Prefills and starts the waiting requests, in order, while there are slots and chunk budget."""
         budget = self.prefill_chunk
         while self.waiting:
             request = self.waiting[0]
@@ -171,11 +223,11 @@ class Scheduler:
                 pass
             if request.started == request.params.n:
                 self.waiting.popleft()
-            elif request.slot is not None:  # the prompt waits in its slot until others leave theirs
+            elif request.slot is not None:  # the prompt waits in its slot until another slot is free
                 return
 
     def _open(self, request: Request, plan: Plan) -> bool:
-        """Gives the prompt a slot, as far along as the prefix cache goes. False if that has to wait."""
+        """Gives the prompt a slot with its longest cached beginning. Returns False if it has to wait."""
         if not self.free:
             return False
         size, step = len(request.tokens), self.prefill_chunk
@@ -184,7 +236,7 @@ class Scheduler:
             if entry is None:
                 continue
             if any(chunk.entry == entry for chunk in plan.prefill):
-                return False  # this very plan computes it; the next one can restore it
+                return False  # this plan computes it; the next one can restore it
             self.cached.move_to_end(key)
             request.slot, request.computed = self.free.pop(), length
             plan.restore.append(Restore(entry, request.slot, length))
@@ -194,7 +246,7 @@ class Scheduler:
         return True
 
     def _prefill(self, request: Request, plan: Plan) -> int:
-        """Plans a prompt's next chunk, up to a multiple of the chunk size or its end. Returns the number of tokens."""
+        """Plans a prompt's next chunk: `prefill_chunk` tokens, or those that are left. Returns the number of tokens."""
         assert request.slot is not None
         start = request.computed
         tokens = request.tokens[start : start + self.prefill_chunk]
@@ -204,7 +256,7 @@ class Scheduler:
         return len(tokens)
 
     def _entry(self, request: Request) -> int | None:
-        """An entry of the prefix cache for the prompt as far as computed: a new one, or the least recently used."""
+        """Takes a prefix-cache entry, new or least recently used, for the part of the prompt computed so far."""
         if not self.prefix_cache:
             return None
         full = len(self.cached) == self.prefix_cache
@@ -213,7 +265,7 @@ class Scheduler:
         return entry
 
     def _start(self, request: Request, plan: Plan) -> bool:
-        """Gives the request's next sequence a slot: a fork, or the prompt's own for the last one. False if it waits."""
+        """Starts the request's next sequence in a free slot or in the prompt's. Returns False if it has to wait."""
         source = request.slot
         if source is None:
             return False
@@ -221,7 +273,7 @@ class Scheduler:
         if not last and self.free:
             target = self.free.pop()
             self.stats.forks += 1
-        elif last or not self.running:  # nobody will leave a slot: take the prompt's, the next prefills it again
+        elif last or not self.running:  # no other slot will be free: take the prompt's; the next prefills again
             target = source
             request.slot, request.computed = None, request.computed if last else 0
         else:

@@ -1,4 +1,4 @@
-"""What the engine is asked for, and the samples it makes of it."""
+"""What goes into the engine and comes out of it: `Request` and `Sequence`."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -8,53 +8,63 @@ from m1.engine.sampling import SamplingParams, fold_in
 
 @dataclass(eq=False)
 class Request:
-    """A prompt to sample `params.n` times.
+    """A prompt to be sampled `params.n` times by the engine.
 
     Args:
-        tokens: the prompt.
-        params: how to sample. `params.seed` and a sequence's index make that sequence's random stream.
-        id: names the request in errors; otherwise the caller's own.
+        tokens: the prompt's token ids.
+        params: how to sample. Each sequence's random stream is `fold_in(params.seed, its index)`.
+        id: the caller's number for the request. Error messages name it.
+
+    Attributes:
+        sequences: the n samples, which the engine fills.
+        done: whether all of them have ended.
     """
 
     tokens: list[int]
     params: SamplingParams
     id: int = 0
     sequences: list["Sequence"] = field(init=False)
-    # The scheduler's notes.
+    # The scheduler's own fields.
     stop: frozenset[int] = frozenset()  # tokens that end a sequence
-    started: int = 0  # sequences that have, or had, a slot
-    slot: int | None = None  # holds the prompt until the last sequence takes it over
-    computed: int = 0  # prompt tokens the slot has seen
+    started: int = 0  # number of sequences that have, or had, a slot
+    slot: int | None = None  # holds the prompt until a sequence takes it over
+    computed: int = 0  # number of prompt tokens the slot has seen
 
     def __post_init__(self) -> None:
         self.sequences = [Sequence(self, index) for index in range(self.params.n)]
 
     @property
     def done(self) -> bool:
+        """Whether all sequences have ended."""
         return all(sequence.done for sequence in self.sequences)
 
 
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """One sample of a request: its tokens so far, their log-probabilities, and why it ended.
+    """One sample of a request, which grows by one token per step until it is done.
 
-    `token_ids` includes the stop token, if it was reached. `finish_reason` is "stop", "length", "nan" (the model's
-    logits), or "abort" as long as the sequence hasn't ended by itself.
+    Attributes:
+        request: the request it belongs to.
+        index: its number among the request's n sequences, from 0.
+        token_ids: the tokens drawn so far, including the stop token if it was reached.
+        logprobs: their log-probabilities.
+        finish_reason: "stop", "length" or "nan" (NaN in the model's logits); "abort" before the end and after an abort.
+        done: whether it has ended.
     """
 
     request: Request
-    index: int  # among the request's n
+    index: int
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish_reason: str = "abort"
     done: bool = False
-    # The scheduler's notes.
+    # The scheduler's own fields.
     id: int = -1  # unique among the sequences of an engine
     slot: int = -1
-    base: int = 0  # plus a plan's number: tokens the slot has seen when that plan decodes it
-    last_plan: int = 0  # the last plan that decodes it
+    base: int = 0  # base + a plan's number = tokens the slot has seen when that plan decodes the sequence
+    last_plan: int = 0  # number of the last plan that decodes the sequence
 
 
 def requests_for(prompts: Iterable[list[int]], params: SamplingParams) -> list[Request]:
-    """One request for each prompt. The prompt's number is the request's id, and is folded into its seed."""
+    """Makes one request per prompt. The prompt's number is the request's id and is folded into its seed."""
     return [Request(prompt, replace(params, seed=fold_in(params.seed, i)), i) for i, prompt in enumerate(prompts)]

@@ -1,17 +1,14 @@
-"""Whether one result is better than another on the same problems: a paired bootstrap over problems.
+"""Tests whether one result is better than another on the same problems, by a paired bootstrap over problems.
 
-The problems are the random sample, as in every interval here: both results of a resampled problem are taken together,
-so what makes it hard for both cancels out (Efron and Tibshirani 1993, chapter 13; Koehn 2004). The interval is the
-percentile interval of the difference, and p the level at which it would just touch 0.
+The problems are the random sample, as in every interval of this package. Both results of a resampled problem are taken
+together, so the difficulty that they share cancels out (Efron and Tibshirani 1993, chapter 13; Koehn 2004). The
+interval is the percentile interval of the difference. p is the level at which this interval would just touch 0.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from m1.errors import UserError
 from m1.jsonl import read_json, read_jsonl
@@ -22,7 +19,11 @@ MOST_DIFFERENT = 10
 
 
 def compare(a: str | Path, b: str | Path, seed: int = 0) -> dict[str, Any]:
-    """The differences B - A of two result folders: pass@1, and maj@k of the largest k that both have.
+    """Computes the differences B - A of two result folders: of pass@1, and of maj@k for the largest k that both have.
+
+    Args:
+        a, b: finished result folders of `m1 eval`, on the same problems.
+        seed: of the resampling.
 
     Raises:
         UserError: a folder without a finished result, or results of different problems or golds.
@@ -54,7 +55,16 @@ def compare(a: str | Path, b: str | Path, seed: int = 0) -> dict[str, Any]:
 
 
 def paired_bootstrap(a: np.ndarray, b: np.ndarray, seed: int = 0, resamples: int = RESAMPLES) -> dict[str, Any]:
-    """Means of a and b [problems], their difference b - a, its 95 % interval, and p of no difference (two-sided)."""
+    """Estimates the mean difference b - a and its 95 % interval.
+
+    Args:
+        a, b: [problems], one number per problem.
+        seed: of the resampling.
+        resamples: number of resamples.
+
+    Returns:
+        {"a", "b": means, "difference", "ci95": [low, high], "p": two-sided, of no difference}.
+    """
     rng = np.random.default_rng(seed)
     difference = b - a
     parts = []
@@ -62,7 +72,7 @@ def paired_bootstrap(a: np.ndarray, b: np.ndarray, seed: int = 0, resamples: int
         drawn = rng.integers(len(difference), size=(min(CHUNK, resamples - start), len(difference)))
         parts.append(difference[drawn].mean(axis=1))
     means = np.concatenate(parts)
-    # a resample that ties counts for both sides, and one is added: p is never 0 for want of resamples
+    # A tied resample counts for both sides. One is added, because finitely many resamples can't show that p is 0.
     tail = min((means <= 0).sum(), (means >= 0).sum())
     low, high = np.percentile(means, [2.5, 97.5])
     return {
@@ -74,32 +84,13 @@ def paired_bootstrap(a: np.ndarray, b: np.ndarray, seed: int = 0, resamples: int
     }
 
 
-def print_comparison(comparison: dict[str, Any], console: Console) -> None:
-    """A table, the settings and problems that differ most, and the whole of it as a last line of JSON."""
-    table = Table(title=f"{comparison['problems']} problems; in %, differences with their 95 % intervals")
-    for column in ("", "A", "B", "B - A", "from", "to", "p"):
-        table.add_column(column, justify="right" if column else "left")
-    for name, m in comparison["measures"].items():
-        numbers = (m["a"], m["b"], m["difference"], *m["ci95"])
-        table.add_row(name, *(f"{100 * number:.1f}" for number in numbers), f"{m['p']:.4f}")
-    console.print(table)
-    console.print(f"A = {comparison['a']}\nB = {comparison['b']}", soft_wrap=True, highlight=False, markup=False)
-    for name, (left, right) in comparison["settings_that_differ"].items():
-        line = f"made differently: {name} is {left!r} in A and {right!r} in B"
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
-    for row in comparison["most_different"]:
-        line = f"{100 * row['a']:5.1f} -> {100 * row['b']:5.1f} %  {row['problem']}"
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
-    console.print(json.dumps(comparison), soft_wrap=True, highlight=False, markup=False)
-
-
 def _result(folder: Path) -> dict[str, Any]:
     path = folder / "result.json"
     if not path.exists():
-        raise UserError(f"{path} is missing: not a folder of `m1 eval`, or one whose run isn't finished; run it again")
+        raise UserError(f"{path} is missing: give the folder of a finished `m1 eval`, or run it again to finish it")
     result = read_json(path)
     if "per_problem" not in result or not (folder / "problems.jsonl").exists():
-        raise UserError(f"{folder} has no results by problem: it isn't from this version's `m1 eval`; run it again")
+        raise UserError(f"{folder} has no results per problem: it isn't from this version's `m1 eval`; run it again")
     return result
 
 
@@ -108,7 +99,7 @@ def _check_same_problems(a: Path, b: Path) -> None:
     for left, right, folder in ((first, second, a), (second, first, b)):
         if alone := [id_ for id_ in left if id_ not in right]:
             raise UserError(
-                f"{a} and {b} are of different problems: {alone[0]!r} and {len(alone) - 1} more are in {folder} alone"
+                f"{a} and {b} are of different problems: {alone[0]!r} and {len(alone) - 1} more are only in {folder}"
             )
     for id_, row in first.items():
         for key, what in (("text", "texts"), ("answers", "golds")):

@@ -1,11 +1,10 @@
-"""Samples from a server that speaks OpenAI's chat completions: vLLM, for instance, or a cluster behind one address.
+"""Draws samples from a server with OpenAI's chat completions API, such as vLLM.
 
-Several threads post requests. What may pass is tried again, later and later: 429 and 5xx, time-outs, broken
-connections, answers that aren't completions. A server that can't be reached at all, or that refuses a request, ends the
-evaluation at once.
+Several threads send requests. Temporary errors are retried with growing waits: status 429 and 5xx, time-outs, broken
+connections, replies that aren't chat completions. If the server can't be reached at all or refuses a request, the
+evaluation ends at once.
 """
 
-import os
 import queue
 import random
 import threading
@@ -18,28 +17,33 @@ import httpx2
 
 from m1.engine import SamplingParams
 from m1.errors import UserError
-from m1.evaluation.generators import Ask, Sample, Samples
+from m1.evaluation.samplers import Sample, SampleRequest, Samples
+from m1.secrets import HIDDEN, api_key, redact
 
-CHOICES = 8  # samples of a request at most: an answer with log-probabilities has some 100 bytes a token
+CHOICES = 8  # maximum number of samples per request: log-probabilities take about 100 bytes per token
 LONGEST_WAIT = 60.0  # seconds between two tries
-REQUESTED_IF_KNOWN = ("seed", "logprobs")  # fields that are left out where a server refuses them
+REQUESTED_IF_KNOWN = ("seed", "logprobs")  # fields that are left out if a server refuses them
 
 Choice = tuple[str, int | None, float | None, str]  # text, tokens, log-probability, finish reason
 
 
 @dataclass
-class EndpointGenerator:
-    """
+class EndpointSampler:
+    """Draws an evaluation's samples from a server with OpenAI's chat completions API.
+
     Args:
-        url: the API's base, e.g. http://localhost:8000/v1. The key is $OPENAI_API_KEY, if set.
-        model: its name on that server.
-        concurrency: requests at a time.
-        timeout: seconds the server may be silent; it is so while it generates.
-        tries: of a request, before the evaluation is given up.
-        wait: seconds before the second try, doubled with each further one.
+        url: base URL of the API, e.g. http://localhost:8000/v1. The key is $OPENAI_API_KEY, if set.
+        model: the model's name on that server.
+        concurrency: maximum number of open requests.
+        timeout: maximum seconds without a byte from the server, which is silent while it generates.
+        tries: number of tries per request before the evaluation gives up.
+        wait: seconds before the second try. The wait doubles with each further try, up to LONGEST_WAIT.
+
+    Attributes:
+        by_round: False; all samples are requested at once.
 
     Raises:
-        UserError: a malformed URL, or a number that can't be.
+        UserError: a malformed URL, a number out of range, or a key that no HTTP header can hold.
     """
 
     url: str
@@ -54,25 +58,34 @@ class EndpointGenerator:
         try:
             url = httpx2.URL(self.url)
         except (httpx2.InvalidURL, TypeError) as error:
-            raise UserError(f"endpoint {self.url!r}: {error}") from None
+            raise UserError(f"endpoint {redact(repr(self.url))}: {error}") from None
         if url.scheme not in ("http", "https") or not url.host:
-            raise UserError(f"endpoint {self.url!r}: give its base URL, such as http://localhost:8000/v1")
+            example = "http://localhost:8000/v1"
+            raise UserError(f"endpoint {redact(repr(self.url))}: give its base URL, such as {example}")
         if self.concurrency < 1 or not self.timeout > 0:
             raise UserError(f"concurrency={self.concurrency}, timeout={self.timeout}: must be positive")
-        self.address = self.url.rstrip("/") + "/chat/completions"
-        self._unknown: set[str] = set()  # of REQUESTED_IF_KNOWN, what this server refused
+        self.address = url.copy_with(path=url.path.rstrip("/") + "/chat/completions")
+        self._shown = redact(str(self.address))
+        self._key = api_key()
+        self._unknown: set[str] = set()  # those of REQUESTED_IF_KNOWN that this server refused
         self._reached = False
 
     def identity(self) -> dict[str, str]:
-        return {"generator": "endpoint", "model": self.model}
+        """The kind "endpoint", and the model's name on the server."""
+        return {"sampler": "endpoint", "model": self.model}
 
     def facts(self) -> dict[str, Any]:
-        return {"endpoint": self.url}
+        """The URL, without secrets."""
+        return {"endpoint": redact(self.url)}
 
-    def generate(self, asks: Sequence[Ask], params: SamplingParams) -> Samples:
-        """Requests of up to CHOICES samples each, the first rounds' before the later ones'. The clock never stops."""
-        parts = [_part(ask, first) for ask in asks for first in range(0, len(ask.rounds), CHOICES)]
-        jobs: queue.SimpleQueue[Ask] = queue.SimpleQueue()
+    def generate(self, requests: Sequence[SampleRequest], params: SamplingParams) -> Samples:
+        """Sends requests of up to CHOICES samples each, ordered by round. The clock never pauses.
+
+        Raises:
+            UserError: the server can't be reached, refuses a request, or fails in all tries of one.
+        """
+        parts = [_part(request, first) for request in requests for first in range(0, len(request.rounds), CHOICES)]
+        jobs: queue.SimpleQueue[SampleRequest] = queue.SimpleQueue()
         for part in sorted(parts, key=lambda part: part.rounds[0]):
             jobs.put(part)
         results: queue.SimpleQueue[Sample | BaseException] = queue.SimpleQueue()
@@ -86,12 +99,11 @@ class EndpointGenerator:
                         results.put(sample)
             except queue.Empty:
                 pass
-            except BaseException as error:  # it is the caller's, who waits for the results
+            except BaseException as error:  # raised in the thread that waits for the results
                 results.put(error)
 
-        key = os.environ.get("OPENAI_API_KEY")
         client = httpx2.Client(
-            headers={"Authorization": f"Bearer {key}"} if key else {},
+            headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
             timeout=httpx2.Timeout(self.timeout, connect=min(self.timeout, 30.0), pool=None),
             limits=httpx2.Limits(max_connections=self.concurrency),
         )
@@ -103,32 +115,37 @@ class EndpointGenerator:
                 if isinstance(result, BaseException):
                     raise result
                 yield result
-        finally:  # also after Ctrl-C: the threads are daemons, nobody waits for their requests
+        finally:  # also after Ctrl-C: the threads are daemons, so open requests don't delay the exit
             stop.set()
             client.close()
 
     def _sample(
-        self, client: httpx2.Client, ask: Ask, params: SamplingParams, started: float, stop: threading.Event
+        self,
+        client: httpx2.Client,
+        request: SampleRequest,
+        params: SamplingParams,
+        started: float,
+        stop: threading.Event,
     ) -> Iterator[Sample]:
-        """All samples of an ask. A server that gives fewer choices than it is asked for is asked again."""
-        rounds = list(ask.rounds)
+        """Yields all samples of a request. If the server returns fewer choices, the rest is requested again."""
+        rounds = list(request.rounds)
         while rounds:
             body = {
                 "model": self.model,
-                "messages": [{"role": "user", "content": ask.prompt}],
+                "messages": [{"role": "user", "content": request.prompt}],
                 "n": len(rounds),
                 "max_tokens": params.max_tokens,
                 "temperature": params.temperature,
                 "top_p": params.top_p,
-                "seed": (ask.seed + rounds[0] - ask.rounds[0]) % 2**31,
+                "seed": (request.seed + rounds[0] - request.rounds[0]) % 2**31,
                 "logprobs": True,
             }
             for text, tokens, logprob, finish_reason in self._post(client, body, stop)[: len(rounds)]:
                 seconds = time.monotonic() - started
-                yield Sample(ask.problem, rounds.pop(0), text, tokens, logprob, finish_reason, seconds)
+                yield Sample(request.problem, rounds.pop(0), text, tokens, logprob, finish_reason, seconds)
 
     def _post(self, client: httpx2.Client, body: dict[str, Any], stop: threading.Event) -> list[Choice]:
-        """The choices of one request, tried again as long as that may help."""
+        """Sends one HTTP request and returns its choices. Temporary errors are retried."""
         wait, problem = self.wait, ""
         for attempt in range(self.tries):
             if attempt and stop.wait(min(wait * random.uniform(0.8, 1.2), LONGEST_WAIT)):
@@ -139,7 +156,7 @@ class EndpointGenerator:
                 response = client.post(self.address, json=asked)
             except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
                 if not self._reached:
-                    raise UserError(f"can't reach {self.address}: {error}") from None
+                    raise UserError(f"can't reach {self._shown}: {redact(str(error))}") from None
                 problem = str(error)
                 continue
             except httpx2.HTTPError as error:
@@ -149,28 +166,28 @@ class EndpointGenerator:
             problem = f"{response.status_code} {_excerpt(response)}"
             if response.status_code == 200:
                 try:
-                    return _choices(response.json())
+                    return _choices(response.json(), self._key)
                 except (ValueError, KeyError, TypeError, AttributeError) as error:
-                    problem = f"an answer that isn't a chat completion ({type(error).__name__}: {_excerpt(response)})"
+                    problem = f"a reply that isn't a chat completion ({type(error).__name__}: {_excerpt(response)})"
             elif response.status_code == 400 and (named := _named(response, asked)):
                 self._unknown.add(named)
                 wait = 0.0
             elif response.status_code == 429 or response.status_code >= 500:
                 wait = max(wait, _retry_after(response))
             else:
-                raise UserError(f"{self.address} answers {problem}")
+                raise UserError(f"{self._shown} answers {redact(problem)}")
         raise UserError(
-            f"{self.address}: given up after {self.tries} tries, the last: {problem}; finished samples are saved: "
-            "run it again to go on"
+            f"{self._shown}: gave up after {self.tries} tries, the last: {redact(problem)}; finished samples are "
+            "saved: run it again to resume"
         )
 
 
-def _part(ask: Ask, first: int) -> Ask:
-    return Ask(ask.problem, ask.prompt, ask.rounds[first : first + CHOICES], ask.seed + first)
+def _part(request: SampleRequest, first: int) -> SampleRequest:
+    return SampleRequest(request.problem, request.prompt, request.rounds[first : first + CHOICES], request.seed + first)
 
 
-def _choices(answer: dict[str, Any]) -> list[Choice]:
-    """A completion's choices.
+def _choices(answer: dict[str, Any], key: str | None) -> list[Choice]:
+    """The choices of a chat completion. If a text repeats the API key, the key is removed.
 
     Raises:
         ValueError, KeyError, TypeError, AttributeError: it isn't a chat completion.
@@ -180,26 +197,27 @@ def _choices(answer: dict[str, Any]) -> list[Choice]:
         raise ValueError("no choices")
     counts: list[int | None] = [None] * len(choices)
     if (used := (answer.get("usage") or {}).get("completion_tokens")) is not None:
-        # the server counts all choices together: an even split is wrong for each, but right for their sum
+        # The server counts all choices together. An even split may be wrong for each, but its sum is right.
         counts = [used // len(choices) + (i < used % len(choices)) for i in range(len(choices))]
-    return [_choice(choice, count) for choice, count in zip(choices, counts, strict=True)]
+    return [_choice(choice, count, key) for choice, count in zip(choices, counts, strict=True)]
 
 
-def _choice(choice: dict[str, Any], count: int | None) -> Choice:
+def _choice(choice: dict[str, Any], count: int | None, key: str | None) -> Choice:
     message = choice["message"]
-    text = message.get("content") or ""
-    # servers with a reasoning parser give a sample in two parts; answers are looked for in the whole of it
+    text, reason = message.get("content") or "", str(choice.get("finish_reason") or "unknown")
+    # Servers with a reasoning parser return a sample in two parts. Answers are extracted from the joined text.
     if reasoning := message.get("reasoning_content") or message.get("reasoning"):
         text = f"<think>\n{reasoning}\n</think>\n{text}"
+    text, reason = (part.replace(key, HIDDEN) if key else part for part in (text, reason))
     text = text.encode("utf-8", "replace").decode()  # JSON can hold half a character, a file can't
     logprob = None
     if content := (choice.get("logprobs") or {}).get("content"):
         logprob, count = sum(float(token["logprob"]) for token in content), len(content)
-    return text, count, logprob, str(choice.get("finish_reason") or "unknown")
+    return text, count, logprob, reason
 
 
 def _named(response: httpx2.Response, asked: dict[str, Any]) -> str | None:
-    """Which field of the request, of those that can be left out, an error message is about."""
+    """The field that the error message names, among those that can be left out; else None."""
     return next((name for name in REQUESTED_IF_KNOWN if name in asked and name in response.text), None)
 
 

@@ -1,161 +1,157 @@
-"""Samples a task, grades every sample and measures what it cost.
+"""Samples a task, grades every sample, and measures accuracy and cost.
 
-    OUT/settings.json    what the samples depend on: those of other settings are not mixed in
+    OUT/settings.json    what the samples depend on (runs.py)
     OUT/problems.jsonl   the problems and golds
     OUT/samples.jsonl    every sample as it finishes: problem, round, text, answer, grade, tokens, seconds
-    OUT/samples.parquet  the same, written at the end, where there is pyarrow
-    OUT/result.json      the metrics, written last
+    OUT/samples.parquet  the same, written at the end if pyarrow is installed
+    OUT/result.json      the metrics
 
-A run that was cut off makes only what is missing. What its grading met is in the samples, its seconds too: both go on
-from there. The result's `grading` is the samples' and the votes' of the session that finished; sessions don't know each
-other's pairs, so some are counted twice.
+An interrupted run resumes with the missing samples. Seconds and grading counts are stored with the samples, so a
+resumed run continues them. The result's `grading` sums the counts of the samples and of the final votes. A session
+doesn't know the pairs of answers that earlier ones compared, so some pairs are counted twice.
 """
 
 import hashlib
-import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 from m1.engine import SamplingParams, fold_in
 from m1.errors import UserError
-from m1.evaluation.folder import SETTINGS, refuse_other_settings
-from m1.evaluation.generators import Ask, Generator, Sample
-from m1.evaluation.metrics import summarize
-from m1.evaluation.tasks import Problem
-from m1.jsonl import append_jsonl, drop_torn_line, read_jsonl, write_json
-from m1.reasoning.answers import Grader, extract_answer
-from m1.reasoning.audit import audit
+from m1.evaluation.metrics import metrics_of
+from m1.evaluation.samplers import EngineSampler, Sample, Sampler, SampleRequest, TransformersSampler
+from m1.grading import Grader, extract_answer
+from m1.grading.audit import audit
+from m1.jsonl import to_jsonl, write_json, write_text
+from m1.model.checkpoint import load_model
+from m1.progress import OnProgress, Progress, ignore, silent
+from m1.recipe import EvalSettings, EvalStage
+from m1.runs import Run
+from m1.tasks.benchmarks import load_task
+from m1.tasks.chain import ChainSizes
+from m1.tasks.problem import Problem, problems_hash
+from m1.tasks.prompts import load_template
 
-TOO_LONG_TO_SHOW = {
-    "problems_sha256": "other problems",
-    "prompt_template": "another prompt template",
-    "model": "another model",
-}
-DOUBTED = ("problem", "round", "answer", "golds", "correct")  # what is told of a grade that the audit doubts
+SAMPLERS: dict[str, Callable[..., Sampler]] = {cls.kind: cls for cls in (EngineSampler, TransformersSampler)}
+ROW = (*(field.name for field in fields(Sample)), "answer", "correct", "grading")  # keys of a line of samples.jsonl
+DOUBTED = ("problem", "round", "answer", "golds", "correct")  # shown of samples whose grade is doubted
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What a result depends on beside model and problems.
+def run(stage: EvalStage, force: bool = False, progress: Progress = silent) -> dict[str, dict[str, Any]]:
+    """Runs the eval stage of a recipe. Returns one result per model; a model's folder is OUT/NAME."""
+    problems = load_problems(stage)
+    results = {}
+    with Run(stage.kind, stage.out, stage.settings(), force=force) as whole:
+        for name, folder in stage.models.items():
+            sampler = local_sampler(stage, folder)
+            with progress(name, "samples") as on_progress:
+                results[name] = evaluate(sampler, problems, stage, Path(stage.out, name), on_progress)
+        whole.finish()
+    return results
 
-    `prompt_template` becomes a user's message, with the problem's text in the place of {problem}.
-    """
 
-    task: str
-    n: int
-    max_new_tokens: int
-    temperature: float
-    seed: int
-    prompt_template: str = "{problem}"
+def local_sampler(stage: EvalStage, folder: str | Path) -> Sampler:
+    """Loads the checkpoint `folder` into the kind of sampler that the stage names."""
+    return SAMPLERS[stage.sampler](*load_model(folder), stage.max_num_seqs, stage.quantize)
 
-    def __post_init__(self) -> None:
-        if self.n < 1:
-            raise UserError(f"n={self.n}: need at least one sample a problem")
-        self.params()
 
-    def params(self) -> SamplingParams:
-        return SamplingParams(max_tokens=self.max_new_tokens, temperature=self.temperature)
+def load_problems(stage: EvalStage) -> list[Problem]:
+    """Loads the stage's problems. Raises UserError as `load_task`."""
+    return load_task(stage.task, stage.data, stage.limit, stage, stage.seed)
 
 
 def evaluate(
-    generator: Generator,
-    problems: list[Problem],
-    settings: Settings,
+    sampler: Sampler,
+    problems: Sequence[Problem],
+    settings: EvalSettings,
     out: str | Path,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: OnProgress = ignore,
+    force: bool = False,
 ) -> dict[str, Any]:
-    """Returns what it writes to OUT/result.json.
+    """Measures a model's accuracy and cost on problems: pass@1, pass@k and maj@k.
+
+    Args:
+        sampler: draws the samples, e.g. an `EngineSampler`.
+        problems: what to solve.
+        settings: task, number of samples, and sampling.
+        out: the result folder. An interrupted run in it resumes.
+        on_progress: called with the number of finished samples and of all samples.
+        force: move `out` aside if it holds something else.
+
+    Returns:
+        The content of OUT/result.json.
 
     Raises:
-        UserError: a prompt too long for the model, a server that fails, or an OUT that can't be written or holds
-            samples made with other settings or problems.
+        UserError: a prompt too long for the model, a server that fails, an `out` that can't be written or that was made
+            with other settings or problems.
     """
-    out = Path(out)
-    identity = generator.identity()
-    _prepare(out, asdict(settings) | identity, problems)
-    rows = _finished_rows(out / "samples.jsonl")
-    total = settings.n * len(problems)
-    on_progress(len(rows), total)
-    golds = {p.id: p.answers for p in problems}
-    step = 1 if generator.by_round else settings.n
-    with Grader() as grader:
+    template = load_template(settings.task, settings.prompt_template)
+    params = SamplingParams(max_tokens=settings.max_new_tokens, temperature=settings.temperature)
+    identity = sampler.identity()
+    # A stage has more fields than EvalSettings. The sizes of chains are left out: the problems' hash covers them.
+    names = {field.name for field in fields(EvalSettings)} - {field.name for field in fields(ChainSizes)}
+    used = {name: value for name, value in asdict(settings).items() if name in names} | {"prompt_template": template}
+    golds = {problem.id: problem.answers for problem in problems}
+    with (
+        Run("eval", out, used | identity | {"problems_sha256": problems_hash(problems)}, force=force) as run,
+        Grader() as grader,
+    ):
+        rows = {(row["problem"], row["round"]): row for row in run.read("samples.jsonl", *ROW)}
+        total = settings.n * len(problems)
+        on_progress(len(rows), total)
+        step = 1 if sampler.by_round else settings.n
         for first in range(0, settings.n, step):
-            asks = list(_missing(problems, settings, range(first, first + step), rows))
-            if not asks:
+            requests = list(_missing(problems, template, settings.seed, range(first, first + step), rows))
+            if not requests:
                 continue
             before = max((row["seconds"] for row in rows.values()), default=0.0)
-            with closing(generator.generate(asks, settings.params())) as samples:
+            with closing(sampler.generate(requests, params)) as samples:
                 for sample in samples:
                     row = _graded(replace(sample, seconds=round(before + sample.seconds, 4)), golds, grader)
-                    append_jsonl(out / "samples.jsonl", [row])
+                    run.append("samples.jsonl", row)
                     rows[sample.problem, sample.round] = row
                     on_progress(len(rows), total)
         before_votes = Counter(grader.counts)
-        result = summarize(list(rows.values()), golds, settings.n, grader, generator.by_round)
-    checked = audit({**row, "golds": golds[row["problem"]]} for row in rows.values())
-    result = {
-        "settings": asdict(settings),
-        "prompt_template_sha256": hashlib.sha256(settings.prompt_template.encode()).hexdigest(),
-        "problems_sha256": _problems_hash(problems),
-        **identity,
-        **generator.facts(),
-        **result,
-        "audit": {
-            "agreed": checked.agreed,
-            "disagreements": [{key: row[key] for key in DOUBTED} for row in checked.disagreements],
-        },
-        "grading": _sum([*(row["grading"] for row in rows.values()), _difference(grader.counts, before_votes)]),
-    }
-    _write_parquet(out / "samples.parquet", list(rows.values()))
-    write_json(out / "result.json", result)
+        metrics = metrics_of(list(rows.values()), golds, settings.n, grader, sampler.by_round)
+        checked = audit({**row, "golds": golds[row["problem"]]} for row in rows.values())
+        result = {
+            "settings": used,
+            "prompt_template_sha256": hashlib.sha256(template.encode()).hexdigest(),
+            "problems_sha256": problems_hash(problems),
+            **identity,
+            **sampler.facts(),
+            **metrics,
+            "audit": {
+                "agreed": checked.agreed,
+                "disagreements": [{key: row[key] for key in DOUBTED} for row in checked.disagreements],
+            },
+            "grading": _sum([*(row["grading"] for row in rows.values()), _difference(grader.counts, before_votes)]),
+        }
+        write_text(run.folder / "problems.jsonl", to_jsonl(map(asdict, problems)))
+        _write_parquet(run.folder / "samples.parquet", list(rows.values()))
+        write_json(run.folder / "result.json", result)
+        run.finish()
     return result
 
 
-def _prepare(out: Path, current: dict[str, Any], problems: list[Problem]) -> None:
-    """Makes OUT. Samples it holds must be of the same settings and problems: others would be mixed into the metrics."""
-    current = {**current, "problems_sha256": _problems_hash(problems)}
-    path, samples = out / SETTINGS, out / "samples.jsonl"
-    if path.exists() and samples.exists() and samples.stat().st_size:
-        refuse_other_settings(out, current, "samples", TOO_LONG_TO_SHOW)
-        return
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "problems.jsonl").unlink(missing_ok=True)
-        append_jsonl(out / "problems.jsonl", [asdict(p) for p in problems])
-        write_json(path, current)
-    except OSError as error:
-        raise UserError(f"can't write to {out}: {error.strerror}") from None
-
-
-def _problems_hash(problems: list[Problem]) -> str:
-    return hashlib.sha256(json.dumps([astuple(p) for p in problems]).encode()).hexdigest()
-
-
-def _finished_rows(path: Path) -> dict[tuple[str, int], dict[str, Any]]:
-    """Samples by problem and round. Two runs at a time may have made one twice: the first stands."""
-    drop_torn_line(path)
-    rows: dict[tuple[str, int], dict[str, Any]] = {}
-    for row in read_jsonl(path) if path.exists() else ():
-        rows.setdefault((row["problem"], row["round"]), row)
-    return rows
-
-
 def _missing(
-    problems: list[Problem], settings: Settings, rounds: range, rows: dict[tuple[str, int], dict[str, Any]]
-) -> Iterator[Ask]:
-    """What is left to sample in these rounds. Seeds don't depend on how far an earlier run came."""
+    problems: Sequence[Problem], template: str, seed: int, rounds: range, rows: dict[tuple[str, int], dict[str, Any]]
+) -> Iterator[SampleRequest]:
+    """Requests for the missing samples of these rounds.
+
+    A request's seed depends on its first missing round. With one round per call, seeds are the same in all sessions.
+    """
     for i, problem in enumerate(problems):
         if missing := tuple(r for r in rounds if (problem.id, r) not in rows):
-            prompt = settings.prompt_template.replace("{problem}", problem.text)
-            yield Ask(problem.id, prompt, missing, fold_in(settings.seed * 1_000_003 + missing[0], i))
+            prompt = template.replace("{problem}", problem.text)
+            yield SampleRequest(problem.id, prompt, missing, fold_in(seed * 1_000_003 + missing[0], i))
 
 
 def _graded(sample: Sample, golds: dict[str, tuple[str, ...]], grader: Grader) -> dict[str, Any]:
-    """The sample's row. `grading` is what its grade added to the grader's counts."""
+    """The row of a sample in samples.jsonl. `grading` is what this sample added to the grader's counts."""
     before = Counter(grader.counts)
     answer = extract_answer(sample.text)
     correct = answer is not None and grader.grade(answer, golds[sample.problem])
@@ -177,8 +173,12 @@ def _write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
     try:
         import pyarrow
         from pyarrow import parquet
-    except ImportError:  # the JSONL has it all
+    except ImportError:  # samples.jsonl has the same rows
         return
-    draft = path.with_name(path.name + ".part")
-    parquet.write_table(pyarrow.Table.from_pylist(rows), draft)
-    draft.replace(path)
+    draft = path.with_name(f".{path.name}.part")
+    try:
+        parquet.write_table(pyarrow.Table.from_pylist(rows), draft)
+        draft.replace(path)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise UserError(f"can't write {path}: {error.strerror or error}") from None

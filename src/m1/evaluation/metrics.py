@@ -1,7 +1,7 @@
 """Accuracy from samples.
 
-Every measure takes one list of samples per problem, all of the same length n, and gives a number per problem;
-`estimate` makes of these numbers a mean and its interval.
+Every measure takes one list of samples per problem, all of the same length n, and returns one number per problem.
+`estimate` turns these numbers into a mean and its interval.
 """
 
 import math
@@ -10,22 +10,28 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from m1.reasoning.answers import Grader
+from m1.grading import Grader
 from m1.reasoning.voting import vote
 
-RESAMPLES = 100  # as the paper does for maj@k
+RESAMPLES = 100  # random draws of k samples for maj@k, as in the paper
 Z95 = 1.96
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over problems and the half-width of its 95 % confidence interval (problems are the random sample)."""
+    """A mean over problems with its 95 % confidence interval, value ± ci95. The problems are the random sample.
+
+    Attributes:
+        value: the mean.
+        ci95: half-width of the interval, by the normal approximation.
+    """
 
     value: float
     ci95: float
 
 
 def estimate(per_problem: Sequence[float]) -> Estimate:
+    """The mean of one number per problem, with its interval. A single problem gives a half-width of 1."""
     count = len(per_problem)
     mean = math.fsum(per_problem) / count
     if count == 1:
@@ -35,35 +41,53 @@ def estimate(per_problem: Sequence[float]) -> Estimate:
 
 
 def pass_at_1(correct: Sequence[Sequence[bool]]) -> list[float]:
-    """avg@n: the share of right samples."""
+    """avg@n: the share of right samples, per problem."""
     return [sum(samples) / len(samples) for samples in correct]
 
 
 def pass_at_k(correct: Sequence[Sequence[bool]], k: int) -> list[float]:
-    """Chance that k samples drawn without replacement hold a right one: 1 - C(n-c, k) / C(n, k) (Chen et al. 2021)."""
+    """Probability that k samples drawn without replacement include a right one, per problem.
+
+    With c right samples of n it is 1 - C(n-c, k) / C(n, k) (Chen et al. 2021).
+    """
     return [1 - math.comb(len(s) - sum(s), k) / math.comb(len(s), k) for s in correct]
 
 
 def majority_at_k(
     answers: Sequence[Sequence[str | None]], golds: Sequence[Sequence[str]], k: int, grader: Grader, seed: int = 0
 ) -> list[float]:
-    """Whether the vote over k samples is right: of all n if k = n, else the share of right ones in RESAMPLES draws."""
+    """Accuracy of the vote over k samples, per problem: 0 or 1 if k = n, else the mean over RESAMPLES random draws.
+
+    Args:
+        answers: per problem, the samples' answers; None for a sample without an answer.
+        golds: per problem, its golds.
+        k: number of votes, at most n.
+        grader: decides which answers are equal, and which are right.
+        seed: of the draws.
+    """
     rng = random.Random(seed)
     per_problem = []
     for samples, gold in zip(answers, golds, strict=True):
         draws = [samples] if k == len(samples) else [rng.sample(samples, k) for _ in range(RESAMPLES)]
-        winners = [vote(draw, grader).answer for draw in draws]
+        winners = [vote(draw, grader.equal).answer for draw in draws]
         per_problem.append(sum(w is not None and grader.grade(w, gold) for w in winners) / len(draws))
     return per_problem
 
 
-def summarize(
+def metrics_of(
     rows: Sequence[dict[str, Any]], golds: Mapping[str, Sequence[str]], n: int, grader: Grader, by_round: bool = True
 ) -> dict[str, Any]:
-    """Metrics of complete samples: n rows (see `evaluate`) of each problem in `golds`.
+    """Computes the metrics of a finished evaluation.
 
-    `accuracy_against_seconds` is the vote's as it stood after 1, 2, ... n rounds: no resampling, measured seconds.
-    Where samples weren't made in rounds, only its last point is known.
+    `accuracy_against_seconds` is the accuracy of the vote after 1, 2, ... n rounds, at measured seconds and without
+    resampling. If samples weren't made in rounds, only its last point is known.
+
+    Args:
+        rows: lines of samples.jsonl (evaluate.py), n per problem.
+        golds: each problem's golds, by its id.
+        n: number of samples per problem.
+        grader: decides which answers are equal, and which are right.
+        by_round: whether each round sampled every problem once before the next began.
     """
     by_problem: dict[str, list[dict[str, Any]]] = {problem: [] for problem in golds}
     for row in sorted(rows, key=lambda row: row["round"]):

@@ -1,4 +1,4 @@
-"""report.html and report.json of a pipeline: one self-contained page, no network, no scripts."""
+"""A pipeline's report: report.json, and report.html, one page that needs neither network nor scripts."""
 
 import base64
 import html
@@ -13,10 +13,13 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from m1.evaluation.budget_curve import draw
-from m1.jsonl import read_jsonl, write_json
+from m1.errors import UserError
+from m1.evaluation.curves import draw
+from m1.jsonl import read_json, read_jsonl, write_json, write_text
 
 PAGE = Path(__file__).with_name("report.html")
+MARK = '<meta name="generator" content="m1 pipeline">'
+KEYS = {"seconds", "models"}  # keys of report.json
 
 
 def write_report(
@@ -27,30 +30,44 @@ def write_report(
     training: dict[str, Path],
     budgets: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
-    """Writes OUT/report.json and OUT/report.html and returns the former's content.
+    """Writes OUT/report.json and OUT/report.html, and returns the content of report.json.
 
     Args:
-        seconds: the pipeline's, all stages.
-        results: model name -> what `evaluate` returned, in the stages' order.
-        training: stage name -> its metrics.jsonl.
-        budgets: what `measure_budgets` returned.
+        out: the folder.
+        title: heading of the page.
+        seconds: time spent in all stages.
+        results: what `evaluate` returned, per model, in the order in which the report lists them.
+        training: each training stage's metrics.jsonl.
+        budgets: what `measure_budgets` returned, one per budget stage.
+
+    Raises:
+        UserError: as `refuse_foreign_report`.
     """
+    refuse_foreign_report(out)
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
     report = {"seconds": round(seconds, 1), "models": {name: _summary(result) for name, result in results.items()}}
     figures = [
-        ("Learning curves", _learning_curves(training)),
+        *([("Learning curves", _learning_curves(training))] if training else []),
         ("Accuracy against votes", _vote_curve(results)),
         ("Accuracy against seconds, all problems together", _seconds_curve(results)),
-        *(("Accuracy against seconds a problem", draw(budget)) for budget in budgets),
+        *(("Accuracy against seconds per problem", draw(budget)) for budget in budgets),
     ]
     page = PAGE.read_text(encoding="utf-8")
     body = "".join(f"<section><h2>{name}</h2>{_image(figure, name)}</section>" for name, figure in figures)
     page = page.replace("{{title}}", html.escape(title)).replace("{{seconds}}", f"{seconds / 60:.1f}")
     page = page.replace("{{table}}", _table(results)).replace("{{figures}}", body)
-    (out / "report.html").write_text(page, encoding="utf-8")
     write_json(out / "report.json", report)
+    write_text(out / "report.html", page)
     return report
+
+
+def refuse_foreign_report(out: str | Path) -> None:
+    """Raises UserError if OUT has a report.json or report.html that no pipeline wrote."""
+    page, data = Path(out, "report.html"), Path(out, "report.json")
+    own = {page: lambda: MARK in page.read_text(errors="replace"), data: lambda: set(read_json(data)) == KEYS}
+    for path, is_own in own.items():
+        if path.exists() and not is_own():
+            raise UserError(f"{path} exists and isn't a pipeline's report: move it, or change the recipe's `out`")
 
 
 def _summary(result: dict[str, Any]) -> dict[str, Any]:
@@ -87,8 +104,8 @@ def _table(results: dict[str, dict[str, Any]]) -> str:
 
 
 def _learning_curves(training: dict[str, Path]) -> Figure:
-    """Loss of each stage against its steps; RL shows its reward."""
-    count = max(1, len(training))
+    """Draws each stage's loss against its steps, and for RL the reward."""
+    count = len(training)
     figure, axes = plt.subplots(1, count, figsize=(3.2 * count, 2.8), squeeze=False, layout="constrained")
     for axis, (name, path) in zip(axes[0], training.items(), strict=True):
         rows = list(read_jsonl(path)) if path.exists() else []
@@ -107,7 +124,7 @@ def _vote_curve(results: dict[str, dict[str, Any]]) -> Figure:
     for name, result in results.items():
         points = [(int(k), m["value"]) for k, m in result["maj@k"].items()]
         axis.plot(*zip(*points, strict=True), marker="o", label=name)
-    axis.set(xscale="log", xlabel="votes a problem", ylabel="accuracy", ylim=(-0.02, 1.02))
+    axis.set(xscale="log", xlabel="votes per problem", ylabel="accuracy", ylim=(-0.02, 1.02))
     axis.set_xticks(ticks := [k for k, _ in points], labels=[str(k) for k in ticks])
     axis.minorticks_off()
     axis.legend()

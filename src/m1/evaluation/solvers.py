@@ -1,4 +1,4 @@
-"""What solves a problem for a number of seconds, for `m1 budget`: this project's engine, or vLLM beside it."""
+"""Solvers for `m1 budget`: each samples a problem for a number of seconds, with this project's engine or with vLLM."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,15 +7,21 @@ from typing import Any, NamedTuple, Protocol
 
 from m1.engine import LLM, SamplingParams
 from m1.errors import UserError
+from m1.grading import Grader, extract_answer
 from m1.model.tokenizer import encode_chat
-from m1.peers.vllm_client import Ask, start_vllm
-from m1.reasoning.answers import Grader, extract_answer
+from m1.peers.vllm_client import AskWorker, start_vllm
 from m1.reasoning.budget import Budget
 from m1.reasoning.solve import solve
 
 
 class Ended(NamedTuple):
-    """A sample that ended by itself: when, its answer and its tokens."""
+    """A sample that finished within a problem's time.
+
+    Attributes:
+        seconds: from the start of the problem to the end of the sample.
+        answer: the final answer; None if the sample has none.
+        tokens: number of generated tokens.
+    """
 
     seconds: float
     answer: str | None
@@ -23,16 +29,34 @@ class Ended(NamedTuple):
 
 
 class Solver(Protocol):
-    """Draws samples of a problem, as many as fit, each in a slot that another has left."""
+    """The interface through which `m1 budget` has an engine sample one problem for a number of seconds.
+
+    A solver draws as many samples as fit. A new one starts whenever another frees its slot.
+    """
 
     def solve(self, text: str, seed: int, seconds: float) -> tuple[float, list[Ended]]:
-        """How long it took, and the samples in the order they ended."""
+        """Samples a problem until its time is over.
+
+        Args:
+            text: the user message.
+            seed: of the sampling.
+            seconds: the time.
+
+        Returns:
+            The seconds it took, and the finished samples in the order in which they finished.
+        """
 
 
 class EngineSolver:
-    """This project's engine, warm: what compiles or captures has done so.
+    """Solves problems with this project's engine, which is warmed up: it compiles and captures graphs when made.
 
-    Voting, after each sample, is on its clock; the start of a grading worker isn't.
+    Its clock includes the vote after each sample, but not the start of a grading worker.
+
+    Args:
+        llm: the model.
+        prompts: token ids of all prompts to come. They determine the engine's max_model_len.
+        params: of the sampling, except for the seed and the number of samples.
+        grader: decides which answers are equal.
     """
 
     def __init__(self, llm: LLM, prompts: list[list[int]], params: SamplingParams, grader: Grader):
@@ -41,6 +65,7 @@ class EngineSolver:
         engine.generate(prompts[:1], replace(params, max_tokens=2, n=engine.num_slots))
 
     def solve(self, text: str, seed: int, seconds: float) -> tuple[float, list[Ended]]:
+        """Solves a problem by voting without an early stop (see `Solver`)."""
         self.grader.start()
         budget = Budget(seconds=seconds, rule="none")
         solution = solve(text, self.llm, self.grader, replace(self.params, seed=seed), budget)
@@ -48,13 +73,23 @@ class EngineSolver:
 
 
 class VLLMSolver:
-    """vLLM in a process of its own, warm, too. Nothing but sampling is on its clock; it has no seed."""
+    """Solves problems with vLLM, which runs in its own process and is warmed up. It ignores the seed.
 
-    def __init__(self, llm: LLM, ask: Ask, prompts: list[list[int]], params: SamplingParams):
+    Its clock includes sampling only.
+
+    Args:
+        llm: gives the tokenizer and the stop tokens.
+        ask: sends work to vLLM's process.
+        prompts: token ids; the first prompt is used to warm up.
+        params: of the sampling; only max_tokens and temperature are used.
+    """
+
+    def __init__(self, llm: LLM, ask: AskWorker, prompts: list[list[int]], params: SamplingParams):
         self.llm, self.ask, self.params = llm, ask, params
         self._sample(prompts[0], replace(params, max_tokens=2), [], 1.0)
 
     def solve(self, text: str, seed: int, seconds: float) -> tuple[float, list[Ended]]:
+        """Samples a problem with vLLM (see `Solver`)."""
         prompt = encode_chat(self.llm.tokenizer, text)
         answer = self._sample(prompt, self.params, self.llm.stop_token_ids, seconds)
         ended = []
@@ -70,8 +105,12 @@ class VLLMSolver:
 
 @contextmanager
 def vllm_solver(llm: LLM, prompts: list[list[int]], params: SamplingParams, max_num_seqs: int) -> Iterator[VLLMSolver]:
-    """Raises UserError: vLLM isn't installed or can't run the model, or the model is on a GPU."""
+    """Runs vLLM on the model of `llm` until the context ends, and yields a solver.
+
+    Raises:
+        UserError: vLLM isn't installed or can't run the model, or the model is on a GPU.
+    """
     if llm.model.device.type != "cpu":
-        raise UserError(f"vllm: `make peers` installs it for CPUs, and the model is on {llm.model.device}")
+        raise UserError(f"vllm: `make peers` installs it for CPUs only, but the model is on {llm.model.device}")
     with start_vllm(llm.model, llm.length_for(prompts, params.max_tokens), max_num_seqs) as ask:
         yield VLLMSolver(llm, ask, prompts, params)

@@ -1,7 +1,7 @@
-"""What a layer keeps of a sequence, declared once: shapes and dtypes of a slot's buffers. Its bytes follow.
+"""What a layer caches of a sequence: shapes and dtypes of its buffers, declared once. Their bytes follow.
 
-Attention keeps the keys and values of every token; a Mamba layer the last K-1 inputs of its convolution and a float32
-state, whose sizes don't grow.
+Attention caches the keys and values of every token. A Mamba layer caches the last K-1 inputs of its convolution and a
+float32 state, whose sizes don't grow.
 """
 
 import math
@@ -12,44 +12,56 @@ from transformers import PreTrainedConfig
 
 from m1.model.configuration import ATTENTION, layer_kinds
 
-T = TypeVar("T")  # a tensor, or the `Buffer` that declares one
+T = TypeVar("T")  # a tensor, or the `Buffer` that declares it
 
 
 class AttentionCache(NamedTuple, Generic[T]):
-    """Keys and values, [..., kv_heads, tokens, head_dim] each. `...` is a slot, or nothing for one sequence."""
+    """What an attention layer caches: tensors, or the `Buffer`s that declare them.
+
+    Attributes:
+        keys: [..., kv_heads, tokens, head_dim]. The first dimension is the slot; one sequence has none.
+        values: the same shape.
+    """
 
     keys: T
     values: T
 
 
 class MambaState(NamedTuple, Generic[T]):
-    """conv [..., channels, K-1], the convolution's last inputs, oldest first; ssm [..., D, N], or in Mamba-2
-    [..., heads, P, N], float32."""
+    """What a Mamba layer caches: tensors, or the `Buffer`s that declare them.
+
+    Attributes:
+        conv: [..., channels, K-1], the last inputs of the convolution, oldest first. The first dimension is the slot or
+            the batch; one sequence has none.
+        ssm: [..., D, N], or [..., heads, P, N] in Mamba-2: the recurrent state, float32.
+    """
 
     conv: T
     ssm: T
 
 
 class Buffer(NamedTuple):
-    """A tensor to be."""
+    """Shape and dtype of a tensor that is still to be allocated; `nbytes` is its size in bytes."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
     @property
     def nbytes(self) -> int:
+        """Size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def layer_layout(
     config: PreTrainedConfig, kind: str, tokens: int, dtype: torch.dtype
 ) -> AttentionCache[Buffer] | MambaState[Buffer]:
-    """One sequence's buffers in a layer.
+    """The buffers of one sequence in one layer.
 
     Args:
-        kind: one of `layer_kinds(config)`.
-        tokens: that an attention layer has room for.
-        dtype: the model's, of all but the float32 state.
+        config: of an M1 model or a transformer.
+        kind: the layer's kind, one of `layer_kinds(config)`.
+        tokens: maximum number of tokens in an attention layer's buffers.
+        dtype: of the buffers, except for the float32 state.
     """
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if kind == ATTENTION:
@@ -62,10 +74,10 @@ def layer_layout(
 
 
 def layer_bytes(config: PreTrainedConfig, kind: str, tokens: int, dtype: torch.dtype) -> int:
-    """Of one sequence after `tokens` tokens."""
+    """Bytes that one sequence of `tokens` tokens takes in one layer."""
     return sum(buffer.nbytes for buffer in layer_layout(config, kind, tokens, dtype))
 
 
 def slot_bytes(config: PreTrainedConfig, tokens: int, dtype: torch.dtype) -> int:
-    """Of one sequence in all layers, for an M1 model or a transformer."""
+    """Bytes that one sequence of `tokens` tokens takes in all layers of an M1 model or a transformer."""
     return sum(layer_bytes(config, kind, tokens, dtype) for kind in layer_kinds(config))

@@ -1,6 +1,8 @@
-"""Reading checkpoint folders as Hugging Face writes them: config.json beside one or more weight files."""
+"""Reads checkpoint folders in Hugging Face's layout: config.json and one or more weight files."""
 
+import hashlib
 import pickle
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,13 +25,17 @@ from transformers import (
 from m1.errors import UserError
 from m1.jsonl import read_json
 from m1.model.configuration import check_sizes, layer_kinds
+from m1.ops.backend import default_device
 
-INDEX = "model.safetensors.index.json"
-# What transformers raises, reading a configuration or building a model, where its values are missing or impossible.
+INDEX, PICKLE_INDEX = "model.safetensors.index.json", "pytorch_model.bin.index.json"
+CHECKPOINT = "give the folder of a Hugging Face checkpoint"
+MORE_THAN_TENSORS = "its pickle is damaged, or holds more than tensors, which M1 never reads: copy or convert it again"
+PLAIN_NAME = re.compile(r"[\w-][\w.-]*")  # no folders, no ".."
+# Raised by transformers for a configuration with missing or impossible values, when it is read or a model is built.
 IMPOSSIBLE = (
     StrictDataclassError, ValueError, KeyError, AttributeError, TypeError, AssertionError, ZeroDivisionError,
 )  # fmt: skip
-# What travels beside the weights when a checkpoint is converted.
+# Files that are copied when a checkpoint is converted.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -44,20 +50,26 @@ TOKENIZER_FILES = (
 
 
 def load_model(path: str | Path, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A checkpoint folder (M1 or any transformers causal LM), on the accelerator if there is one, and its tokenizer.
+    """Loads a model, on the GPU if there is one, and its tokenizer.
 
     Args:
-        options: for `from_pretrained`, e.g. dtype or attn_implementation.
+        path: a checkpoint folder of M1 or of any causal LM that transformers knows.
+        options: arguments of `from_pretrained`, e.g. dtype or attn_implementation.
 
     Raises:
-        UserError: no checkpoint, a damaged one, tensors missing or misshapen, an impossible configuration.
+        UserError: no checkpoint, a damaged one, missing or misshapen tensors, or an impossible configuration.
     """
     path = Path(path)
-    read_json(path / "config.json")
+    read_json(path / "config.json", CHECKPOINT)
+    check_shard_names(path)
     try:
-        model, loaded = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            path, output_loading_info=True, trust_remote_code=False, **options
+        )
     except SafetensorError as error:
         raise UserError(f"{path}: its weights are truncated or damaged ({error})") from None
+    except pickle.UnpicklingError:
+        raise UserError(f"{path}: {MORE_THAN_TENSORS}") from None
     except (OSError, RuntimeError, *IMPOSSIBLE) as error:
         raise UserError(f"can't load {path}: {reason(error)}") from None
     if missing := sorted(loaded["missing_keys"]):
@@ -66,54 +78,55 @@ def load_model(path: str | Path, **options: Any) -> tuple[PreTrainedModel, PreTr
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """Raises UserError where the folder has none or a damaged one."""
+    """Loads a checkpoint folder's tokenizer. Raises UserError if the folder has none or a damaged one."""
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"can't load the tokenizer of {path}: {reason(error)}") from None
 
 
 def load_config(folder: Path, kinds: Iterable[str]) -> PreTrainedConfig:
-    """FOLDER/config.json, of one of the model types `kinds`.
+    """Reads FOLDER/config.json.
+
+    Args:
+        folder: a checkpoint folder.
+        kinds: the model types that are accepted.
 
     Raises:
-        UserError: no such file, another model type, an impossible configuration, attention in sliding windows.
+        UserError: no such file, another model type, an impossible configuration, or attention in sliding windows.
     """
-    kind = read_json(folder / "config.json").get("model_type")
+    kind = read_json(folder / "config.json", CHECKPOINT).get("model_type")
     if kind not in kinds:
         raise UserError(f"{folder} is a {kind!r} model; supported here: {', '.join(kinds)}")
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         check_sizes(config)
     except IMPOSSIBLE as error:
         raise UserError(f"{folder}/config.json is impossible: {reason(error)}") from None
     if "sliding_attention" in layer_kinds(config):
-        raise UserError(f"{folder} attends in sliding windows in some layers, which M1 doesn't: use another model")
+        raise UserError(f"{folder} has sliding-window attention, which M1 doesn't support: use another model")
     return config
 
 
 def model_without_weights(config: PreTrainedConfig, source: Path) -> PreTrainedModel:
-    """On the meta device: names and shapes only. Raises UserError for a configuration no model can be made of."""
+    """Builds a model on the meta device, for its names and shapes. Raises UserError for an impossible configuration."""
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except IMPOSSIBLE as error:
         raise UserError(f"{source}/config.json is impossible: {reason(error)}") from None
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint: model.safetensors, its shards by their index, or pytorch_model.bin.
+    """Reads all tensors of a checkpoint, from model.safetensors, its shards, or pytorch_model.bin.
 
     Raises:
-        UserError: no weights, a missing shard, a truncated or malformed file, a tensor named by the index alone.
+        UserError: no weights, a missing shard, a truncated or malformed file, or a tensor that only the index has.
     """
-    index_path = folder / INDEX
+    index_path, weight_map = folder / INDEX, check_shard_names(folder)
     if (folder / "model.safetensors").exists():
         return _load_safetensors(folder / "model.safetensors")
     if index_path.exists():
-        weight_map = read_json(index_path).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-            raise UserError(f"{index_path} has no weight_map of tensors to files: copy the checkpoint again")
         weights: dict[str, Tensor] = {}
         for shard in sorted(set(weight_map.values())):
             weights |= _load_safetensors(folder / shard)
@@ -127,37 +140,44 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     raise UserError(f"no weights in {folder}: expected model.safetensors, {INDEX} or pytorch_model.bin")
 
 
-def prepare_out(out: Path, source: Path) -> None:
-    """Makes the folder a checkpoint is to be written to.
+def check_shard_names(folder: Path) -> dict[str, str]:
+    """Returns the file of each tensor of a sharded checkpoint, from its index. Empty without an index.
 
-    Weights another checkpoint left there would be read in place of the new ones: they are removed.
+    An index must not make a loader read other folders, so files outside of FOLDER are refused.
 
     Raises:
-        UserError: it is the source itself, or can't be written.
+        UserError: an index without a map of tensors to files, or with a file in another folder.
     """
-    if source.resolve() == out.resolve():
-        raise UserError(f"{out} is the source itself: choose another folder, its weights would be overwritten")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for stale in (out / INDEX, *out.glob("model*.safetensors"), *out.glob("pytorch_model*.bin")):
-            stale.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"can't write to {out}: {error.strerror}") from None
+    weight_map: dict[str, str] = {}
+    for index in (folder / INDEX, folder / PICKLE_INDEX):
+        if not index.exists():
+            continue
+        found = read_json(index).get("weight_map")
+        if not isinstance(found, dict) or not all(isinstance(shard, str) for shard in found.values()):
+            raise UserError(f"{index} has no weight_map of tensors to files: copy the checkpoint again")
+        if outside := [shard for shard in found.values() if not PLAIN_NAME.fullmatch(shard)]:
+            raise UserError(f"{index} names the file {outside[0]!r}: shards must be plain files in its own folder")
+        weight_map = weight_map or found
+    return weight_map
 
 
 def copy_tokenizer(source: Path, out: Path) -> None:
-    """Tokenizer, chat template and generation configuration."""
+    """Copies a checkpoint's tokenizer, chat template and generation configuration to another folder."""
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, out / name)
 
 
-def default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def weights_hash(model: PreTrainedModel) -> str:
+    """The sha256 of all parameters' bytes."""
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def reason(error: BaseException) -> str:
-    """An exception's first line; of transformers' strict configurations, that of the rule that was broken."""
+    """The first line of an exception's message. For a StrictDataclassError, that of the exception that caused it."""
     if isinstance(error, StrictDataclassError) and error.__cause__:
         error = error.__cause__
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -167,10 +187,12 @@ def reason(error: BaseException) -> str:
 def _load_pickle(path: Path) -> dict[str, Tensor]:
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError:
+        raise UserError(f"{path}: {MORE_THAN_TENSORS}") from None
+    except (OSError, RuntimeError, EOFError) as error:
         raise UserError(f"{path} is truncated or not a PyTorch checkpoint ({reason(error)}): copy it again") from None
     if not isinstance(weights, dict) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
-        raise UserError(f"{path} holds something else than named tensors: copy the checkpoint again")
+        raise UserError(f"{path} doesn't hold named tensors: copy the checkpoint again")
     return weights
 
 

@@ -5,7 +5,7 @@ from math import ceil
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-ATTENTION, MAMBA = "full_attention", "linear_attention"  # the names transformers' caches and masks know
+ATTENTION, MAMBA = "full_attention", "linear_attention"  # the names in transformers' caches and masks
 
 SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -15,23 +15,27 @@ SIZES = (
 
 @strict
 class M1Config(PreTrainedConfig):
-    """Configuration of `M1ForCausalLM`.
+    """Configuration of `M1ForCausalLM`, a Llama-style decoder whose layers are full attention or Mamba.
 
-    The transformer's fields mean what they mean in `LlamaConfig`. The hybrid's own:
+    Fields that aren't listed here mean the same as in `LlamaConfig`.
 
     Args:
-        layer_types: "full_attention" or "linear_attention" (Mamba) for each layer; all Mamba when None.
+        layer_types: "full_attention" or "linear_attention" (Mamba) per layer; all Mamba when None.
         mixer: "mamba" (Mamba-1) or "mamba2".
-        state_size: N, states per channel. Mamba-1: 16 when None; divides head_dim, as channels work in groups of N.
-            Mamba-2: head_dim.
-        conv_kernel: taps of the causal convolution.
+        state_size: N, states per channel. Mamba-1: must divide head_dim, as channels work in groups of N; 16 when None.
+            Mamba-2: must be head_dim.
+        conv_kernel: K, number of taps of the causal convolution.
         time_step_rank: R, rank of Mamba-1's time-step projection; ceil(hidden_size / 16) when None.
-        attention_bias: biases of q, k and v (and o), also of the projections they become in Mamba layers.
-        attention_out_bias: bias of o alone; as attention_bias when None (Llama). Qwen2 has the others without it.
-        qk_norm: RMSNorm on each head's queries and keys (Qwen3), on each head's C and B in Mamba layers.
-        head_alignment: how C and the output projection were laid out at conversion: "official" is the released code's
-            order, "attention" pairs every group with the part of the KV head that its query head attended to.
-            A record of what `convert` did; of the network's work only `qk_norm` depends on it.
+        attention_bias: adds biases to q, k, v and o, and to the projections of Mamba layers.
+        attention_out_bias: overrides attention_bias for o and the Mamba layers' output projection. The same as
+            attention_bias when None (Llama); Qwen2 has biases on q, k and v only.
+        qk_norm: applies RMSNorm to each head's queries and keys (Qwen3), and to each head's C and B in Mamba layers.
+        head_alignment: order of C and the output projection, recorded at conversion. "official" is the released code's
+            order. "attention" pairs each group with the part of the KV head that its query head attended to. Only the
+            norms of `qk_norm` depend on it.
+
+    Raises:
+        StrictDataclassError: a field that doesn't fit; the message names it.
     """
 
     model_type = "m1"
@@ -88,26 +92,27 @@ class M1Config(PreTrainedConfig):
 
     @property
     def mamba_kv_size(self) -> int:
-        """X, the width of x and B before they are repeated to D."""
+        """X, the width of x and B before they are repeated to width D."""
         return self.num_key_value_heads * self.head_dim
 
     @property
     def mamba_widths(self) -> list[int]:
-        """Rows of a Mamba input projection: z, x, B, C, dt."""
+        """Widths of z, x, B, C and dt, the outputs of a Mamba layer's input projection."""
         steps = self.num_attention_heads if self.mixer == "mamba2" else self.time_step_rank
         return [self.mamba_size, self.mamba_kv_size, self.mamba_kv_size, self.mamba_size, steps]
 
     @property
     def conv_cache_size(self) -> int:
-        """Channels of the convolution inputs a Mamba layer caches: x, or x | B | C in Mamba-2."""
+        """Number of channels of the cached convolution inputs: those of x, or of x | B | C in Mamba-2."""
         return 2 * self.mamba_kv_size + self.mamba_size if self.mixer == "mamba2" else self.mamba_kv_size
 
     @property
     def attention_layers(self) -> list[int]:
+        """Numbers of the layers that are attention, from 0."""
         return [i for i, kind in enumerate(self.layer_types) if kind == ATTENTION]
 
     def validate_architecture(self) -> None:
-        """Called on construction. Raises ValueError naming the field that doesn't fit."""
+        """Checks the fields on construction. Raises ValueError naming the field that doesn't fit."""
         check_sizes(self)
         if len(self.layer_types) != self.num_hidden_layers or set(self.layer_types) - {ATTENTION, MAMBA}:
             raise ValueError(
@@ -133,7 +138,7 @@ class M1Config(PreTrainedConfig):
 
 
 def check_sizes(config: PreTrainedConfig) -> None:
-    """Raises ValueError naming the first of SIZES that the configuration has and that is below 1."""
+    """Raises ValueError naming the first field of SIZES that is below 1. Missing fields are skipped."""
     for name in SIZES:
         size = getattr(config, name, None)
         if size is not None and size < 1:
@@ -141,5 +146,5 @@ def check_sizes(config: PreTrainedConfig) -> None:
 
 
 def layer_kinds(config: PreTrainedConfig) -> list[str]:
-    """What each layer of an M1 model or a transformer is."""
+    """The kind of each layer of an M1 model or a transformer, such as ATTENTION or MAMBA."""
     return getattr(config, "layer_types", None) or [ATTENTION] * config.num_hidden_layers

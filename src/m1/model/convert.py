@@ -1,6 +1,6 @@
-"""A transformer checkpoint becomes a hybrid: weights are mapped, nothing is trained (paper §3.1).
+"""Converts a transformer checkpoint to a hybrid: weights are copied, nothing is trained (paper §3.1).
 
-C <- Q   B <- K   x <- V   out_proj <- O        biases and QK-norm with them; the rest of a mixer is new
+C <- Q   B <- K   x <- V   out_proj <- O        with biases and QK-norm; a mixer's other parameters are new
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,19 +13,23 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from m1.errors import UserError
-from m1.model.checkpoint import copy_tokenizer, load_config, model_without_weights, prepare_out, read_weights, reason
+from m1.layer_choice import choose_layers
+from m1.model.checkpoint import copy_tokenizer, load_config, model_without_weights, read_weights, reason
 from m1.model.configuration import ATTENTION, MAMBA, M1Config
-from m1.model.layer_choice import choose_layers
 from m1.model.mixer import Mixer
 from m1.model.modeling import M1ForCausalLM, new_mixer
+from m1.options import build
+from m1.progress import Progress, silent
+from m1.recipe import ConvertStage
+from m1.runs import new_folder
 
-# Supported teachers and what their architecture implies without saying it in the configuration.
+# Supported teachers, with the settings that their architecture implies but their config.json leaves out.
 TEACHERS: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {"attention_bias": True, "attention_out_bias": False},
     "qwen3": {"qk_norm": True},
 }
-# Fields that mean the same in the teacher's configuration.
+# Fields with the same meaning in the teacher's configuration.
 SHARED_FIELDS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps",
@@ -39,43 +43,63 @@ def convert(
     out: str | Path,
     keep_attention: str | Sequence[int] | None = None,
     attention_ratio: float | None = None,
-    mixer: str = "mamba",
-    head_alignment: str = "official",
-    state_size: int | None = None,
-    seed: int = 0,
+    force: bool = False,
+    **options: Any,
 ) -> M1ForCausalLM:
-    """Converts the Llama or Qwen checkpoint folder `teacher` and saves the hybrid, with its tokenizer, to `out`.
+    """Converts a transformer to a hybrid and saves it, with the teacher's tokenizer. Nothing is trained.
+
+    `out` is written as a whole: it doesn't change before the new weights are complete. If it already holds a conversion
+    with the same settings, that model is loaded and returned.
 
     Args:
-        keep_attention, attention_ratio: which layers stay attention, see `layer_choice.choose_layers`.
-        mixer: "mamba" (Mamba-1) or "mamba2".
-        head_alignment: "official" or "attention", see `group_permutation`.
-        state_size: N of Mamba-1, 16 when None, which the fast kernels want.
-        seed: of the new parameters.
+        teacher: a Llama, Qwen2 or Qwen3 checkpoint folder.
+        out: the folder for the hybrid.
+        keep_attention, attention_ratio: which layers stay attention, as in `layer_choice.choose_layers`. Give one.
+        force: move existing output aside.
+        options: mixer, head_alignment, state_size and seed, as in `recipe.ConvertStage`.
+
+    Returns:
+        The hybrid.
 
     Raises:
-        UserError: not a supported checkpoint, a damaged one, or layers it doesn't have.
+        UserError: an unsupported or damaged checkpoint, layers that it doesn't have, or an `out` that holds anything
+            else.
     """
-    teacher, out = Path(teacher), Path(out)
+    layers = keep_attention if keep_attention is None or isinstance(keep_attention, str) else list(keep_attention)
+    table = {"teacher": str(teacher), "out": str(out), "keep_attention": layers, "attention_ratio": attention_ratio}
+    return run(build(ConvertStage, table | options, "convert"), force)
+
+
+def run(stage: ConvertStage, force: bool = False, progress: Progress = silent) -> M1ForCausalLM:
+    """Runs the convert stage of a recipe, and `m1 convert`. See `convert`."""
+    teacher, out = Path(stage.teacher), Path(stage.out)
+    if not force and stage.finished():
+        return M1ForCausalLM.from_pretrained(out)
     teacher_config = read_teacher_config(teacher)
-    kept = choose_layers(teacher_config.num_hidden_layers, keep_attention, attention_ratio)
-    config = hybrid_config(teacher_config, kept, mixer=mixer, head_alignment=head_alignment, state_size=state_size)
+    kept = choose_layers(teacher_config.num_hidden_layers, stage.keep_attention, stage.attention_ratio)
+    config = hybrid_config(
+        teacher_config, kept, mixer=stage.mixer, head_alignment=stage.head_alignment, state_size=stage.state_size
+    )
     weights = read_weights(teacher)
-    torch.manual_seed(seed % 2**64)
+    torch.manual_seed(stage.seed % 2**64)
     for i in set(range(config.num_hidden_layers)) - set(config.attention_layers):
         prefix = f"model.layers.{i}.self_attn."
         attention = {name.removeprefix(prefix): weights.pop(name) for name in list(weights) if name.startswith(prefix)}
         mamba = mixer_from_attention(attention, config, i).state_dict()
         weights |= {f"model.layers.{i}.mamba.{name}": tensor for name, tensor in mamba.items()}
     model = model_from_weights(config, weights, source=teacher)
-    prepare_out(out, teacher)
-    model.save_pretrained(out)
-    copy_tokenizer(teacher, out)
+    with new_folder(stage.kind, out, stage.settings(), stage.sources(), force) as folder:
+        model.save_pretrained(folder)
+        copy_tokenizer(teacher, folder)
     return model
 
 
 def read_teacher_config(folder: Path) -> PreTrainedConfig:
-    """Raises UserError where the folder is no checkpoint, or of an architecture that isn't supported."""
+    """The configuration of a teacher's checkpoint folder.
+
+    Raises:
+        UserError: the folder is no checkpoint, or its architecture isn't supported.
+    """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: give a downloaded Hugging Face checkpoint")
     return load_config(folder, TEACHERS)
@@ -89,13 +113,22 @@ def hybrid_config(
     head_alignment: str = "official",
     state_size: int | None = None,
 ) -> M1Config:
-    """The hybrid's configuration. Raises UserError for layers the teacher lacks or sizes that don't fit."""
+    """The configuration of the hybrid that `convert` makes of a teacher.
+
+    Args:
+        teacher: the teacher's configuration.
+        keep_attention: numbers of the layers that stay attention, from 0; at least one.
+        mixer, head_alignment, state_size: as in `M1Config`.
+
+    Raises:
+        UserError: no layer, a layer that the teacher doesn't have, or sizes that don't fit.
+    """
     kept = sorted(set(keep_attention))
     if not kept:
-        raise UserError("keep at least one attention layer: transformers' caches count positions there")
+        raise UserError("keep at least one attention layer: transformers' caches count positions in attention layers")
     if outside := [layer for layer in kept if not 0 <= layer < teacher.num_hidden_layers]:
         raise UserError(
-            f"attention is to be kept in layer {outside[0]}, "
+            f"attention should be kept in layer {outside[0]}, "
             f"but the teacher has layers 0 to {teacher.num_hidden_layers - 1}"
         )
     kinds = [ATTENTION if i in kept else MAMBA for i in range(teacher.num_hidden_layers)]
@@ -104,15 +137,18 @@ def hybrid_config(
     try:
         return M1Config(**(shared | TEACHERS[teacher.model_type] | options))
     except StrictDataclassError as error:
-        raise UserError(f"no hybrid can be made of this configuration: {reason(error)}") from None
+        raise UserError(f"this configuration can't be made a hybrid: {reason(error)}") from None
 
 
 def group_permutation(heads: int, kv_heads: int, head_dim: int, state_size: int) -> Tensor:
-    """[D] indices: position p of the mixer's C and out_proj takes the query channel permutation[p].
+    """The order of query channels in which a mixer pairs queries with keys and values as the teacher does.
 
-    The mixer pairs group g of N channels with group g // rep of x and B. Left alone ("official"), group j of a query
-    head meets another part of its KV head whenever head_dim > N. Putting group (h, j) at rep * ((h // rep) * J
-    + j) + h % rep, with J = head_dim / N and rep = heads / kv_heads, makes every pairing the teacher's.
+    The mixer pairs group g of N channels with group g // rep of x and B, where rep = heads / kv_heads. Let J =
+    head_dim / N. In the teacher's own order ("official"), groups of a query head meet other parts of its KV head if J
+    and rep are above 1. Moving group j of head h to rep * ((h // rep) * J + j) + h % rep restores the pairing.
+
+    Returns:
+        [D] indices: position p of the mixer's C and out_proj takes the query channel permutation[p].
     """
     rep, parts = heads // kv_heads, head_dim // state_size
     permutation = torch.empty(heads * parts, dtype=torch.long)
@@ -125,13 +161,15 @@ def group_permutation(heads: int, kv_heads: int, head_dim: int, state_size: int)
 
 @torch.no_grad()
 def mixer_from_attention(attention: dict[str, Tensor], config: M1Config, layer_idx: int) -> Mixer:
-    """A mixer with the weights of an attention layer, in their dtype; what attention has no counterpart for is random.
+    """Makes a mixer with an attention layer's weights, in their dtype. Its other parameters are initialised anew.
 
     Args:
-        attention: the layer's state dict: {q,k,v,o}_proj.weight, and biases and {q,k}_norm.weight where it has them.
+        attention: the attention layer's state dict: {q,k,v,o}_proj.weight, and its biases and {q,k}_norm.weight if any.
+        config: the hybrid's configuration.
+        layer_idx: number of the layer.
 
     Raises:
-        UserError: a tensor that is missing, unknown or doesn't fit.
+        UserError: a tensor that is missing, unknown or misshapen.
     """
     source = f"model.layers.{layer_idx}.self_attn"
     unused = {name for name in attention if not name.endswith("inv_freq")}
@@ -148,7 +186,7 @@ def mixer_from_attention(attention: dict[str, Tensor], config: M1Config, layer_i
             raise UserError(f"the checkpoint has no tensor '{source}.{name}': it is incomplete")
         tensor = attention[name]
         if tensor.shape != shape:
-            raise UserError(f"'{source}.{name}' is {list(tensor.shape)}, its config.json asks for {list(shape)}")
+            raise UserError(f"'{source}.{name}' has shape {list(tensor.shape)}, but config.json implies {list(shape)}")
         unused.discard(name)
         return tensor
 
@@ -172,10 +210,13 @@ def mixer_from_attention(attention: dict[str, Tensor], config: M1Config, layer_i
 
 
 def model_from_weights(config: M1Config, weights: dict[str, Tensor], source: Path) -> M1ForCausalLM:
-    """The model with a complete state dict, all in the embedding's dtype, without a second copy of it in memory.
+    """Makes a model of a complete state dict, in the embedding's dtype. Memory holds the weights only once.
+
+    Args:
+        source: the folder that error messages name.
 
     Raises:
-        UserError: naming the first tensor that is missing, unknown or misshapen.
+        UserError: a tensor that is missing, unknown or misshapen. The message names the first.
     """
     weights = complete(config, weights, source)
     dtype = weights["model.embed_tokens.weight"].dtype
@@ -183,7 +224,7 @@ def model_from_weights(config: M1Config, weights: dict[str, Tensor], source: Pat
 
 
 def complete(config: M1Config, weights: dict[str, Tensor], source: Path) -> dict[str, Tensor]:
-    """The state dict, with a tied head in its place; UserError as `model_from_weights`."""
+    """Checks a state dict and adds a tied head to it. Raises UserError as `model_from_weights`."""
     expected = model_without_weights(config, source).state_dict()
     if config.tie_word_embeddings:
         weights = {"lm_head.weight": weights.get("model.embed_tokens.weight", expected["lm_head.weight"]), **weights}
@@ -195,6 +236,7 @@ def complete(config: M1Config, weights: dict[str, Tensor], source: Path) -> dict
     for name, tensor in weights.items():
         if tensor.shape != expected[name].shape:
             raise UserError(
-                f"{source}: {name!r} is {list(tensor.shape)}, its config.json asks for {list(expected[name].shape)}"
+                f"{source}: {name!r} has shape {list(tensor.shape)}, "
+                f"but config.json implies {list(expected[name].shape)}"
             )
     return weights

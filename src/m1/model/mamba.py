@@ -1,11 +1,11 @@
-"""The Mamba-1 mixer with grouped heads: the layer that takes an attention layer's place.
+"""The Mamba-1 mixer with grouped heads: the layer that replaces an attention layer.
 
     z, x, B, C, dt[R] = in_proj(h)
-    dt = dt_proj(dt)                                  a step size a channel, before softplus
+    dt = dt_proj(dt)                                  one step size per channel, before softplus
     y = selective_scan(z, x, B, C, dt, A, D, conv)    A = -exp(A_log); convolution, scan, skip and gate in one op
     out = out_proj(y)
 
-One layer keeps the last K-1 inputs of the convolution, before the repeat, and a float32 state [D, N] per sequence.
+Per sequence, a layer caches the last K-1 inputs of the convolution (before the repeat) and a float32 state [D, N].
 """
 
 from typing import NamedTuple
@@ -20,17 +20,33 @@ from m1.ops import selective_scan, state_update
 
 
 class MambaActivations(NamedTuple):
-    """What the scan reads of every token. X = kv_heads * head_dim."""
+    """The inputs of Mamba-1's scan that change per token. D = heads * head_dim, X = kv_heads * head_dim.
 
-    z: Tensor  # [..., D]
-    x: Tensor  # [..., X], the convolution's inputs
-    B: Tensor  # [..., X]
-    C: Tensor  # [..., D]
-    dt: Tensor  # [..., D], before softplus
+    Attributes:
+        z: [..., D], the gate.
+        x: [..., X], the inputs of the convolution.
+        B: [..., X], how x enters the state.
+        C: [..., D], how the state is read.
+        dt: [..., D], step sizes before softplus.
+    """
+
+    z: Tensor
+    x: Tensor
+    B: Tensor
+    C: Tensor
+    dt: Tensor
 
 
 class MambaMixer(Mixer):
-    """See the module's text."""
+    """The Mamba-1 mixer with grouped heads, which replaces attention in a decoder layer: [b, T, H] -> [b, T, H].
+
+    x and B have one head per KV head and are repeated to the query heads, as keys and values are in grouped-query
+    attention. A cache holds the last K-1 inputs of the convolution and a float32 state [D, N] per sequence.
+
+    Args:
+        config: `M1Config` with mixer "mamba".
+        layer_idx: number of the layer, its place in a cache.
+    """
 
     def __init__(self, config: M1Config, layer_idx: int):
         super().__init__(config, layer_idx, conv_size=config.mamba_size)
@@ -41,7 +57,7 @@ class MambaMixer(Mixer):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Mamba's own: A_n = -n (S4D-real), D = 1, steps log-uniform."""
+        """Initialises as Mamba does: A_n = -n (S4D-real), D = 1, log-uniform step sizes."""
         super().reset_parameters()
         device = self.A_log.device
         init.copy_(self.A_log, torch.arange(1, self.state_size + 1, device=device).log().expand_as(self.A_log))
@@ -50,6 +66,7 @@ class MambaMixer(Mixer):
         init.uniform_(self.dt_proj.weight, -(self.dt_proj.in_features**-0.5), self.dt_proj.in_features**-0.5)
 
     def activations(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> MambaActivations:
+        """hidden_states [..., H] -> the scan's inputs (see `Mixer.activations`)."""
         z, x, B, C, dt = self.project(hidden_states)
         dt = self.dt_proj(dt)
         if padding_mask is not None:
@@ -58,14 +75,17 @@ class MambaMixer(Mixer):
         return MambaActivations(z, x, B, C, dt)
 
     def conv_inputs(self, activations: MambaActivations) -> Tensor:
+        """x, the convolution's inputs."""
         return activations.x
 
     def scan(
         self, activations: MambaActivations, constants: Constants, seq_idx: Tensor | None, state: PastState
     ) -> tuple[Tensor, Tensor]:
+        """Runs whole sequences (see `Mixer.scan`)."""
         return selective_scan(*activations, *constants, seq_idx, *state)
 
     def step(
         self, activations: MambaActivations, constants: Constants, state: SlotStates, slots: Tensor | None = None
     ) -> Tensor:
+        """Runs one token per row (see `Mixer.step`)."""
         return state_update(*activations, *constants, *state, slots)

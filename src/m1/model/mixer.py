@@ -1,11 +1,11 @@
-"""What the Mamba-1 and the Mamba-2 mixer share: projections, caches, initial time steps.
+"""What the Mamba-1 and Mamba-2 mixers share: projections, caches and initial step sizes.
 
     in_proj(h) -> z[D] | x[X] | B[X] | C[D] | dt            D = heads * head_dim, X = kv_heads * head_dim
     ...                                                      mamba.py, mamba2.py
     out_proj(y)
 
-C, B, x and out take over the places of Q, K, V and O, so their weights can be copied from attention (convert.py). There
-is no rotation, no softmax and no growing cache.
+C, B, x and out correspond to Q, K, V and O, so their weights can be copied from attention (convert.py). There is no
+rotation, no softmax and no growing cache.
 """
 
 import math
@@ -20,32 +20,46 @@ from transformers import initialization as init
 from m1.model.cache_layout import MambaState
 from m1.model.configuration import M1Config
 
-PastState = MambaState[Tensor | None]  # of whole sequences, before their first token; None is zero
-SlotStates = MambaState[Tensor]  # of all slots
+PastState = MambaState[Tensor | None]  # state of whole sequences before their first token; None is zero
+SlotStates = MambaState[Tensor]  # states of all slots
 
 TIME_STEP_RANGE = (1e-3, 1e-1)  # initial step sizes (Mamba, §3.6)
 
 
 class Constants(NamedTuple):
-    """What a scan reads once: A and D, whose shapes are the subclass's, and the convolution."""
+    """The inputs of a scan that are the same for all tokens, made of the mixer's parameters.
+
+    Attributes:
+        A: -exp(A_log), float32: [D, N] in Mamba-1, [heads] in Mamba-2.
+        D: skip weights: [D] in Mamba-1, [heads] in Mamba-2.
+        conv_weight: [channels, K], taps of the causal convolution: D channels in Mamba-1, X + X + D in Mamba-2.
+        conv_bias: [channels].
+    """
 
     A: Tensor
     D: Tensor
-    conv_weight: Tensor  # [channels, K]
-    conv_bias: Tensor  # [channels]
+    conv_weight: Tensor
+    conv_bias: Tensor
 
 
 class Mixer(nn.Module):
-    """Base class. Parameter names are those of the released checkpoints.
+    """Base class of the Mamba-1 and Mamba-2 mixers, which replace attention in a decoder layer.
 
-    A subclass has a NamedTuple of activations [..., channels], what its scan reads of every token; a step reads the
-    same of one token per row.
+    It has the projections, the caches and `forward`: [b, T, H] -> [b, T, H]. A subclass defines three methods:
+    `activations` returns a NamedTuple of per-token inputs, `scan` runs them for whole sequences, and `step` for one
+    token per row.
 
-    A teacher's QK-norm becomes B_norm and C_norm: B and C are its keys and queries, less the rotation.
+    A teacher's QK-norm becomes B_norm and C_norm, since B and C are its keys and queries without the rotation.
+    Parameter names are those of the released checkpoints.
+
+    Args:
+        config: `M1Config`.
+        layer_idx: number of the layer, its place in a cache.
+        conv_size: number of channels of `conv1d`'s parameters.
     """
 
-    A_log: Tensor  # -A's logarithm and the skip weights, whose shapes are the subclass's
-    D: Tensor
+    A_log: Tensor  # log(-A); the subclass makes it and D, whose shapes differ
+    D: Tensor  # skip weights
 
     def __init__(self, config: M1Config, layer_idx: int, conv_size: int):
         super().__init__()
@@ -67,9 +81,10 @@ class Mixer(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initialises everything that `convert` doesn't copy; leaves alone what a checkpoint has filled.
+        """Initialises the parameters, except for those that a checkpoint has filled.
 
-        The convolution is torch's own: one that starts as the identity distils more slowly (docs/training.md).
+        The convolution is initialised as in torch: one that starts as the identity distils more slowly
+        (docs/training.md).
         """
         for projection in (self.in_proj, self.out_proj):
             init.normal_(projection.weight, std=self.initializer_range)
@@ -80,36 +95,41 @@ class Mixer(nn.Module):
         init.uniform_(self.conv1d.bias, -bound, bound)
 
     def constants(self) -> Constants:
+        """The scan's inputs that are the same for all tokens."""
         return Constants(-torch.exp(self.A_log.float()), self.D, *self.conv1d())
 
     def activations(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> Any:
-        """hidden_states [..., H], padding_mask [...] -> the subclass's activations. Padding becomes a step of size 0 on
-        a zero input."""
+        """hidden_states [..., H], padding_mask [...] -> the subclass's activations [..., channels].
+
+        Padding becomes a zero input with step size 0, which leaves the recurrent state unchanged.
+        """
         raise NotImplementedError
 
     def conv_inputs(self, activations: Any) -> Tensor:
-        """[..., channels], of which conv_state keeps the last K-1."""
+        """[..., channels], the convolution's inputs, of which a cache keeps the last K-1."""
         raise NotImplementedError
 
     def scan(
         self, activations: Any, constants: Constants, seq_idx: Tensor | None, state: PastState
     ) -> tuple[Tensor, Tensor]:
-        """Whole sequences: y [b, T, D] and the final ssm state, float32.
+        """Runs whole sequences. Returns y [b, T, D] and the final ssm state, float32.
 
         Args:
             activations: [b, T, ...] each.
-            seq_idx: [b, T] integers, the document of each packed token.
-            state: conv [b, channels, K-1] and ssm [b, ...].
+            constants: of this mixer.
+            seq_idx: [b, T] integers, the document of each token in packed rows.
+            state: conv [b, channels, K-1] and ssm [b, ...] before the first token; zero when None.
         """
         raise NotImplementedError
 
     def step(self, activations: Any, constants: Constants, state: SlotStates, slots: Tensor | None = None) -> Tensor:
-        """One token per row: y [b, D].
+        """Runs one token per row. Returns y [b, D].
 
         Args:
             activations: [b, ...] each.
-            state: conv [S, channels, K-1] and ssm [S, ...] float32; those of the rows' slots are updated.
-            slots: [b] integers; row i has slot i when None.
+            constants: of this mixer.
+            state: conv [S, channels, K-1] and ssm [S, ...] float32 of all slots; the rows' slots are updated in place.
+            slots: [b] integers, the slot of each row; row i has slot i when None.
         """
         raise NotImplementedError
 
@@ -123,9 +143,9 @@ class Mixer(nn.Module):
         """hidden_states [b, T, H] -> [b, T, H].
 
         Args:
-            seq_idx: [b, T] integers, the document of each packed token.
-            padding_mask: [b, T], zero at padding, which leaves both states as in a sequence without it.
-            past_key_values: continues from, and updates, this layer's conv and recurrent state.
+            seq_idx: [b, T] integers, the document of each token in packed rows.
+            padding_mask: [b, T], zero at padding. Padding on the left leaves both states unchanged.
+            past_key_values: holds this layer's convolution and recurrent states, which are continued and updated.
         """
         activations, constants = self.activations(hidden_states, padding_mask), self.constants()
         inputs = self.conv_inputs(activations)
@@ -136,19 +156,19 @@ class Mixer(nn.Module):
         if past_key_values is None:
             y, _ = self.scan(activations, constants, seq_idx, MambaState(None, None))
             return self.out_proj(y)
-        ssm_state = self.ssm_state(past_key_values)  # before the cache takes the inputs in
+        ssm_state = self.ssm_state(past_key_values)  # read before the next line updates the cache
         conv_state = self.conv_state(inputs, past_key_values)
         y, ssm_state = self.scan(activations, constants, seq_idx, MambaState(conv_state, ssm_state))
         past_key_values.update_recurrent_state(ssm_state, self.layer_idx)
         return self.out_proj(y)
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """[..., H] -> z, x, B, C, dt."""
+        """hidden_states [..., H] -> z, x, B, C, dt, with B and C normed."""
         z, x, B, C, dt = self.in_proj(hidden_states).split(self.widths, dim=-1)
         return z, x, self.B_norm(B), self.C_norm(C), dt
 
     def conv_state(self, inputs: Tensor, cache: Cache) -> Tensor:
-        """[b, channels, K-1], the convolution inputs before `inputs` [b, T, channels], which the cache takes in."""
+        """Returns the K-1 convolution inputs [b, channels, K-1] before `inputs` [b, T, channels]; updates the cache."""
         K1 = self.conv_kernel - 1
         inputs = inputs.transpose(1, 2)
         held = cache.update_conv_state(inputs, self.layer_idx, conv_kernel_size=K1)
@@ -156,14 +176,14 @@ class Mixer(nn.Module):
         return F.pad(past, (K1 - past.shape[2], 0))
 
     def ssm_state(self, cache: Cache) -> Tensor | None:
-        """This layer's float32 state after what the cache has seen; None before the first token."""
+        """This layer's float32 recurrent state in the cache; None before the first token."""
         layer = cache.layers[self.layer_idx] if self.layer_idx < len(cache.layers) else None
         return layer.recurrent_states[0] if layer is not None and layer.has_previous_state[0] else None
 
     def state_to_update(self, inputs: Tensor, cache: Cache | None) -> SlotStates | None:
-        """The cache's own tensors, for an update in place by one more token per row.
+        """The cache's own tensors, if one more token per row can update them in place.
 
-        None where that can't be: no state yet, several tokens, gradients, or a cache that records its past.
+        None if there is no cache or state yet, for several tokens, with gradients, or if the cache records its past.
         """
         if cache is None or inputs.shape[1] != 1 or torch.is_grad_enabled():
             return None
@@ -173,18 +193,28 @@ class Mixer(nn.Module):
 
 
 class ConvTaps(nn.Conv1d):
-    """nn.Conv1d's parameters for an op that takes them: a call, which is what offloading hooks see, hands them over."""
+    """An nn.Conv1d whose call returns its weight and bias, for ops that convolve themselves.
+
+    Weights offloaded by accelerate's hooks are loaded on a call only, so the parameters aren't read directly.
+    """
 
     def forward(self) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """weight [channels, K], bias [channels]."""
+        """Returns weight [channels, K] and bias [channels]."""
         return self.weight.squeeze(1), self.bias
 
 
 class HeadRMSNorm(nn.Module):
-    """RMSNorm over each head of [..., size], with a gain a channel.
+    """RMSNorm over each head of [..., size], with one gain per channel.
 
-    `convert.group_permutation` takes heads apart into groups of `part` = N channels and lets the groups of
-    `interleaved` heads take turns; a head's mean is over all its groups.
+    It also norms heads whose channels were reordered by `convert.group_permutation`. That splits heads into groups of
+    `part` channels and interleaves the groups of `interleaved` heads. A head's mean is over all its groups.
+
+    Args:
+        size: number of channels, a multiple of head_dim.
+        head_dim: channels per head.
+        eps: added to the mean square.
+        part: channels per group; head_dim when None.
+        interleaved: number of heads whose groups are interleaved; 1 for heads in one piece.
     """
 
     def __init__(self, size: int, head_dim: int, eps: float, part: int | None = None, interleaved: int = 1):
@@ -195,13 +225,14 @@ class HeadRMSNorm(nn.Module):
         self.shape = (-1, head_dim // part, interleaved, part)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[..., size] -> [..., size], normed."""
         heads = x.float().unflatten(-1, self.shape)
         heads = heads * torch.rsqrt(heads.square().mean((-3, -1), keepdim=True) + self.eps)
         return self.weight * heads.flatten(-4).to(x.dtype)
 
 
 def initial_time_step_bias(size: int, device: torch.device) -> Tensor:
-    """[size] biases whose softplus is log-uniform in TIME_STEP_RANGE."""
+    """[size] biases whose softplus, the step size, is log-uniform in TIME_STEP_RANGE."""
     low, high = (math.log(step) for step in TIME_STEP_RANGE)
     steps = torch.exp(torch.rand(size, device=device) * (high - low) + low)
     return steps + torch.log(-torch.expm1(-steps))

@@ -1,7 +1,7 @@
 """M1ForCausalLM: a Llama-style decoder with Mamba mixers in most layers. One stack for training and decoding.
 
-Norms, rotary attention and MLPs are transformers' own modules, so a model whose layers are all attention *is* the
-teacher. What this file adds is the mixer per layer; what makes packed and padded batches exact is in packing.py.
+Norms, rotary attention and MLPs are transformers' modules, so a model with attention in every layer *is* the teacher.
+This file adds a mixer per layer. packing.py makes packed and padded batches exact.
 """
 
 from typing import Any
@@ -25,11 +25,19 @@ from m1.model.packing import prepare
 
 
 def new_mixer(config: M1Config, layer_idx: int) -> Mixer:
+    """The mixer that `config.mixer` names, for a Mamba layer."""
     return Mamba2Mixer(config, layer_idx) if config.mixer == "mamba2" else MambaMixer(config, layer_idx)
 
 
 class M1Attention(Qwen3Attention):
-    """Rotary grouped-query attention: Qwen3's, less the QK-norm (Llama, Qwen2) and the biases the teacher lacks."""
+    """Rotary grouped-query attention of Llama, Qwen2 and Qwen3 teachers.
+
+    It is transformers' `Qwen3Attention`, without the QK-norm and the biases that the teacher doesn't have.
+
+    Args:
+        config: `M1Config`; `qk_norm`, `attention_bias` and `attention_out_bias` choose the variant.
+        layer_idx: number of the layer, its place in a cache.
+    """
 
     def __init__(self, config: M1Config, layer_idx: int):
         super().__init__(config, layer_idx)
@@ -40,7 +48,12 @@ class M1Attention(Qwen3Attention):
 
 
 class M1DecoderLayer(GradientCheckpointingLayer):
-    """norm -> mixer -> residual, norm -> MLP -> residual."""
+    """A decoder layer: norm -> attention or Mamba -> residual, norm -> MLP -> residual. [b, T, H] -> [b, T, H].
+
+    Args:
+        config: `M1Config`.
+        layer_idx: number of the layer. `config.layer_types[layer_idx]` chooses attention or Mamba.
+    """
 
     def __init__(self, config: M1Config, layer_idx: int):
         super().__init__()
@@ -62,6 +75,7 @@ class M1DecoderLayer(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> Tensor:
+        """hidden_states [b, T, H] -> [b, T, H]. `masks` has the mask for each type of layer."""
         residual = hidden_states
         hidden_states = self.input_layernorm(hidden_states)
         mask = masks[self.layer_type]
@@ -76,6 +90,8 @@ class M1DecoderLayer(GradientCheckpointingLayer):
 
 
 class M1PreTrainedModel(PreTrainedModel):
+    """Base class of `M1Model` and `M1ForCausalLM`: loading, saving, initialisation, and what transformers may use."""
+
     config_class = M1Config
     config: M1Config
     base_model_prefix = "model"
@@ -96,6 +112,12 @@ class M1PreTrainedModel(PreTrainedModel):
 
 
 class M1Model(M1PreTrainedModel):
+    """The decoder without a language-model head: token ids [b, T] -> hidden states [b, T, H].
+
+    Args:
+        config: `M1Config`.
+    """
+
     def __init__(self, config: M1Config):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
@@ -118,7 +140,16 @@ class M1Model(M1PreTrainedModel):
         seq_idx: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Last hidden states [b, T, H]; packing, padding and caches as `packing.prepare`.
+        """Returns the last hidden states [b, T, H]. Packing, padding and caches work as `packing.prepare` says.
+
+        Args:
+            input_ids: [b, T] token ids, or give inputs_embeds.
+            attention_mask: [b, T] zero at padding (with a cache, over its tokens too), or masks made by `generate`.
+            position_ids: [b, T] positions, which are counted when None.
+            past_key_values: the cache to continue and update.
+            inputs_embeds: [b, T, H] embeddings, in place of input_ids.
+            use_cache: makes a cache if none is given.
+            seq_idx: [b, T] integers, the document of each token in packed rows.
 
         Raises:
             ValueError: both or neither of input_ids and inputs_embeds; as `packing.prepare`.
@@ -139,7 +170,14 @@ class M1Model(M1PreTrainedModel):
 
 
 class M1ForCausalLM(M1PreTrainedModel, GenerationMixin):
-    """The language model. `save_pretrained`, `from_pretrained`, `generate` and the Auto classes work as usual."""
+    """The language model, for training and generation: token ids [b, T] -> logits [b, T, V].
+
+    A Llama-style decoder whose layers are full attention or Mamba. `save_pretrained`, `from_pretrained`, `generate` and
+    the Auto classes work as for any transformers model.
+
+    Args:
+        config: `M1Config`.
+    """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
@@ -164,7 +202,13 @@ class M1ForCausalLM(M1PreTrainedModel, GenerationMixin):
         seq_idx: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits [b, T or logits_to_keep, V] and, given `labels` [b, T] (-100 = ignore), the next-token loss."""
+        """Returns the logits and, if labels are given, the next-token loss. Other arguments are those of `M1Model`.
+
+        Args:
+            labels: [b, T] token ids; -100 is ignored.
+            logits_to_keep: return logits [b, logits_to_keep, V] of the last tokens only; 0 for all. A tensor holds the
+                positions to keep.
+        """
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

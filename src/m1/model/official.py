@@ -1,15 +1,15 @@
-"""The released checkpoints' layout, both ways (docs/model.md).
+"""Imports and exports the layout of the released checkpoints (docs/model.md).
 
     config.json        the teacher's Llama configuration
     mamba_config.json  {d_model, ssm_cfg, rms_norm_eps, vocab_size, d_inner, d_xb, intermediate_size, hidden_act,
                         n_layer, attn_layers}
-    model.layers.i.mamba.*         as here, Mamba-1 or (where there is a dt_bias) Mamba-2
-    model.layers.i.mha.{in_proj (q|k|v), out_proj}.weight         attention kept by the Mamba-1 code
-    model.layers.i.self_attn.{q,k,v,o}_proj.weight                attention kept by the Mamba-2 code
+    model.layers.i.mamba.*         as in M1: Mamba-2 if there is a dt_bias, else Mamba-1
+    model.layers.i.mha.{in_proj (q|k|v), out_proj}.weight         attention layers in the Mamba-1 code
+    model.layers.i.self_attn.{q,k,v,o}_proj.weight                attention layers in the Mamba-2 code
 
-The Mamba-1 code adds `dt_proj.bias` twice, once in the linear map and once as the scan's bias, and its weights were
-trained so. Importing doubles our single bias, exporting halves it: exact, since it only moves the exponent. That code's
-`mha` also ignores the configuration's rope scaling; `self_attn` is transformers' own attention, which applies it.
+The Mamba-1 code adds `dt_proj.bias` twice: in the linear map and as the scan's bias. Its weights were trained that way.
+M1 adds the bias once, so importing doubles it and exporting halves it. Both are exact: only the exponent changes. The
+`mha` of that code ignores rope scaling; `self_attn` is transformers' attention, which applies it.
 """
 
 from pathlib import Path
@@ -23,54 +23,88 @@ from transformers import LlamaConfig
 
 from m1.errors import UserError
 from m1.jsonl import read_json, write_json
-from m1.model.checkpoint import copy_tokenizer, load_config, prepare_out, read_weights, reason
+from m1.model.checkpoint import copy_tokenizer, load_config, read_weights, reason
 from m1.model.configuration import M1Config
 from m1.model.convert import SHARED_FIELDS, complete, hybrid_config, model_from_weights
 from m1.model.modeling import M1ForCausalLM
+from m1.runs import MANIFEST, finished, new_folder, refuse_foreign, sha256
 
-DEFAULT_STATE_SIZE = {"mamba": 16, "mamba2": 128}  # where ssm_cfg doesn't say
+DEFAULT_STATE_SIZE = {"mamba": 16, "mamba2": 128}  # if ssm_cfg has no d_state
 
 
-def import_official(source: str | Path, out: str | Path) -> M1ForCausalLM:
-    """Reads a released-layout folder and saves it as an M1 checkpoint, all in the embedding's dtype.
+def import_official(source: str | Path, out: str | Path, force: bool = False) -> M1ForCausalLM:
+    """Converts a released checkpoint to an M1 checkpoint, with all tensors in the embedding's dtype.
+
+    Args:
+        source: the released checkpoint's folder.
+        out: the folder for the M1 checkpoint. If it already holds this import, that model is loaded and returned.
+        force: move existing output aside.
+
+    Returns:
+        The model.
 
     Raises:
-        UserError: missing or malformed files, tensors that don't fit, or settings this model doesn't have.
+        UserError: missing or malformed files, tensors that don't fit, settings that M1 doesn't support, or an `out`
+            that holds anything else.
     """
     source, out = Path(source), Path(out)
+    if not force:
+        refuse_foreign("import-official", out)
+        if finished("import-official", out, _settings(source)):
+            return M1ForCausalLM.from_pretrained(out)
     weights = read_weights(source)
     config = _import_config(source, weights)
     model = model_from_weights(config, _import_weights(weights, config), source)
-    prepare_out(out, source)
-    model.save_pretrained(out)
-    copy_tokenizer(source, out)
+    with new_folder("import-official", out, _settings(source), [source], force) as folder:
+        model.save_pretrained(folder)
+        copy_tokenizer(source, folder)
     return model
 
 
-def export_official(source: str | Path, out: str | Path) -> None:
-    """Writes the M1 checkpoint `source` in the released layout: config.json, mamba_config.json, model.safetensors.
+def export_official(source: str | Path, out: str | Path, force: bool = False) -> None:
+    """Converts an M1 checkpoint to the released layout: config.json, mamba_config.json, model.safetensors.
+
+    Args:
+        source: the M1 checkpoint's folder.
+        out: the folder for the export. If it already holds this export, nothing is done.
+        force: move existing output aside.
 
     Raises:
-        UserError: not an M1 checkpoint, or one with parts that the released code doesn't have: biases, QK-norm,
-            rope scaling in Mamba-1 models.
+        UserError: not an M1 checkpoint, one with parts that the released code doesn't have (biases, QK-norm, rope
+            scaling in Mamba-1 models), or an `out` that holds anything else.
     """
     source, out = Path(source), Path(out)
+    if not force:
+        refuse_foreign("export-official", out)
+        if finished("export-official", out, _settings(source)):
+            return
     config = load_config(source, ["m1"])
     if config.attention_bias or config.attention_out_bias or config.mlp_bias:
-        raise UserError("the released layout has no projection biases, this model has them: it can't be exported")
+        raise UserError("the released layout has no projection biases, but this model has them: it can't be exported")
     if config.qk_norm:
-        raise UserError("the released layout has no QK-norm, this model has it: it can't be exported")
+        raise UserError("the released layout has no QK-norm, but this model has it: it can't be exported")
     if config.mixer == "mamba" and config.rope_parameters["rope_type"] != "default":
         raise UserError(
-            f"the released code ignores rope scaling, this model has {config.rope_parameters['rope_type']!r}: "
-            "exported, it would compute something else"
+            f"the released code ignores rope scaling, but this model has {config.rope_parameters['rope_type']!r}: "
+            "it can't be exported, because it would compute something else"
         )
     weights = _export_weights(complete(config, read_weights(source), source), config)
-    prepare_out(out, source)
-    save_file({k: v.contiguous() for k, v in weights.items()}, out / "model.safetensors", metadata={"format": "pt"})
-    write_json(out / "config.json", _export_config(config))
+    with new_folder("export-official", out, _settings(source), [source], force) as folder:
+        tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        write_json(folder / "config.json", _export_config(config))
+        write_json(folder / "mamba_config.json", _export_mamba_config(config))
+        copy_tokenizer(source, folder)
+
+
+def _settings(source: Path) -> dict[str, Any]:
+    files = ("config.json", "mamba_config.json", MANIFEST)
+    return {"source": str(source), "inputs": {name: sha256(source / name) for name in files}}
+
+
+def _export_mamba_config(config: M1Config) -> dict[str, Any]:
     ssm = {"expand": 1, "d_state": config.state_size, "d_conv": config.conv_kernel}
-    mamba_config = {
+    return {
         "d_model": config.hidden_size,
         "ssm_cfg": ssm | ({"ngroups": config.num_attention_heads} if config.mixer == "mamba2" else {}),
         "rms_norm_eps": config.rms_norm_eps,
@@ -82,12 +116,10 @@ def export_official(source: str | Path, out: str | Path) -> None:
         "n_layer": config.num_hidden_layers,
         "attn_layers": config.attention_layers,
     }
-    write_json(out / "mamba_config.json", mamba_config)
-    copy_tokenizer(source, out)
 
 
 def _export_config(config: M1Config) -> dict[str, Any]:
-    """A Llama configuration as that code reads it: rope_theta and rope_scaling stand by themselves."""
+    """A Llama configuration as the released code reads it, with rope_theta and rope_scaling as separate fields."""
     shared = {field: getattr(config, field) for field in SHARED_FIELDS}
     llama = LlamaConfig(**shared, architectures=["LlamaForCausalLM"]).to_dict()
     rope = llama.pop("rope_parameters")
@@ -97,8 +129,9 @@ def _export_config(config: M1Config) -> dict[str, Any]:
 
 
 def _import_config(source: Path, weights: dict[str, Tensor]) -> M1Config:
+    """The M1 configuration of a released folder. Raises UserError for settings that are missing or don't fit."""
     llama = load_config(source, ["llama"])
-    mamba = read_json(source / "mamba_config.json")
+    mamba = read_json(source / "mamba_config.json", "give the folder of a released M1 checkpoint")
     mixer = "mamba2" if any(name.endswith(".mamba.dt_bias") for name in weights) else "mamba"
     where = f"{source}/mamba_config.json"
     try:
@@ -128,7 +161,7 @@ def _import_config(source: Path, weights: dict[str, Tensor]) -> M1Config:
 
 
 def _check_ssm(ssm: dict[str, Any], config: M1Config, where: str) -> None:
-    """Refuses settings of the released mixers under which they compute something else than ours."""
+    """Raises UserError for settings under which the released mixers compute something else than M1's."""
     known: dict[str, Any] = {"expand": None, "d_state": None, "d_conv": None, "chunk_size": None, "conv_bias": True}
     if config.mixer == "mamba2":
         known |= {
@@ -139,16 +172,17 @@ def _check_ssm(ssm: dict[str, Any], config: M1Config, where: str) -> None:
         known |= {"ngroups": None, "repeat_kv_before_conv": True, "dt_rank": "auto"}
     for key, value in ssm.items():
         if key not in known or known[key] not in (None, value):
-            raise UserError(f"{where}: ssm_cfg has {key} = {value!r}, which this {config.mixer} layer doesn't have")
+            raise UserError(f"{where}: ssm_cfg has {key} = {value!r}, which M1's {config.mixer} layer doesn't support")
 
 
 def _import_weights(weights: dict[str, Tensor], config: M1Config) -> dict[str, Tensor]:
+    """Released tensors under M1's names: q|k|v split, time-step biases doubled."""
     rows = [config.mamba_size, config.mamba_kv_size, config.mamba_kv_size]
     imported = {}
     for name, tensor in weights.items():
         if name.endswith(".mha.in_proj.weight"):
             if tensor.shape[0] != sum(rows):
-                raise UserError(f"{name!r} has {tensor.shape[0]} rows, q|k|v of this configuration are {sum(rows)}")
+                raise UserError(f"{name!r} has {tensor.shape[0]} rows, but config.json implies {sum(rows)} for q|k|v")
             for part, piece in zip("qkv", tensor.split(rows), strict=True):
                 imported[name.replace("mha.in_proj", f"self_attn.{part}_proj")] = piece
         elif name.endswith(".mamba.dt_proj.bias"):
@@ -159,6 +193,7 @@ def _import_weights(weights: dict[str, Tensor], config: M1Config) -> dict[str, T
 
 
 def _export_weights(weights: dict[str, Tensor], config: M1Config) -> dict[str, Tensor]:
+    """M1's tensors under the released names: q|k|v joined, time-step biases halved (both in Mamba-1 models only)."""
     exported = {}
     for name, tensor in weights.items():
         if name == "lm_head.weight" and config.tie_word_embeddings:

@@ -1,6 +1,6 @@
-"""What a model is made of: parameters and cache of every layer, and its cache against its teacher's at any context.
+"""Size of a model: parameters and cache of each layer, and its cache against its teacher's at any context.
 
-Needs the configuration only: parameters are counted on a model without weights.
+Only the configuration is read: parameters are counted on a model without weights.
 """
 
 import copy
@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Column, Table
 from transformers import PreTrainedConfig
 
 from m1.errors import UserError
@@ -18,38 +16,57 @@ from m1.model.checkpoint import load_config, model_without_weights
 from m1.model.configuration import ATTENTION, MAMBA, layer_kinds
 from m1.model.convert import TEACHERS
 
-CONTEXTS = tuple(1024 * 2**i for i in range(0, 9, 2))  # 1k ... 256k tokens
-
 
 @dataclass(frozen=True)
-class Layer:
-    kind: str  # "attention", "mamba" or "mamba2"
+class LayerSummary:
+    """Size of one layer of a model, part of a `Summary`.
+
+    Attributes:
+        kind: "attention", "mamba" or "mamba2".
+        mixer_parameters: number of parameters of the attention or Mamba mixer.
+        mlp_parameters: number of parameters of the MLP and the norms.
+        cache_bytes: bytes of one sequence's cache after `Summary.context` tokens.
+    """
+
+    kind: str
     mixer_parameters: int
-    mlp_parameters: int  # with the norms
-    cache_bytes: int  # of one sequence after `Summary.context` tokens
+    mlp_parameters: int
+    cache_bytes: int
 
 
 @dataclass(frozen=True)
 class Summary:
-    """A model, and the transformer it would be with attention in every layer: its teacher."""
+    """Size of a model, compared with its teacher: the same model with attention in every layer.
+
+    Attributes:
+        config: the model's configuration.
+        teacher: the teacher's configuration.
+        layers: size of each layer.
+        parameters: number of parameters; a tied head is counted once.
+        teacher_parameters: number of the teacher's parameters.
+        context: number of tokens at which `layers` give the cache.
+        dtype: of weights and cached values.
+    """
 
     config: PreTrainedConfig
     teacher: PreTrainedConfig
-    layers: list[Layer]
-    parameters: int  # a tied head counted once
+    layers: list[LayerSummary]
+    parameters: int
     teacher_parameters: int
-    context: int  # tokens
-    dtype: torch.dtype  # of weights and cached values
+    context: int
+    dtype: torch.dtype
 
     def cache_bytes(self, context: int) -> int:
+        """Bytes of one sequence's cache after `context` tokens."""
         return slot_bytes(self.config, context, self.dtype)
 
     def teacher_cache_bytes(self, context: int) -> int:
+        """Bytes of one sequence's cache in the teacher after `context` tokens."""
         return slot_bytes(self.teacher, context, self.dtype)
 
     @property
     def break_even(self) -> int | None:
-        """The context from which on the cache is smaller than the teacher's; None where no layer is Mamba."""
+        """The smallest context, in tokens, at which the cache is smaller than the teacher's; None without Mamba."""
         mamba = [layer for layer in self.layers if layer.kind != "attention"]
         if not mamba:
             return None
@@ -58,10 +75,10 @@ class Summary:
 
 
 def summarize(folder: str | Path, context: int = 4096) -> Summary:
-    """Reads FOLDER/config.json of an M1 model or of a teacher.
+    """Summarizes the M1 model or teacher described by FOLDER/config.json.
 
     Args:
-        context: tokens at which the layers' caches are given.
+        context: number of tokens at which the layers' caches are given.
 
     Raises:
         UserError: a context below 1; as `checkpoint.load_config`.
@@ -81,7 +98,7 @@ def summarize(folder: str | Path, context: int = 4096) -> Summary:
         mixer = layer.mamba if layer_kind == MAMBA else layer.self_attn
         mixer_parameters = sum(p.numel() for p in mixer.parameters())
         layers.append(
-            Layer(
+            LayerSummary(
                 kind=config.mixer if layer_kind == MAMBA else "attention",
                 mixer_parameters=mixer_parameters,
                 mlp_parameters=sum(p.numel() for p in layer.parameters()) - mixer_parameters,
@@ -89,33 +106,6 @@ def summarize(folder: str | Path, context: int = 4096) -> Summary:
             )
         )
     return Summary(config, teacher, layers, model.num_parameters(), teacher_parameters, context, dtype)
-
-
-def print_summary(summary: Summary, console: Console) -> None:
-    table = Table("layer", "kind", *_right("mixer parameters", "MLP and norms", f"cache at {summary.context:,} tokens"))
-    for i, layer in enumerate(summary.layers):
-        cells = (f"{layer.mixer_parameters:,}", f"{layer.mlp_parameters:,}", human_bytes(layer.cache_bytes))
-        table.add_row(str(i), layer.kind, *cells)
-    outside = summary.parameters - sum(layer.mixer_parameters + layer.mlp_parameters for layer in summary.layers)
-    tied = " (tied)" if summary.config.tie_word_embeddings else ""
-    table.add_section()
-    table.add_row("", f"embedding, head{tied}", "", f"{outside:,}", "")
-    total = human_bytes(summary.cache_bytes(summary.context))
-    table.add_row("", "total", "", f"{summary.parameters:,}", total, style="bold")
-    console.print(table)
-
-    size = human_bytes(summary.parameters * summary.dtype.itemsize)
-    dtype = str(summary.dtype).removeprefix("torch.")
-    more = summary.parameters / summary.teacher_parameters - 1
-    console.print(f"{size} of weights in {dtype}; {100 * more:+.1f} % parameters against attention in every layer")
-
-    table = Table(*_right("context", "cache", "attention everywhere", "ratio"), title="cache of one sequence")
-    for context in CONTEXTS:
-        ours, teachers = summary.cache_bytes(context), summary.teacher_cache_bytes(context)
-        table.add_row(f"{context:,}", human_bytes(ours), human_bytes(teachers), f"{ours / teachers:.3f}")
-    console.print(table)
-    if summary.break_even is not None:
-        console.print(f"smaller from {summary.break_even:,} tokens on")
 
 
 def plot_summary(summary: Summary, path: Path) -> None:
@@ -138,17 +128,3 @@ def plot_summary(summary: Summary, path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     save_figure(figure, path)
-
-
-def human_bytes(size: float) -> str:
-    if size < 1024:
-        return f"{size:,.0f} B"
-    for unit in ("KiB", "MiB"):
-        size /= 1024
-        if round(size, 1) < 1024:
-            return f"{size:.1f} {unit}"
-    return f"{size / 1024:,.1f} GiB"
-
-
-def _right(*names: str) -> list[Column]:
-    return [Column(name, justify="right") for name in names]

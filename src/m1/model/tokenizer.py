@@ -1,4 +1,4 @@
-"""Conversations as tokens, and a byte-level tokenizer: any text is valid input, no vocabulary has to be trained."""
+"""Chat messages to tokens, and a byte-level tokenizer that takes any text and needs no training."""
 
 from jinja2 import TemplateError
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -8,7 +8,7 @@ from m1.errors import UserError
 
 SPECIAL_TOKENS = ("<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 
-# {% generation %} marks what the assistant wrote, with the token that ends it: the trainers' loss mask.
+# {% generation %} marks the assistant's text and its end token, from which trainers make the loss mask.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}"
@@ -20,7 +20,7 @@ CHAT_TEMPLATE = (
 
 
 def byte_tokenizer(model_max_length: int = 4096) -> PreTrainedTokenizerFast:
-    """256 bytes and five special tokens (261 ids); saves and loads like any fast tokenizer."""
+    """A tokenizer of 256 bytes and five special tokens (261 ids). It saves and loads like any fast tokenizer."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -39,19 +39,20 @@ def byte_tokenizer(model_max_length: int = 4096) -> PreTrainedTokenizerFast:
 def encode_chat(
     tokenizer: PreTrainedTokenizerBase, messages: str | list[dict[str, str]], add_generation_prompt: bool = True
 ) -> list[int]:
-    """Token ids of whole messages; a string is a user's one message.
+    """Token ids of chat messages, through the tokenizer's chat template.
 
     Args:
-        add_generation_prompt: end with the beginning of the assistant's next message.
+        messages: a list of {"role", "content"}; a string is a single user message.
+        add_generation_prompt: whether to end with the beginning of the assistant's next message.
 
     Raises:
-        UserError: the tokenizer has no chat template, or one that these messages break.
+        UserError: the tokenizer has no chat template, or the template fails on these messages.
     """
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
     if not tokenizer.chat_template:
         raise UserError(
-            f"the tokenizer of {tokenizer.name_or_path} has no chat template: add chat_template.jinja beside it, "
+            f"the tokenizer of {tokenizer.name_or_path} has no chat template: add chat_template.jinja to its folder, "
             "e.g. the instruct model's"
         )
     try:

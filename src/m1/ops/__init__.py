@@ -1,4 +1,4 @@
-"""Kernels. Each op has one public function that dispatches; `reference` is its readable specification."""
+"""Kernels. Each op has one public function or class, which picks a backend. `reference` specifies the results."""
 
 from m1.ops.causal_conv import causal_conv
 from m1.ops.decode_attention import decode_attention

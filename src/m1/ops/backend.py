@@ -1,4 +1,4 @@
-"""Which implementation runs an op: "cpu" (C++), "triton" (GPU), or "reference" (plain PyTorch, anywhere)."""
+"""Chooses which implementation runs an op: "cpu" (C++), "triton" (GPU), or "reference" (PyTorch, any device)."""
 
 import functools
 import importlib
@@ -17,7 +17,7 @@ Backend = Literal["auto", "cpu", "triton", "reference"]
 
 @torch.compiler.assume_constant_result
 def available(backend: Backend) -> bool:
-    """Whether the backend can run here; the first question about "cpu" compiles it."""
+    """Whether the backend can run on this machine. The first call with "cpu" compiles the kernels."""
     if backend == "cpu":
         return load_cpu_kernels() is not None
     return backend == "reference" or _triton_installed()
@@ -28,19 +28,28 @@ def _triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def default_device() -> str:
+    """ "cuda" if there is a GPU, else "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def own_backend(device_type: str) -> Backend:
-    """This package's kernels for a kind of device."""
+    """The kernel backend for a device type: "triton" for "cuda", else "cpu"."""
     return "triton" if device_type == "cuda" else "cpu"
 
 
 def choose(op: str, requested: Backend, tensor: Tensor, limits: dict[str, bool]) -> Backend:
-    """The requested backend; for "auto" that of the tensor's device, or "reference" where it can't run the op.
+    """The backend that runs an op.
+
+    That is the requested one. For "auto" it is the kernel backend of the tensor's device if that can run the op, else
+    "reference".
 
     Args:
-        limits: what the kernels demand of the shapes, by name; whether it holds.
+        op: name of the op, for the error message.
+        limits: what the kernels require, in words, and whether it holds.
 
     Raises:
-        ValueError: a kernel was asked for that can't run this.
+        ValueError: the requested backend can't run the op on this machine or with these tensors.
     """
     if requested == "reference":
         return requested
@@ -59,12 +68,12 @@ def choose(op: str, requested: Backend, tensor: Tensor, limits: dict[str, bool])
 
 @functools.cache
 def kernels(backend: str, op: str) -> ModuleType:
-    """The module that launches an op's kernels, imported when it first runs: Triton may not be installed."""
+    """The module that launches an op's kernels. It is imported on first use, as Triton may not be installed."""
     return importlib.import_module(f"m1.ops.{backend}.{op}")
 
 
 def schema_of(inputs: type, mutates: tuple[str, ...] = ()) -> str:
-    """The fields of a NamedTuple of tensors as an operator's arguments, in PyTorch's notation."""
+    """An operator's arguments in PyTorch's schema notation, from the fields of a NamedTuple of tensors."""
     arguments = []
     for i, (name, hint) in enumerate(get_type_hints(inputs).items()):
         kind = f"Tensor(a{i}!)" if name in mutates else "Tensor" if hint is Tensor else "Tensor?"
@@ -76,16 +85,19 @@ def decode_operator(
     name: str, module: str, inputs: type | str, outputs: Callable[..., Any],
     mutates: tuple[str, ...] = (), returns: str = "Tensor",
 ) -> Any:  # fmt: skip
-    """Registers the operator m1::name(inputs, backend), without gradients, and returns it.
+    """Registers the operator m1::name(inputs, backend), which has no gradient, and returns it.
 
-    It allocates the outputs and has the backend's function of that name fill them. Same as `torch.library.custom_op`,
-    which costs a decode step's kernel a third of its time.
+    The operator allocates the outputs and calls the backend's function `name` to fill them. This does the same as
+    `torch.library.custom_op`, whose overhead would be a third of the time of a decode step's kernel.
 
     Args:
-        module: where the backends, ops/cpu and ops/triton, have the function.
-        inputs: a NamedTuple of tensors, which the function takes whole, or arguments in PyTorch's notation.
-        outputs: allocates the outputs, given what the function takes.
-        mutates: the inputs that are written to, of a NamedTuple.
+        name: name of the operator and of the backends' function.
+        module: module of ops/cpu and ops/triton that contains the function.
+        inputs: a NamedTuple of tensors, which the function takes as one argument, or PyTorch's schema notation of
+            separate arguments.
+        outputs: allocates the outputs, given the function's arguments.
+        mutates: names of the NamedTuple's fields that the function writes to.
+        returns: what the operator returns, in PyTorch's schema notation.
     """
     schema, bundle = (inputs, None) if isinstance(inputs, str) else (schema_of(inputs, mutates), inputs)
 

@@ -1,4 +1,4 @@
-"""Depthwise causal convolution over time, aware of packed documents."""
+"""Depthwise causal convolution over time, with document boundaries in packed rows."""
 
 import torch
 from torch import Tensor
@@ -16,15 +16,16 @@ def causal_conv(
 ) -> Tensor:
     """Depthwise causal convolution; the specification is `reference.causal_conv`.
 
-    K shifted multiply-adds: with K = 4 they are bound by memory, a few percent of the projections around them.
+    It runs as K shifted multiply-adds. With K = 4 they are memory-bound and take a few percent of the time of the
+    projections around them.
 
     Args:
         x: [b, T, D].
         weight: [D, K]; the last tap multiplies the current token.
         bias: [D] or None.
-        seq_idx: [b, T] integers, the document of each token. Taps never reach into another document.
-        conv_state: [b, D, K-1], the inputs before the first token, oldest first, which then belong to its document;
-            zero when None.
+        seq_idx: [b, T] integers, the document of each token. Taps on another document count as zero.
+        conv_state: [b, D, K-1], the inputs before the first token, oldest first. They belong to the first token's
+            document. Zero when None.
 
     Returns:
         [b, T, D] in x's dtype.

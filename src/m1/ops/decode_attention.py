@@ -1,4 +1,4 @@
-"""Attention of one new token per sequence over the keys and values in its slot."""
+"""Attention of one new token per sequence over the keys and values in the sequence's slot."""
 
 from torch import Tensor
 
@@ -20,19 +20,20 @@ def decode_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor,
     slots: Tensor | None = None, scale: float | None = None, backend: Backend = "auto",
 ) -> Tensor:  # fmt: skip
-    """softmax(scale q k^T) v over the first `length` keys of each row's slot, query heads grouped over KV heads.
+    """softmax(scale q k^T) v over the first `length` keys of each row's slot, with grouped query heads.
 
-    The keys are split into parts of a fixed number, each read once for all query heads of its group, and the parts'
-    results merged in order (flash-decoding): a row's result doesn't depend on its batch-mates. Not differentiable.
+    Keys are split into parts of a fixed size, and the parts' results are merged in order (flash-decoding). All query
+    heads of a group share one read of a part from memory. Results are batch-invariant. Not differentiable.
 
     Args:
-        q: [b, heads, head_dim], the new tokens' queries, rotated.
-        k_cache: [S, kv_heads, L, head_dim], the slots' keys, the new token's included; the layout of transformers'
-            StaticCache. Keys behind `length` are never read.
-        v_cache: as k_cache.
-        lengths: [b] integers, the number of keys of each row, 0 to L. A row with none gives zeros.
-        slots: [b] integers, each row's slot; a negative one means no slot, and gives zeros. Row i has slot i when None.
-        scale: head_dim**-0.5 when None.
+        q: [b, heads, head_dim], queries of the new tokens, after rotary embedding.
+        k_cache: [S, kv_heads, L, head_dim], keys of the slots, including the new token's, in the layout of
+            transformers' StaticCache. Keys after the first `length` are never read.
+        v_cache: [S, kv_heads, L, head_dim], values of the slots.
+        lengths: [b] integers, the number of keys of each row, 0 to L. The output is zero for a row without keys.
+        slots: [b] integers, the slot of each row. A negative slot means none, and the output is zero. Row i has slot i
+            when None.
+        scale: factor of the scores; head_dim**-0.5 when None.
 
     Returns:
         [b, heads, head_dim] in q's dtype. Sums and softmax are in float32.
@@ -49,7 +50,7 @@ def decode_attention(
     backend = choose("decode_attention", backend, q, limits)
     if backend == "reference":
         return reference.decode_attention(q, k_cache, v_cache, lengths, slots, scale)
-    dtype = kernel_dtype(backend, q, k_cache, v_cache)  # converts the caches where nothing is shared: not a fast path
+    dtype = kernel_dtype(backend, q, k_cache, v_cache)  # slow if dtypes differ: converts the caches
     arguments = (q.to(dtype), k_cache.to(dtype), v_cache.to(dtype), lengths.long().contiguous(), slots, scale, backend)
     return _decode_attention(*arguments).to(q.dtype)
 

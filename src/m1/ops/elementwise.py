@@ -1,4 +1,4 @@
-"""What stands between a decoder layer's matrix products, in one pass over memory each. For inference only."""
+"""Fused steps between a decoder layer's matrix products, each in one pass over memory. For inference only."""
 
 import torch
 from torch import Tensor
@@ -9,20 +9,20 @@ from m1.ops.shapes import Shapes
 
 CHECK = Shapes("add_rms_norm", hidden="rows H", update="rows H: as hidden or None", weight="H: as hidden")
 CHECK_SWIGLU = Shapes("swiglu", gate_up="rows width", where={"width must be even": lambda width: width % 2 == 0})
-LANES = 16  # numbers that the CPU kernel takes at a time
+LANES = 16  # elements per iteration of the CPU kernel
 
 
 def add_rms_norm(
     hidden: Tensor, update: Tensor | None, weight: Tensor, eps: float, backend: Backend = "auto"
 ) -> Tensor:
-    """hidden += update, in place, and then hidden / rms(hidden) * weight: a residual connection and the norm after it.
+    """Residual connection and the norm after it: hidden += update, in place, then hidden / rms(hidden) * weight.
 
-    A row's numbers don't depend on the other rows. Not differentiable.
+    Results are batch-invariant. Not differentiable.
 
     Args:
         hidden: [rows, H], the residual stream.
-        update: [rows, H], what a mixer or MLP adds to it; nothing when None.
-        weight: [H].
+        update: [rows, H], the output of a mixer or MLP, added to hidden. Nothing is added when None.
+        weight: [H], scale of each channel.
         eps: added to the mean square (Zhang and Sennrich 2019, with transformers' epsilon).
 
     Returns:
@@ -42,13 +42,13 @@ def swiglu(gate_up: Tensor, backend: Backend = "auto") -> Tensor:
     """silu(gate) * up (Shazeer 2020), computed in float32. Not differentiable.
 
     Args:
-        gate_up: [rows, 2 I], gate and up side by side, as one product gives them.
+        gate_up: [rows, 2 I], gate followed by up in each row, as one matrix product returns them.
 
     Returns:
         [rows, I] in the same dtype.
 
     Raises:
-        ValueError: an odd width, or a backend that can't run this.
+        ValueError: a tensor that doesn't fit (its width must be even), or a backend that can't run this.
     """
     CHECK_SWIGLU(gate_up)
     backend = choose("swiglu", backend, gate_up, _limits(gate_up, gate_up.shape[1] // 2))

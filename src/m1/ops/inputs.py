@@ -1,8 +1,12 @@
-"""What the larger ops take, declared once: names, order, sizes and dtypes of their tensors (the notation of `Shapes`).
+"""The tensors of the larger ops, declared once: names, order, sizes and dtypes, in the notation of `Shapes`.
 
-Below the public function the tensors travel together. For a kernel, activations and conv_state share one dtype, the
-other floats are float32, seq_idx is int32; the channels of a token are contiguous, and all but activations is as a
-whole. Shape letters as in `reference`.
+Below an op's public function its tensors travel in one of these tuples. The public function converts them for a kernel:
+activations get one dtype, other floats float32, seq_idx int32 and slots int64. The scan's conv_state gets the dtype of
+the activations. A decode step updates conv_state in place, so it keeps its own dtype. The channels of a token are
+contiguous, and every tensor except the activations is contiguous as a whole.
+
+Shape letters: b sequences, T tokens, D inner channels, X channels of x and B, N states per channel, K convolution taps,
+S slots; for Mamba-2, P channels per head.
 """
 
 from typing import Annotated, NamedTuple
@@ -11,7 +15,22 @@ from torch import Tensor
 
 
 class ScanInputs(NamedTuple):
-    """Of `selective_scan`."""
+    """The tensors that `selective_scan` takes: Mamba-1's scan over the T tokens of b sequences.
+
+    Attributes:
+        z: [b, T, D] gate.
+        x: [b, T, X] inputs of the convolution.
+        B: [b, T, X] input projections of the state.
+        C: [b, T, D] output projections of the state.
+        dt: [b, T, D] step sizes before softplus.
+        A: [D, N] decay rates, negative.
+        D: [D] skip weights.
+        conv_weight: [D, K] taps, the last for the current token.
+        conv_bias: [D].
+        seq_idx: [b, T] integers, the document of each token, or None.
+        conv_state: [b, X, K-1] convolution inputs before the first token, oldest first, or None for zeros.
+        ssm_state: [b, D, N] recurrent state before the first token, or None for zeros.
+    """
 
     z: Annotated[Tensor, "b T D"]
     x: Annotated[Tensor, "b T X"]
@@ -28,7 +47,11 @@ class ScanInputs(NamedTuple):
 
 
 class ScanGradients(NamedTuple):
-    """Of the differentiable ScanInputs, in their shapes and dtypes."""
+    """Buffers for the gradients of `selective_scan`, which a backend's backward pass fills.
+
+    Each field has the shape and dtype of the `ScanInputs` field of the same name. conv_state and ssm_state are there
+    even when the scan started without these states: conv_state [b, X, K-1] in x's dtype, ssm_state [b, D, N] float32.
+    """
 
     z: Tensor
     x: Tensor
@@ -44,7 +67,14 @@ class ScanGradients(NamedTuple):
 
 
 class ScanOutputs(NamedTuple):
-    """Of `selective_scan`'s operator. `saved` is what the backward pass starts from, laid out as the backend likes."""
+    """The results of `selective_scan`'s operator, which a backend's forward pass fills.
+
+    Attributes:
+        y: [b, T, D] outputs, in z's dtype.
+        ssm_state: [b, D, N] float32, the state after the last token.
+        saved: [b, chunks, D, N] float32, the state before each chunk, for the backward pass. Empty (no chunks) when no
+            gradient is needed. The order of its elements is the backend's own.
+    """
 
     y: Annotated[Tensor, "b T D"]
     ssm_state: Annotated[Tensor, "b D N: float32"]
@@ -52,7 +82,19 @@ class ScanOutputs(NamedTuple):
 
 
 class StepInputs(NamedTuple):
-    """Of `state_update`, which updates the states. Below the public function there always are slots, int64."""
+    """The tensors that `state_update` takes: one decode step of a Mamba-1 layer for b sequences.
+
+    Fields without a description are as in `ScanInputs`, without the dimension T.
+
+    Attributes:
+        z, C, dt: [b, D].
+        x, B: [b, X].
+        A, D, conv_weight, conv_bias: [D, N], [D], [D, K], [D].
+        conv_state: [S, X, K-1] last convolution inputs of each slot, oldest first. Updated in place.
+        ssm_state: [S, D, N] float32, recurrent state of each slot. Updated in place.
+        slots: [b] integers, the slot of each row; negative means none. None (row i has slot i) only in the public
+            function; kernels always get int64 slots.
+    """
 
     z: Annotated[Tensor, "b D"]
     x: Annotated[Tensor, "b X"]
@@ -69,7 +111,20 @@ class StepInputs(NamedTuple):
 
 
 class SSDStepInputs(NamedTuple):
-    """Of `ssd_update`, as StepInputs."""
+    """The tensors that `ssd_update` takes: one decode step of a Mamba-2 layer for b sequences.
+
+    Attributes:
+        xBC: [b, channels] x, B and C before the convolution; channels = G P + G N + heads N with G groups of x and B.
+        dt: [b, heads] step sizes before softplus.
+        A: [heads] decay rates, negative.
+        D: [heads] skip weights.
+        conv_weight: [channels, K] taps, the last for the current token.
+        conv_bias: [channels].
+        conv_state: [S, channels, K-1] last convolution inputs of each slot, oldest first. Updated in place.
+        ssm_state: [S, heads, P, N] float32, recurrent state of each slot. Updated in place.
+        slots: [b] integers, the slot of each row; negative means none. None (row i has slot i) only in the public
+            function; kernels always get int64 slots.
+    """
 
     xBC: Annotated[Tensor, "b channels"]
     dt: Annotated[Tensor, "b heads"]

@@ -1,4 +1,4 @@
-"""A linear layer for inference, its weights packed once: for the few rows of a decode step."""
+"""A linear layer for inference with few rows, as in a decode step. Its weights are packed once."""
 
 from collections.abc import Callable
 from functools import partial
@@ -19,21 +19,28 @@ ROWS = DTYPES["float32 or bfloat16"]
 
 
 class PackedLinear(nn.Module):
-    """x weight^T + bias, summed in float32. Not differentiable.
+    """A linear layer for inference, y = x weight^T + bias, that is fast for the few rows of a decode step.
 
-    With the CPU kernel a row's outputs are the same bits whatever its batch-mates and however many threads there are.
-    torch's own products, which promise no such thing, take its place where it can't run, and for bfloat16 rows and
-    weights on a processor that multiplies bfloat16, which the kernel doesn't.
+    Sums are in float32. Not differentiable. The CPU kernel's results are batch-invariant and don't depend on the number
+    of threads. torch's own matrix product, without these guarantees, is used in two cases: where the kernel can't run,
+    and for bfloat16 rows and weights on a processor with bfloat16 products, which the kernel doesn't use.
+
+    Attributes:
+        out_features: outputs per row.
+        in_features: inputs per row.
+        dtype: dtype of the given weight.
+        device: device of the weight, on which the rows must be.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, backend: Backend = "auto", int8: bool = False):
-        """Packs the weights in their own dtype; they mustn't change afterwards.
+        """Packs the weights in their own dtype. They must not change afterwards.
 
         Args:
             weight: [out, in] float32 or bfloat16.
-            bias: [out].
-            int8: rounds each output's weights to 255 steps, -127 to 127 times a scale of its own. A product of few rows
-                then reads a quarter of what it reads in float32; activations stay as they are.
+            bias: [out], or None.
+            backend: "cpu" or "reference" (torch's matrix product); "auto" picks "cpu" where it can run.
+            int8: rounds each output's weights to integers from -127 to 127, with one scale per output. A product of few
+                rows then reads a quarter of the bytes of float32. Activations are not rounded.
 
         Raises:
             ValueError: a tensor that doesn't fit, or a backend that can't run this.
@@ -55,17 +62,27 @@ class PackedLinear(nn.Module):
             self._multiply = kernels("cpu", "linear").pack(weight, bias, scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[rows, out] in x's dtype, for x [rows, in] float32 or bfloat16. Raises ValueError for any other."""
+        """Applies the layer.
+
+        Args:
+            x: [rows, in] float32 or bfloat16.
+
+        Returns:
+            [rows, out] in x's dtype.
+
+        Raises:
+            ValueError: x doesn't fit.
+        """
         shape = x.shape
         if len(shape) != 2 or shape[1] != self.in_features or x.dtype not in ROWS or x.device != self.device:
-            # says what is wrong; the line above is a third of its time, and a decode step has many calls
+            # writes the error message; the test above takes a third of its time, and a decode step has many calls
             Shapes("PackedLinear", x=f"rows {self.in_features}: float32 or bfloat16")(x, device=self.device)
         return self._multiply(x) if shape[0] else x.new_empty(0, self.out_features)
 
-    __call__ = forward  # hooks have no use here, and looking for them takes a third of a small product's time
+    __call__ = forward  # skips nn.Module's search for hooks, which takes a third of a small product's time
 
 
 def _multiply_by_torch(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-    """In float32 where dtypes differ."""
+    """F.linear, in float32 if the dtypes of x and weight differ. Returns x's dtype."""
     dtype = torch.promote_types(x.dtype, weight.dtype)
     return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)).to(x.dtype)

@@ -1,11 +1,11 @@
 """The specification of every op: plain loops over time, one line per term of the formula.
 
-Every other backend must equal these functions: outputs, final states and gradients (tests/ops). They run anywhere
-PyTorch runs and are differentiable, so they are also the fallback where no kernel is available. Shapes and semantics
-are those of `m1.ops`' functions of the same names.
+Every other backend must match these functions: outputs, final states and gradients (tests/ops). They run anywhere
+PyTorch runs, so they are also the fallback where no kernel is available. Those used in training are differentiable.
+Shapes and semantics are those of the functions of the same names in `m1.ops`.
 
-Shape letters: b sequences, T tokens, D inner channels, X = channels of x and B before the repeat, N states a channel,
-K convolution taps; for Mamba-2, P channels a head. Tensors are token-major.
+Shape letters: b sequences, T tokens, D inner channels, X = channels of x and B before the repeat, N states per channel,
+K convolution taps; for Mamba-2, P channels per head. Tensors are token-major.
 """
 
 import torch
@@ -16,12 +16,12 @@ from m1.ops.inputs import ScanInputs, SSDStepInputs, StepInputs
 
 
 def starts_document(seq_idx: Tensor, t: int) -> Tensor:
-    """[b, 1] bool: token t belongs to another document than token t-1. The first token of a row continues the state."""
+    """[b, 1] bool: token t is in another document than token t-1. False for a row's first token: its state is kept."""
     return (seq_idx[:, t] != seq_idx[:, max(t - 1, 0)]).unsqueeze(1)
 
 
 def repeat_groups(x: Tensor, group: int, repeats: int) -> Tensor:
-    """[..., X] -> [..., X * repeats]: every `group` channels stand `repeats` times in a row, as in GQA."""
+    """[..., X] -> [..., X * repeats]: each block of `group` channels is repeated `repeats` times, as in GQA."""
     return x.unflatten(-1, (-1, group)).repeat_interleave(repeats, dim=-2).flatten(-2)
 
 
@@ -37,7 +37,7 @@ def selective_scan(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
         conv_state = repeat_groups(conv_state.float().mT, n, rep).mT
     u = F.silu(causal_conv(x, conv_weight, conv_bias, seq_idx, conv_state))
     dt = F.softplus(dt)
-    B = repeat_groups(B, n, rep).unflatten(-1, (-1, n))  # [b, T, D/N, N]: one vector a group of N channels
+    B = repeat_groups(B, n, rep).unflatten(-1, (-1, n))  # [b, T, D/N, N]: one vector per group of N channels
     C = C.unflatten(-1, (-1, n))
     h = x.new_zeros(x.shape[0], d, n) if ssm_state is None else ssm_state.float()
     ys = []
@@ -55,7 +55,7 @@ def ssd(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
     seq_idx: Tensor | None = None, ssm_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T,  y_t = h_t C_t + D x_t  (Mamba-2, scalar decay a head)."""
+    """h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T,  y_t = h_t C_t + D x_t  (Mamba-2, one scalar decay per head)."""
     heads = C.shape[2]
     rep = heads // x.shape[2]
     dtype = x.dtype
@@ -96,7 +96,7 @@ def causal_conv(
 
 
 def state_update(inputs: StepInputs) -> Tensor:
-    """`selective_scan` of one token per row, which continues, and updates, the states of the row's slot."""
+    """`selective_scan` of one token per row. It continues and updates the states of the row's slot."""
     z, x, *_, conv_state, ssm_state, slots = inputs
     rows, at = occupied(slots)
     tokens = [t[rows, None] for t in inputs[:5]]
@@ -107,7 +107,7 @@ def state_update(inputs: StepInputs) -> Tensor:
 
 
 def ssd_update(inputs: SSDStepInputs) -> Tensor:
-    """Convolution, silu and `ssd` of one token per row, which continues, and updates, the states of the row's slot."""
+    """Convolution, silu and `ssd` of one token per row. It continues and updates the states of the row's slot."""
     xBC, dt, A, D, conv_weight, conv_bias, conv_state, ssm_state, slots = inputs
     _, heads, P, N = ssm_state.shape
     groups = (xBC.shape[1] - heads * N) // (P + N)
@@ -122,20 +122,20 @@ def ssd_update(inputs: SSDStepInputs) -> Tensor:
 
 
 def occupied(slots: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows that have a slot, and those slots; a negative slot is none."""
+    """The indices of the rows that have a slot, and those slots. A negative slot means no slot."""
     rows = (slots >= 0).nonzero().flatten()
     return rows, slots[rows]
 
 
 def shifted(conv_state: Tensor, tokens: Tensor) -> Tensor:
-    """[b, channels, K-1] convolution inputs without the oldest, followed by the tokens' [b, channels]."""
+    """conv_state [b, channels, K-1] without its oldest input, and with `tokens` [b, channels] appended."""
     return torch.cat([conv_state, tokens[..., None].to(conv_state.dtype)], dim=-1)[..., 1:]
 
 
 def decode_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, slots: Tensor, scale: float
 ) -> Tensor:
-    """softmax(scale q k^T) v over the first `length` keys of each row's slot (zero when there are none)."""
+    """softmax(scale q k^T) v over the first `length` keys of each row's slot. Zero when there are none."""
     rep = q.shape[1] // k_cache.shape[1]
     out = torch.zeros_like(q)
     for row, (slot, length) in enumerate(zip(slots.tolist(), lengths.tolist(), strict=True)):
@@ -147,7 +147,7 @@ def decode_attention(
 
 
 def add_rms_norm(hidden: Tensor, update: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-    """hidden += update, in place; hidden / sqrt(mean(hidden^2) + eps) * weight."""
+    """hidden += update, in place; returns hidden / sqrt(mean(hidden^2) + eps) * weight."""
     if update is not None:
         hidden += update
     x = hidden.float()
@@ -167,7 +167,7 @@ def sample_token(logits: Tensor, uniform: Tensor, temperature: Tensor) -> tuple[
     sums = logprobs.double().exp().cumsum(dim=-1)
     possible = logprobs > -torch.inf
     passed = (sums > uniform[:, None] * sums[:, -1:]) & possible
-    # rounding can leave no token behind the target: then it is the last one with any probability
+    # if rounding leaves no token past the target, draw the last one with any probability
     last = (possible * torch.arange(logits.shape[1], device=logits.device)).argmax(dim=-1)
     drawn = torch.where(passed.any(dim=-1), passed.to(torch.uint8).argmax(dim=-1), last)
     tokens = torch.where(greedy, logprobs.argmax(dim=-1), drawn)
@@ -175,6 +175,6 @@ def sample_token(logits: Tensor, uniform: Tensor, temperature: Tensor) -> tuple[
 
 
 def quantize_outputs(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight [out, in] as int8, times a scale [out] float32: the nearest of 255 steps, of which the largest is 127."""
+    """Rounds weight [out, in] to int8 in -127..127, with a float32 scale [out] per output: weight ~ int8 * scale."""
     scale = weight.float().abs().amax(dim=1).clamp(min=1e-30) / 127
     return (weight.float() / scale[:, None]).round().to(torch.int8), scale

@@ -1,4 +1,4 @@
-"""A row's next token and its log-probability, in one operation over the logits. For inference only."""
+"""Sampling of each row's next token and its log-probability, as one op over the logits. For inference only."""
 
 import torch
 from torch import Tensor
@@ -15,20 +15,20 @@ CHECK = Shapes(
 def sample_token(
     logits: Tensor, uniform: Tensor, temperature: Tensor, backend: Backend = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """Draws a token per row by the inverse of its distribution function.
+    """Draws one token per row by inverse transform sampling.
 
-    A row's token is the one at which the running sum of its probabilities passes `uniform` of their total; one of
-    probability 0 (a logit of -inf) is never drawn. What a row draws doesn't depend on the other rows.
+    A row's token is the first at which the running sum of probabilities exceeds `uniform` times their total. A token of
+    probability 0 (a logit of -inf) is never drawn. Results are batch-invariant.
 
     Args:
         logits: [b, V].
-        uniform: [b], in [0, 1).
-        temperature: [b], divides the logits; 0 takes the likeliest token, the first of equals.
+        uniform: [b] random numbers in [0, 1).
+        temperature: [b], divides the logits. 0 takes the most likely token, and the first of several equal ones.
 
     Returns:
         tokens: [b] int64.
-        logprobs: [b] float32, under softmax(logits / temperature), at temperature 0 under softmax(logits); NaN where a
-            row's logits have a NaN or +inf.
+        logprobs: [b] float32, under softmax(logits / temperature), or under softmax(logits) at temperature 0. NaN if
+            the row's logits contain NaN or +inf.
 
     Raises:
         ValueError: a tensor that doesn't fit, or a backend that can't run this.

@@ -1,4 +1,4 @@
-"""The inside of a Mamba-1 mixer, from the input projection's output to the output projection's input, as one op."""
+"""Everything between the input and output projections of a Mamba-1 mixer, as one differentiable op."""
 
 from typing import Any
 
@@ -25,25 +25,25 @@ def selective_scan(
     """u = silu(conv(x)),  dt = softplus(dt),  h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t,
     y_t = (<C_t, h_t> + D u_t) silu(z_t).
 
-    Channels form groups of N. Group g reads C's group g, and group g // (D / X) of x and B: they are repeated as
-    grouped-query attention repeats key-value heads, x before its convolution. The specification is
-    `reference.selective_scan`; `state_update` is the same for one token of many sequences, in place.
+    Channels form groups of N. Group g reads group g of C, and group g // (D / X) of x and B. So groups of x and B are
+    shared like key-value heads in grouped-query attention, x before its convolution. The specification is
+    `reference.selective_scan`. `state_update` is the decode step: one token per sequence, with states updated in place.
 
     Args:
         z: [b, T, D] gate.
         x: [b, T, X] inputs, X a multiple of N that divides D.
         B: [b, T, X].
         C: [b, T, D].
-        dt: [b, T, D] step sizes before softplus. -inf, a step of size 0, leaves the state as it is (padding).
+        dt: [b, T, D] step sizes before softplus. -inf gives a step of 0 (below 1e-37 in the CPU kernel), for padding.
         A: [D, N], negative.
         D: [D] skip weights.
-        conv_weight: [D, K]; the last tap multiplies the current token. Taps never reach into another document.
+        conv_weight: [D, K]; the last tap multiplies the current token. Taps on another document count as zero.
         conv_bias: [D].
         seq_idx: [b, T] integers, the document of each token; the state is cleared where it changes.
-        conv_state: [b, X, K-1], the inputs before the first token, oldest first, which then belong to its document;
-            zero when None.
+        conv_state: [b, X, K-1], the inputs before the first token, oldest first. They belong to the first token's
+            document. Zero when None.
         ssm_state: [b, D, N], the state before the first token; zero when None.
-        backend: "cpu" and "triton" take N = 16 and K <= 4; "auto" picks what fits.
+        backend: "cpu" and "triton" require N = 16 and K <= 4; "auto" falls back to "reference".
 
     Returns:
         y [b, T, D] in z's dtype and the final state [b, D, N] in float32. All arithmetic is in float32.
@@ -65,7 +65,7 @@ def selective_scan(
 
 
 def _converted(inputs: ScanInputs, dtype: torch.dtype) -> ScanInputs:
-    """For a kernel: activations in the given dtype, parameters and state in float32, all but activations contiguous."""
+    """The inputs as kernels read them: contiguous, with dtypes and exceptions as in `m1.ops.inputs`."""
     seq_idx, conv_state, ssm_state = inputs[9:]
     seq_idx = None if seq_idx is None else seq_idx.to(torch.int32).contiguous()
     conv_state = None if conv_state is None else conv_state.to(dtype).contiguous()
@@ -76,25 +76,25 @@ def _converted(inputs: ScanInputs, dtype: torch.dtype) -> ScanInputs:
 
 
 def channels_last(t: Tensor) -> Tensor:
-    """t with its channels side by side: slices of a projection's output pass without a copy."""
+    """t with contiguous channels. A slice of a projection's output already has them and isn't copied."""
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
 def kernel_dtype(backend: Backend, *activations: Tensor) -> torch.dtype:
-    """The one dtype in which a kernel reads these: what they have in common, if the kernel knows it, else float32."""
+    """The dtype in which a kernel reads the activations: their common one if the kernel supports it, else float32."""
     dtypes = {t.dtype for t in activations}
     known = {torch.float32, torch.bfloat16} | ({torch.float16} if backend == "triton" else set())
     return dtypes.pop() if len(dtypes) == 1 and dtypes <= known else torch.float32
 
 
-# The kernels as PyTorch operators.
+# The schemas of the kernels as PyTorch operators.
 _FORWARD = f"({schema_of(ScanInputs)}, str backend, bool save) -> (Tensor, Tensor, Tensor)"
 _BACKWARD = f"({schema_of(ScanInputs)}, Tensor saved, Tensor dy, Tensor dssm_state, str backend) -> Tensor[]"
 
 
 @torch.library.custom_op("m1::selective_scan", mutates_args=(), schema=_FORWARD)
 def _forward(*arguments: Any) -> ScanOutputs:
-    """`saved` is empty unless `save`."""
+    """Runs the forward pass. `saved` is empty unless `save` is set."""
     outputs = _forward_outputs(*arguments)
     *inputs, backend, _ = arguments
     kernels(backend, "selective_scan").forward(ScanInputs(*inputs), outputs)
@@ -113,7 +113,7 @@ def _forward_outputs(*arguments: Any) -> ScanOutputs:
 
 @torch.library.custom_op("m1::selective_scan_backward", mutates_args=(), schema=_BACKWARD)
 def _backward(*arguments: Any) -> list[Tensor]:
-    """ScanGradients, given what the forward pass saved and the gradients of y and of the final state."""
+    """The fields of ScanGradients, from the saved states and the gradients of y and of the final state."""
     gradients = _backward_outputs(*arguments)
     *inputs, saved, dy, dssm_state, backend = arguments
     kernels(backend, "selective_scan").backward(ScanInputs(*inputs), saved, dy, dssm_state, ScanGradients(*gradients))

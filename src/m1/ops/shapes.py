@@ -1,7 +1,7 @@
-"""The tensors an op takes, declared as data: shapes, dtypes, and relations between sizes.
+"""Checks of an op's tensors, declared as data: shapes, dtypes, and relations between sizes.
 
-Kernels read memory without looking, so every public op checks its arguments first. A declaration is compiled into
-straight-line Python, as a dataclass's methods are: it runs in every decode step, and torch.compile traces it.
+Kernels don't check bounds, so every public op checks its arguments first. The check runs in every decode step, and
+torch.compile traces it. So a declaration is compiled to straight-line Python, as dataclasses do for their methods.
 """
 
 import inspect
@@ -11,9 +11,9 @@ from typing import Any, NamedTuple, NoReturn, get_type_hints
 import torch
 from torch import Tensor
 
-Rule = Callable[..., bool]  # a relation between sizes, which its parameters name
+Rule = Callable[..., bool]  # a relation between the sizes that its parameters name
 
-DTYPES = {  # the most frequent first
+DTYPES = {  # the most frequent first, as the check searches in order
     "float": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
     "int": (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
     "float32": (torch.float32,),
@@ -22,34 +22,44 @@ DTYPES = {  # the most frequent first
 
 
 def declared(inputs: type) -> dict[str, str]:
-    """The annotations of a NamedTuple of tensors."""
+    """The declarations in the annotations of a NamedTuple of tensors, by field name, as arguments for `Shapes`."""
     return {name: hint.__metadata__[0] for name, hint in get_type_hints(inputs, include_extras=True).items()}
 
 
 class Argument(NamedTuple):
-    """A declared tensor."""
+    """One tensor argument of an op, parsed from its declaration. `Shapes` checks tensors against it.
+
+    Attributes:
+        name: name of the argument, for error messages.
+        text: its shape in words, such as "[b, K-1]", for error messages.
+        sizes: one pair per dimension: the name of a size, or a number, and what is subtracted from it.
+        dtype: the allowed dtypes, a key of DTYPES.
+        like: name of the argument that must have the same dtype, or "".
+        optional: whether the argument may be None.
+    """
 
     name: str
     text: str
-    sizes: list[tuple[str, int]]  # a name, or a number, and what is subtracted from it
-    dtype: str  # a key of DTYPES
-    like: str  # the argument that has the same dtype, or nothing
+    sizes: list[tuple[str, int]]
+    dtype: str
+    like: str
     optional: bool
 
 
 class Shapes:
-    """The check of an op's tensors.
+    """A check of an op's tensor arguments: call it with the tensors, and it raises ValueError if one doesn't fit.
 
         CHECK = Shapes("scale", x="b D", factor="D: float32", slots="b: int or None", where={"D must be even": even})
         CHECK(x, factor, None)  # in the declared order
 
-    A declaration gives the sizes by name, then the dtype after a colon: a key of DTYPES, "float" when left out, or
-    `as` an earlier argument. A name stands for one number everywhere; a size may be a name less a number (K-1), or a
-    number. All tensors must be on one device.
+    A declaration lists the sizes, then the dtype after a colon. A size is a name, a number, or a name minus a number
+    (K-1). A name stands for the same number in all arguments. The dtype is a key of DTYPES or `as` and the name of an
+    earlier argument; the default is "float". `or None` makes an argument optional. All tensors must be on one device.
 
     Args:
-        op: the name in error messages.
-        where: further relations: what the error says, and a function of the sizes.
+        op: name of the op in error messages.
+        where: further relations between sizes: the text of the error, and a function whose parameters are named sizes.
+        arguments: one declaration per tensor argument.
     """
 
     def __init__(self, op: str, where: dict[str, Rule] | None = None, **arguments: str) -> None:
@@ -59,20 +69,21 @@ class Shapes:
         self._fits = self._compiled()
 
     def __call__(self, *tensors: Tensor | None, device: torch.device | None = None) -> None:
-        """Raises ValueError that names the op, an argument and what it breaks, unless all tensors fit.
+        """Raises ValueError if a tensor doesn't fit. The message names the op, the argument and the rule it breaks.
 
         Args:
-            device: where all tensors must be; the first one's when None.
+            tensors: the arguments, in the declared order.
+            device: where all tensors must be; the first tensor's device when None.
         """
         try:
             fits = self._fits(device, *tensors)
-        except (AttributeError, ValueError):  # None, or another number of dimensions
+        except (AttributeError, ValueError):  # a tensor is None, or has the wrong number of dimensions
             fits = False
         if not fits:
             self._refuse(tensors, device)
 
     def _compiled(self) -> Callable[..., bool]:
-        """A function of the device and the tensors."""
+        """The check as a compiled function of the device and the tensors; it returns whether they fit."""
         variables: dict[str, str] = {}
         scope: dict[str, Any] = {}
         tensors = {argument.name: f"t{i}" for i, argument in enumerate(self.arguments)}
@@ -94,9 +105,9 @@ class Shapes:
         return scope["fits"]
 
     def _refuse(self, tensors: tuple[Tensor | None, ...], device: torch.device | None) -> NoReturn:
-        """Names the first argument that contradicts those before it."""
+        """Raises ValueError for the first argument that doesn't fit those before it."""
         sizes: dict[str, int] = {}
-        sources: dict[str, str] = {}  # the argument that a size was first read from
+        sources: dict[str, str] = {}  # the argument that first gave each size
         given = {a.name: t for a, t in zip(self.arguments, tensors, strict=True) if t is not None}
         for name, text, declared, dtype, like, optional in self.arguments:
             tensor = given.get(name)

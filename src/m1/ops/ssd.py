@@ -1,4 +1,4 @@
-"""Mamba-2's scan by matrix products (state-space duality), on any device and differentiable as it stands."""
+"""Mamba-2's scan as matrix products (state-space duality), in differentiable PyTorch for any device."""
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ CHECK = Shapes(
     x="b T G P", dt="b T heads", A="heads", B="b T G N", C="b T heads N", D="heads",
     seq_idx="b T: int or None", ssm_state="b heads P N or None",
 )  # fmt: skip
-CHUNK = 64  # tokens whose pairwise products are formed; work grows with it, the number of sequential steps shrinks
+CHUNK = 64  # tokens whose pairwise products are formed; more of them mean more work but fewer sequential steps
 
 
 def ssd(
@@ -20,8 +20,8 @@ def ssd(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T,  y_t = h_t C_t + D x_t, with a state matrix h per head.
 
-    The chunked form of Mamba-2 (§6): inside a chunk a masked, decayed attention; between chunks the states are carried.
-    The specification is `reference.ssd`.
+    The chunked form of Mamba-2 (§6): masked, decayed attention inside a chunk, and a recurrence of states between
+    chunks. The specification is `reference.ssd`.
 
     Args:
         x: [b, T, G, P] inputs, after convolution and activation; head i reads group i // (heads / G) of x and B.
@@ -42,7 +42,7 @@ def ssd(
     CHECK(x, dt, A, B, C, D, seq_idx, ssm_state)
     b, T, G, P = x.shape
     heads, N = C.shape[2:]
-    with torch.autocast(x.device.type, enabled=False):  # it would take the products in bfloat16
+    with torch.autocast(x.device.type, enabled=False):  # autocast would run the products in bfloat16
         rep, out_dtype = heads // G, x.dtype
         size = min(CHUNK, T)
         chunks = -(-T // size)
@@ -57,7 +57,7 @@ def ssd(
 
         skip = D.float().view(G, rep, 1) * x.float().unsqueeze(3)
         x, dt, B, C = chunked(x), chunked(dt).unflatten(-1, (G, rep)), chunked(B), chunked(C).unflatten(3, (G, rep))
-        log_decay = (dt * A.float().view(G, rep)).cumsum(2)  # [b, c, size, G, rep] since the chunk began
+        log_decay = (dt * A.float().view(G, rep)).cumsum(2)  # [b, chunks, size, G, rep], from the start of the chunk
         starts, ends, pairs = _within_documents(seq_idx, b, chunks, size, x.device)
 
         between = (log_decay.unsqueeze(3) - log_decay.unsqueeze(2)).masked_fill(~pairs[..., None, None], -torch.inf)
@@ -79,8 +79,13 @@ def ssd(
 def _within_documents(
     seq_idx: Tensor | None, b: int, chunks: int, size: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Which tokens of a chunk share a document with the token in front of it [b, c, size], with its last token
-    [b, c, size], and with an earlier token of it or themselves [b, c, size, size]; all bool."""
+    """Three bool masks: which tokens of a chunk share a document with another token.
+
+    Returns:
+        starts: [b, chunks, size], token i with the last token before the chunk.
+        ends: [b, chunks, size], token i with the chunk's last token.
+        pairs: [b, chunks, size, size], token i with token j <= i of the chunk.
+    """
     causal = torch.ones(size, size, dtype=torch.bool, device=device).tril()
     if seq_idx is None:
         ones = torch.ones(1, 1, 1, dtype=torch.bool, device=device).expand(b, chunks, size)

@@ -1,4 +1,4 @@
-"""One decode step of a Mamba layer for many sequences: states live in slots and are updated in place."""
+"""One decode step of a Mamba layer for many sequences. Their states are in slots and are updated in place."""
 
 import torch
 from torch import Tensor
@@ -26,15 +26,18 @@ def state_update(
     A: Tensor, D: Tensor, conv_weight: Tensor, conv_bias: Tensor,
     conv_state: Tensor, ssm_state: Tensor, slots: Tensor | None = None, backend: Backend = "auto",
 ) -> Tensor:  # fmt: skip
-    """`selective_scan` of one token per row, continuing and updating the states of the row's slot. Not differentiable.
+    """Mamba-1's decode step: `selective_scan` of one token per row, which updates the states of the row's slot.
+
+    Not differentiable. The kernels require N = 16, K = 4 and contiguous states.
 
     Args:
-        z, C, dt: [b, D] as in `selective_scan`; x, B: [b, X].
+        z, C, dt: [b, D] as in `selective_scan`.
+        x, B: [b, X] as in `selective_scan`.
         A, D, conv_weight, conv_bias: as in `selective_scan`.
         conv_state: [S, X, K-1], any float dtype; the last convolution inputs of each slot, oldest first. Updated.
         ssm_state: [S, D, N] float32. Updated.
-        slots: [b] integers, each row's slot, no two the same. A negative one means no slot: the row is skipped.
-            Row i has slot i when None.
+        slots: [b] integers, the slot of each row, without duplicates. A row with a negative slot is skipped. Row i has
+            slot i when None.
 
     Returns:
         y [b, D] in z's dtype; zero for skipped rows.
@@ -58,15 +61,19 @@ def ssd_update(
     xBC: Tensor, dt: Tensor, A: Tensor, D: Tensor, conv_weight: Tensor, conv_bias: Tensor,
     conv_state: Tensor, ssm_state: Tensor, slots: Tensor | None = None, backend: Backend = "auto",
 ) -> Tensor:  # fmt: skip
-    """Mamba-2's decode step: convolution and silu of x | B | C, then `ssd` of one token per row, in the row's slot.
+    """Mamba-2's decode step: convolution and silu of x | B | C, then `ssd` of one token per row.
+
+    It updates the states of the row's slot. Not differentiable. The kernels require P and N that are multiples of 16,
+    K = 4 and contiguous states.
 
     Args:
         xBC: [b, G P + G N + heads N] inputs x, B, C, before the convolution; head i reads group i // (heads / G).
         dt: [b, heads] step sizes before softplus.
         A: [heads], negative.
         D: [heads] skip weights.
-        conv_weight: [channels of xBC, K]; conv_bias: [channels of xBC].
-        conv_state: [S, channels of xBC, K-1], any float dtype. Updated.
+        conv_weight: [channels of xBC, K]; the last tap multiplies the current token.
+        conv_bias: [channels of xBC].
+        conv_state: [S, channels of xBC, K-1], any float dtype; the last inputs of each slot, oldest first. Updated.
         ssm_state: [S, heads, P, N] float32. Updated.
         slots: as in `state_update`.
 
@@ -95,11 +102,11 @@ def _limits(conv_state: Tensor, ssm_state: Tensor) -> dict[str, bool]:
 
 
 def rows_as_slots(op: str, slots: Tensor | None, rows: Tensor, states: Tensor) -> Tensor:
-    """[b] contiguous int64 slots; row i has slot i unless they are given. ValueError where there is no slot i."""
+    """The slots [b] as contiguous int64; if None, row i has slot i. Raises ValueError if a row then has no slot."""
     if slots is not None:
         return slots.long().contiguous()
     if len(rows) > len(states):
-        raise ValueError(f"{op}: {len(rows)} rows without slots, but there are {len(states)} slots")
+        raise ValueError(f"{op}: slots is None for {len(rows)} rows, but there are only {len(states)} slots")
     return torch.arange(len(rows), device=rows.device)
 
 

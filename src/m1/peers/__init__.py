@@ -1,1 +1,1 @@
-"""Other engines, in environments of their own, to be measured beside this one."""
+"""Other engines that this one is compared with. Each runs in its own Python environment."""

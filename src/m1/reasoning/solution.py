@@ -1,4 +1,4 @@
-"""What came out of solving one problem."""
+"""The result of solving one problem: the vote, its samples and what they cost."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -8,9 +8,18 @@ from m1.reasoning.voting import Vote
 
 
 @dataclass
-class Sample:
-    """One that ended by itself: the number and the mean log-probability of its tokens, the second since the start in
-    which it ended, and its vote's weight."""
+class VotedSample:
+    """A finished sample of `solve`, with its vote. Aborted samples have none.
+
+    Attributes:
+        text: the generated text.
+        answer: the final answer; None if the text has none.
+        tokens: number of generated tokens.
+        logprob: mean log-probability of these tokens.
+        finish_reason: why generation stopped, as in `Sequence`.
+        seconds: time from the start of `solve` to the end of this sample.
+        weight: the weight of its vote.
+    """
 
     text: str
     answer: str | None
@@ -23,35 +32,39 @@ class Sample:
 
 @dataclass
 class Solution:
-    """The vote, the samples behind it in the order they ended, and what they cost. It grows while it is being found.
+    """The result of `solve`: the winning answer, the vote, its samples and their cost. It grows during sampling.
 
     Attributes:
-        sequences: of all samples that were begun or queued, aborted ones too.
-        seconds: of wall-clock time since the start, with grading and weighing.
-        reason: why it stopped: "all" (n samples ended), "decided", "confident" or "seconds"; None until then.
+        vote: the vote over all finished samples.
+        samples: the finished samples, in the order in which they finished.
+        sequences: all samples that were started or queued, including aborted ones.
+        seconds: wall-clock time since the start, including grading and weighing.
+        reason: why sampling stopped: "all" (n samples finished), "decided", "confident" or "seconds". None before.
     """
 
     vote: Vote = field(default_factory=lambda: Vote({}, {}))
-    samples: list[Sample] = field(default_factory=list)
+    samples: list[VotedSample] = field(default_factory=list)
     sequences: list[Sequence] = field(default_factory=list, repr=False)
     seconds: float = 0.0
     reason: str | None = None
 
     @property
     def answer(self) -> str | None:
+        """The winner of the vote; None if no sample gave an answer."""
         return self.vote.answer
 
     @property
     def tokens(self) -> int:
-        """Generated, those of aborted samples too."""
+        """Number of generated tokens, including those of aborted samples."""
         return sum(len(sequence.token_ids) for sequence in self.sequences)
 
     @property
     def aborted(self) -> int:
-        """Samples without an end of their own; until it stopped, those still open."""
+        """Number of unfinished samples: aborted, or still open while sampling continues."""
         return len(self.sequences) - len(self.samples)
 
     def as_json(self) -> dict[str, Any]:
+        """The content of `m1 solve --json`."""
         tally = [
             {"answer": answer, "votes": votes, "weight": self.vote.weights[answer]}
             for answer, votes in self.vote.counts.items()

@@ -1,4 +1,4 @@
-"""One problem, many samples, one answer: self-consistency within a budget of samples and seconds."""
+"""Solves one problem by self-consistency: draws samples within a budget and takes the answer that wins the vote."""
 
 import math
 import time
@@ -8,9 +8,9 @@ from dataclasses import replace
 
 from m1.engine import LLM, Engine, Request, SamplingParams, Sequence, fold_in
 from m1.errors import UserError
-from m1.reasoning.answers import Grader, extract_answer
-from m1.reasoning.budget import Budget, TimedGrader, Timer
-from m1.reasoning.solution import Sample, Solution
+from m1.grading import Grader, extract_answer
+from m1.reasoning.budget import Budget, Timer, timed
+from m1.reasoning.solution import Solution, VotedSample
 from m1.reasoning.verifier import Weights, bound_of, weigh
 from m1.reasoning.voting import vote
 
@@ -25,34 +25,36 @@ def solve(
     on_step: Callable[[Solution], None] = lambda solution: None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Solution:
-    """Votes over samples of the problem (a user message, given to the chat template as it stands).
+    """Draws samples of a problem until the budget stops them, and votes over their answers.
 
-    When the budget's rule or its seconds end it, unfinished samples are aborted. Seconds are looked at before every
-    step of the engine, so they are overrun by one step at most. Grading is on the clock: a sample that ends in the
-    step that overruns is compared by its text alone. So is a verifier, which can't be interrupted: one call of it that
-    began in time is waited for, and samples that end too late for it weigh 0. Making the engine, where there is none
-    yet, is not.
+    Unfinished samples are aborted when the budget's rule applies or its seconds are over. The time is checked before
+    every engine step, so the budget is exceeded by one step at most.
+
+    The clock includes grading. A sample that finishes in the last, late step is compared only as text. The clock also
+    includes the verifier, whose calls can't be interrupted. A call that began in time is waited for, and samples that
+    finish too late for a call get weight 0. The clock excludes making the engine.
 
     Args:
-        params: of a sample; the number of samples is the budget's.
+        problem: a user message. The chat template gets it unchanged.
+        params: of each sample. The budget sets the number of samples.
         weights: of the votes; see verifier.py.
-        on_step: called after every step with the solution so far; its time is on the clock.
-        clock: seconds, for tests.
+        on_step: called after every step with the solution so far. The clock includes it.
+        clock: returns the current time in seconds; tests replace it.
 
     Raises:
-        UserError: a prompt the engine refuses, a verifier's impossible score, or the rule "decided" with a verifier
-            whose scores have no known bound.
+        UserError: the engine refuses the prompt, a verifier's score is invalid, or the rule is "decided" and the
+            verifier's scores have no known bound.
     """
     prompt = llm.encode([{"role": "user", "content": problem}])
     engine = llm.engine_for([prompt], params.max_tokens)
     timer, bound, solution = Timer(budget.seconds, clock), bound_of(weights), Solution()
     if budget.rule == "decided" and bound is None:
         raise UserError(
-            "rule 'decided' needs to know the most a sample can weigh: give the verifier an attribute `bound`, "
+            "rule 'decided' needs the maximum weight of a sample: give the verifier an attribute `bound`, "
             "or choose the rule none or confident"
         )
     grader.start(timer.left())
-    timed_grader = TimedGrader(grader, timer)
+    equal = timed(grader.equal, timer)
     requests: list[Request] = []
     with closing(engine.run(requests)) as steps:
         while not solution.reason and timer.left() > 0:
@@ -64,7 +66,7 @@ def solve(
                     _weigh(ended, problem, weights)
                 solution.samples += ended
                 answers = [sample.answer for sample in solution.samples]
-                solution.vote = vote(answers, timed_grader, [sample.weight for sample in solution.samples])
+                solution.vote = vote(answers, equal, [sample.weight for sample in solution.samples])
                 solution.reason = budget.why_stop(solution.vote, len(answers), bound)
             solution.seconds = timer.spent()
             on_step(solution)
@@ -74,21 +76,21 @@ def solve(
 
 
 def _wave(engine: Engine, budget: Budget, requests: list[Request]) -> int:
-    """Samples to begin now: all n at once, which the engine queues; without n, one for each free slot, or one that
-    waits where others have taken all."""
+    """Number of samples to start now. With n, all at once: the engine queues them. Without n, one per free slot. If
+    other requests take all slots, one sample is queued."""
     if budget.n is not None:
         return 0 if requests else budget.n
     return engine.free_slots or int(all(request.done for request in requests))
 
 
-def _read(sequence: Sequence, llm: LLM, seconds: float) -> Sample:
+def _read(sequence: Sequence, llm: LLM, seconds: float) -> VotedSample:
     text, count = llm.decode(sequence.token_ids), len(sequence.token_ids)
     logprob = math.fsum(sequence.logprobs) / count if count else 0.0
-    return Sample(text, extract_answer(text), count, logprob, sequence.finish_reason, seconds)
+    return VotedSample(text, extract_answer(text), count, logprob, sequence.finish_reason, seconds)
 
 
-def _weigh(samples: list[Sample], problem: str, weights: Weights) -> None:
-    """Those with an answer; nothing is asked about the others, whose weight stays 0."""
+def _weigh(samples: list[VotedSample], problem: str, weights: Weights) -> None:
+    """Sets the weights of samples with an answer. The others keep weight 0, and the verifier never sees them."""
     voters = [sample for sample in samples if sample.answer is not None]
     if voters:
         scores = weigh(weights, problem, [s.text for s in voters], [s.logprob for s in voters])

@@ -1,6 +1,7 @@
-"""What a sample's vote weighs: one each, what its model thought of it, or what a verifier thinks of it."""
+"""Weights of votes: equal ones, the model's own probability of a sample, or a verifier's score."""
 
 import math
+import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -10,17 +11,24 @@ from safetensors import SafetensorError
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from m1.errors import UserError
-from m1.model.checkpoint import IMPOSSIBLE, default_device, load_tokenizer, reason
+from m1.model.checkpoint import (
+    IMPOSSIBLE,
+    MORE_THAN_TENSORS,
+    check_shard_names,
+    load_tokenizer,
+    reason,
+)
 from m1.model.tokenizer import encode_chat
+from m1.ops.backend import default_device
 
-# (problem, texts of samples) -> a score a text, finite and at least 0. An attribute `bound`, if the callable has one,
-# promises that no score is larger: the rule "decided" needs it.
+# (problem, texts of samples) -> one score per text, finite and at least 0. If the callable has an attribute `bound`,
+# no score may be larger. The rule "decided" needs it.
 Verifier = Callable[[str, Sequence[str]], Sequence[float]]
 Weights = Literal["uniform", "logprob"] | Verifier
 
 
 def vote_weights(name: str) -> Weights:
-    """ "uniform", "logprob", or the reward model of a folder or hub id. Raises UserError if it is none of these."""
+    """Weights by name: "uniform", "logprob", or a reward model's folder or hub id. Raises UserError for other names."""
     match name:
         case "uniform" | "logprob":
             return name
@@ -28,22 +36,24 @@ def vote_weights(name: str) -> Weights:
 
 
 def bound_of(weights: Weights) -> float | None:
-    """The most a sample can weigh; None if nobody knows."""
+    """The maximum weight of a sample; None if it is unknown."""
     return getattr(weights, "bound", None) if callable(weights) else 1.0
 
 
 def weigh(weights: Weights, problem: str, texts: Sequence[str], logprobs: Sequence[float]) -> list[float]:
-    """A weight a sample.
+    """Computes one weight per sample.
 
-    "logprob" is the probability of a sample, normalized by its length (Wang et al. 2023, equation 1), in (0, 1]:
+    The weight "logprob" is the length-normalized probability of a sample (Wang et al. 2023, equation 1), in (0, 1]:
 
         exp(1/K sum_k log p(t_k | prompt, t_1 ... t_{k-1}))
 
     Args:
-        logprobs: that mean, of each sample. The engine's are of the distribution at the sampling temperature.
+        problem: for a verifier.
+        texts: one per sample.
+        logprobs: mean log-probability of the tokens, one per sample. The engine's are at the sampling temperature.
 
     Raises:
-        UserError: a verifier's scores are not one a text, finite, and from 0 to its bound.
+        UserError: a verifier gives another number of scores, or one that isn't finite and from 0 to its bound.
     """
     if weights == "uniform":
         return [1.0] * len(texts)
@@ -52,7 +62,7 @@ def weigh(weights: Weights, problem: str, texts: Sequence[str], logprobs: Sequen
     assert callable(weights)
     scores = [float(score) for score in weights(problem, texts)]
     if len(scores) != len(texts):
-        raise UserError(f"the verifier gave {len(scores)} scores for {len(texts)} texts: it must give one a text")
+        raise UserError(f"the verifier gave {len(scores)} scores for {len(texts)} texts: it must give one per text")
     bound = bound_of(weights)
     for score in scores:
         if not 0 <= score <= (math.inf if bound is None else bound) or score == math.inf:
@@ -62,13 +72,21 @@ def weigh(weights: Weights, problem: str, texts: Sequence[str], logprobs: Sequen
 
 
 class RewardModel:
-    """A verifier made of a sequence classifier: the chance it gives to (problem, answer), as a chat, being good.
+    """A verifier that scores samples by a sequence classifier: its probability that an answer is good, in [0, 1].
 
-    That is the sigmoid of its one logit (a Bradley-Terry reward model's chance against a reward of 0), or the softmax's
-    second class of two. Votes weighed by a verifier's chance: Li et al. 2023 (arXiv 2206.02336), their voting verifier.
+    The classifier reads problem and sample as a chat. With one output, the score is the sigmoid of the logit: a
+    Bradley-Terry reward model's probability against a reward of 0. With two, it is the softmax of the second class. Li
+    et al. 2023 (arXiv 2206.02336) weigh votes by such probabilities (voting verifier).
+
+    Args:
+        model: a sequence classifier with one or two outputs.
+        tokenizer: the model's; it needs a chat template.
+
+    Attributes:
+        bound: maximum score.
 
     Raises:
-        UserError: the model has another number of outputs, or its tokenizer no chat template.
+        UserError: the model has another number of outputs, or the tokenizer has no chat template.
     """
 
     bound = 1.0
@@ -77,26 +95,31 @@ class RewardModel:
         if model.config.num_labels not in (1, 2):
             raise UserError(f"{model.name_or_path} has {model.config.num_labels} outputs: a reward model has 1 or 2")
         self.model, self.tokenizer = model.eval(), tokenizer
-        self._tokens("", "")  # a missing chat template is found now, not when a sample has ended
+        self._tokens("", "")  # raises now, and not after sampling, if there is no chat template
 
     @classmethod
     def from_pretrained(cls, name: str) -> "RewardModel":
-        """From a folder or hub id, on the accelerator if there is one. Raises UserError where that fails."""
+        """Loads a reward model from a folder or hub id, onto the accelerator if there is one. Raises UserError."""
+        check_shard_names(Path(name))
         load = AutoModelForSequenceClassification.from_pretrained
         try:
-            model, loaded = load(name, output_loading_info=True)
+            model, loaded = load(name, output_loading_info=True, trust_remote_code=False)
+        except pickle.UnpicklingError:
+            raise UserError(f"{name}: {MORE_THAN_TENSORS}") from None
         except (OSError, RuntimeError, SafetensorError, *IMPOSSIBLE) as error:
             raise UserError(f"can't load {name} as a reward model: {reason(error)}") from None
         if missing := sorted(loaded["missing_keys"]):
-            raise UserError(f"{name} is no reward model: it has no tensor {missing[0]!r}")
+            raise UserError(f"{name} is not a reward model: it has no tensor {missing[0]!r}")
         return cls(model.to(default_device()), load_tokenizer(Path(name)))
 
     @torch.inference_mode()
     def __call__(self, problem: str, texts: Sequence[str]) -> list[float]:
-        """Scores in [0, 1], one text at a time: they seldom end together, and padding would cost more than it saves.
+        """Scores in [0, 1], one per text.
+
+        Texts aren't batched: samples rarely finish together, and padding would cost more than it saves.
 
         Raises:
-            UserError: a chat longer than the model's context.
+            UserError: a chat is longer than the model's context.
         """
         return [self._score(self._tokens(problem, text)) for text in texts]
 

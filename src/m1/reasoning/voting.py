@@ -1,20 +1,28 @@
-"""Self-consistency (Wang et al. 2023, arXiv 2203.11171): the answer most samples agree on, each with its weight.
+"""Self-consistency (Wang et al. 2023, arXiv 2203.11171): sampled answers vote, and the most frequent answer wins.
 
-Weights are summed by `math.fsum`, which rounds once: the sum, and so the winner, doesn't depend on the samples' order.
+Weights are summed by `math.fsum`, which rounds once. The sums, and so the winner, don't depend on the samples' order.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from m1.reasoning.answers import Grader
+from m1.grading.equality import normalize
 
-ROUNDING = 1e-9  # relative, far above what summing in floats can be off by: a lead within it isn't a lead
+ROUNDING = 1e-9  # relative error, far above that of summing floats: a smaller lead isn't a lead
+
+Equality = Callable[[str, str], bool]  # whether two answers have the same value, `Grader.equal` for instance
 
 
 @dataclass(frozen=True)
 class Vote:
-    """A tally: each cluster's answer with its samples (`counts`) and their summed weight, the winner first in both."""
+    """The result of a vote: a tally of answers in which the winner comes first.
+
+    Attributes:
+        counts: number of samples per answer. Equal answers are counted under one spelling.
+        weights: summed weight of these samples per answer, in the same order.
+        abstained: number of samples without an answer.
+    """
 
     counts: dict[str, int]
     weights: dict[str, float]
@@ -22,25 +30,25 @@ class Vote:
 
     @property
     def answer(self) -> str | None:
-        """The winner; None where no sample gave an answer."""
+        """The winner; None if no sample gave an answer."""
         return next(iter(self.counts), None)
 
     def decided(self, remaining: int, bound: float = 1.0) -> bool:
-        """Whether no `remaining` further samples, each of a weight from 0 to `bound`, can change the winner."""
+        """Whether `remaining` more samples, each with a weight from 0 to `bound`, can no longer change the winner."""
         first, second = [*self.weights.values(), 0.0, 0.0][:2]
         room = remaining * bound
         return first - second > room + ROUNDING * (first + room)
 
     def confidence(self) -> float:
-        r"""Chance that the leader is truly given more often than the runner-up (Adaptive-Consistency, Aggarwal et al.
-        2023, arXiv 2305.11860: its Beta criterion).
+        r"""Probability that the model gives the leader more often than the runner-up.
 
-        Of a votes for the leader and b for its strongest rival, seen under a uniform prior, the leader's share is
-        distributed as Beta(a+1, b+1). For whole a and b its mass above 1/2 is a finite sum, here without rounding:
+        This is the Beta criterion of Adaptive-Consistency (Aggarwal et al. 2023, arXiv 2305.11860). Let the leader have
+        a votes and its strongest rival b. Under a uniform prior the leader's share follows Beta(a+1, b+1). For integers
+        a and b its mass above 1/2 is a finite sum, computed here without rounding:
 
             1 - I_{1/2}(a+1, b+1) = P(Binomial(a+b+1, 1/2) <= a)
 
-        Votes are counted, whatever they weigh: a weight is no number of observations.
+        Votes are counted without their weights, because a weight is not a number of observations.
         """
         counts = [*self.counts.values(), 0, 0]
         leader = counts[0]
@@ -48,18 +56,35 @@ class Vote:
         return sum(math.comb(tosses, k) for k in range(leader + 1)) / (1 << tosses)
 
 
-def vote(answers: Sequence[str | None], grader: Grader, weights: Sequence[float] | None = None) -> Vote:
-    """The heaviest cluster of equal answers wins.
+def vote(answers: Sequence[str | None], equal: Equality, weights: Sequence[float] | None = None) -> Vote:
+    """Finds the answer with the largest summed weight. Equal answers share their weight.
 
-    Ties go to the shorter, then the alphabetically first answer: never to whichever sample came first.
+    Ties go to the shorter answer, then to the alphabetically first. The samples' order has no influence.
 
     Args:
-        answers: one a sample, None where it gave none.
-        weights: one a sample, at least 0; all 1 when None.
+        answers: one per sample, None for a sample without an answer.
+        equal: decides whether two answers are equal.
+        weights: one per sample, at least 0; all 1 when None.
     """
     weights = [1.0] * len(answers) if weights is None else weights
-    clusters = grader.cluster(answers)
+    clusters = cluster(answers, equal)
     sums = {answer: math.fsum(weights[i] for i in members) for answer, members in clusters.items()}
     order = sorted(clusters, key=lambda answer: (-sums[answer], len(answer), answer))
     counts = {answer: len(clusters[answer]) for answer in order}
     return Vote(counts, {answer: sums[answer] for answer in order}, abstained=len(answers) - sum(counts.values()))
+
+
+def cluster(answers: Sequence[str | None], equal: Equality) -> dict[str, list[int]]:
+    """Groups equal answers: the shortest normalized spelling of each cluster, and the indices of its members.
+
+    None is in no cluster. Spellings are visited in sorted order, so the clusters don't depend on the answers' order.
+    """
+    spellings: dict[str, list[int]] = {}
+    for i, answer in enumerate(answers):
+        if answer is not None:
+            spellings.setdefault(normalize(answer), []).append(i)
+    clusters: dict[str, list[int]] = {}
+    for spelling in sorted(spellings, key=lambda s: (len(s), s)):
+        home = next((c for c in clusters if equal(c, spelling)), spelling)
+        clusters.setdefault(home, []).extend(spellings[spelling])
+    return clusters

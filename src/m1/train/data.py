@@ -1,19 +1,24 @@
-"""Training data: a recipe's `[data]` table becomes rows with the keys TRL knows."""
+"""Training data: turns a recipe's `[data]` table into a data set with the columns that TRL expects."""
 
 import random
 
 from datasets import Dataset
 
 from m1.errors import UserError
-from m1.jsonl import problem_and_golds, read_jsonl
-from m1.reasoning.chain import chain_problems
+from m1.jsonl import read_jsonl
 from m1.recipe import Data
+from m1.tasks.chain import chain_problems
+from m1.tasks.problem import problem_and_golds
 
-BUCKET_WINDOW = 16  # runs sorted together: enough for similar lengths, few enough that runs stay random samples
+BUCKET_WINDOW = 16  # groups sorted together: more makes lengths more similar, fewer keeps groups more random
 
 
 def conversations(data: Data) -> Dataset:
-    """Rows {"messages": [user, assistant]} for supervised training and distillation."""
+    """Loads rows {"messages": [...]} for supervised training and distillation.
+
+    Raises:
+        UserError: an unreadable or empty file, or a row with neither messages nor a problem with its solution.
+    """
     rows = []
     for number, row in enumerate(_rows(data), start=1):
         match row:
@@ -31,7 +36,11 @@ def conversations(data: Data) -> Dataset:
 
 
 def problems(data: Data) -> Dataset:
-    """Rows {"prompt": [user], "answers": [...]} for RL."""
+    """Loads rows {"prompt": [user message], "answers": [...]} for RL.
+
+    Raises:
+        UserError: an unreadable or empty file, or a row without a problem or its answers.
+    """
     rows = []
     for number, row in enumerate(_rows(data), start=1):
         problem, golds = problem_and_golds(row, f"{data.path}, row {number}")
@@ -40,7 +49,11 @@ def problems(data: Data) -> Dataset:
 
 
 def bucketed(rows: list[dict], size: int, seed: int) -> list[dict]:
-    """The rows in runs of `size` similar lengths, runs in random order: sorted inside windows of BUCKET_WINDOW runs."""
+    """Groups rows of similar length, `size` rows per group, and puts the groups in random order.
+
+    A trainer that keeps this order needs less padding. Rows are sorted by length within windows of BUCKET_WINDOW
+    groups.
+    """
     window = size * BUCKET_WINDOW
     runs = []
     for start in range(0, len(rows), window):

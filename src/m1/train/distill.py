@@ -4,8 +4,8 @@
     forward KL   sum_v t(v) (log t(v) - log s(v))
     JSD          half of each against the mean of s and t
 
-A student far from a near-deterministic teacher gets little from reverse KL: where s has no mass on the teacher's token
-its gradient vanishes. `forward_kl_steps` puts a forward-KL warm-up in front.
+A student far from a near-deterministic teacher learns little from reverse KL. Its gradient vanishes where s has no mass
+on the teacher's token. `forward_kl_steps` sets the length of a warm-up with forward KL.
 """
 
 from typing import Any, Literal
@@ -13,47 +13,49 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
 from m1.errors import UserError
 from m1.model.checkpoint import load_model
 from m1.recipe import DistillStage
-from m1.train import stage
 from m1.train.data import conversations
 from m1.train.sft import DEFAULTS
+from m1.train.trainer import model_options, run_training, trainer_arguments
 
 Divergence = Literal["reverse_kl", "forward_kl", "jsd"]
 CHUNK_TOKENS = 1024  # tokens whose logits exist at a time
 
 
-def distill(recipe: DistillStage, resume: bool = False) -> None:
-    """Trains recipe.model towards recipe.teacher and saves to recipe.out. Raises UserError for bad input."""
-    arguments = arguments_of(recipe)
-    set_seed(arguments.seed)
-    options = stage.model_options(recipe.trainer)
-    model, tokenizer = load_model(recipe.model, **options)
-    teacher, _ = load_model(recipe.teacher, **(options | {"dtype": "auto"}))
+def distill(stage: DistillStage, resume: bool = False, force: bool = False) -> None:
+    """Trains stage.model towards stage.teacher and saves to stage.out. Raises UserError for bad input."""
+    run_training(stage, arguments_of(stage), distill_trainer, resume, force)
+
+
+def distill_trainer(stage: DistillStage, arguments: SFTConfig) -> "DistillTrainer":
+    """The stage's trainer, with both models and the data. Raises UserError for models of different vocabularies."""
+    options = model_options(stage.trainer)
+    model, tokenizer = load_model(stage.model, **options)
+    teacher, _ = load_model(stage.teacher, **(options | {"dtype": "auto"}))
     if teacher.config.vocab_size != model.config.vocab_size:
         raise UserError(
-            f"{recipe.teacher} has a vocabulary of {teacher.config.vocab_size} and {recipe.model} of "
+            f"{stage.teacher} has a vocabulary of {teacher.config.vocab_size} and {stage.model} of "
             f"{model.config.vocab_size}: a teacher must share its student's tokenizer"
         )
-    trainer = DistillTrainer(
+    return DistillTrainer(
         model=model,
         args=arguments,
-        train_dataset=conversations(recipe.data),
+        train_dataset=conversations(stage.data),
         processing_class=tokenizer,
         teacher=teacher,
-        divergence=recipe.divergence,
-        forward_kl_steps=recipe.forward_kl_steps,
+        divergence=stage.divergence,
+        forward_kl_steps=stage.forward_kl_steps,
     )
-    stage.run(trainer, recipe.out, recipe, resume)
 
 
-def arguments_of(recipe: DistillStage) -> SFTConfig:
-    """Raises UserError for a `[trainer]` that can't be."""
-    return stage.trainer_arguments(SFTConfig, recipe.out, recipe.trainer, **DEFAULTS)
+def arguments_of(stage: DistillStage) -> SFTConfig:
+    """The trainer's arguments. Raises UserError for an invalid `[trainer]`."""
+    return trainer_arguments(SFTConfig, stage.out, stage.trainer, **DEFAULTS)
 
 
 class DistillTrainer(SFTTrainer):
@@ -84,8 +86,9 @@ class DistillTrainer(SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
+        """The divergence from the teacher, averaged over assistant tokens. Overrides TRL's loss."""
         labels = inputs["labels"]
-        # One position of logits: the model's own forward (wrappers and all) is run for its last hidden states.
+        # The model's own forward, with its wrappers, runs for its last hidden states. It makes logits of one position.
         forward = {k: v for k, v in inputs.items() if k != "labels"}
         forward |= {"use_cache": False, "output_hidden_states": True, "logits_to_keep": 1}
         outputs = model(**forward)
@@ -109,6 +112,7 @@ class DistillTrainer(SFTTrainer):
 
     @property
     def current_divergence(self) -> Divergence:
+        """The divergence of the current step: forward KL during the warm-up."""
         return "forward_kl" if self.state.global_step < self.forward_kl_steps else self.divergence
 
 

@@ -1,12 +1,9 @@
-"""Which layers need their attention most: each is replaced alone by its conversion, and the damage is measured.
+"""Measures how much a model needs the attention of each layer, to choose the layers that stay attention.
 
-The cost of a layer is the KL divergence, in nats a token, of the model with that one layer replaced from the teacher:
-where distillation would start if only this layer were converted.
+The cost of a layer is the KL divergence from the teacher, in nats per token, when only this layer is converted. It is
+the loss at which distillation of that model would start.
 """
 
-import dataclasses
-import hashlib
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +13,15 @@ from transformers import PreTrainedTokenizerBase
 
 from m1.errors import UserError
 from m1.jsonl import read_json, write_json
-from m1.model.checkpoint import default_device, load_tokenizer, read_weights
+from m1.model.checkpoint import load_tokenizer, read_weights
 from m1.model.configuration import ATTENTION, MAMBA
 from m1.model.convert import hybrid_config, mixer_from_attention, model_from_weights, read_teacher_config
 from m1.model.modeling import M1ForCausalLM
 from m1.model.tokenizer import encode_chat
-from m1.recipe import Data
+from m1.ops.backend import default_device
+from m1.progress import Progress, silent
+from m1.recipe import RankLayersStage
+from m1.runs import Run, sha256
 from m1.train.data import conversations
 from m1.train.distill import divergence_from_states
 
@@ -29,79 +29,60 @@ Batch = tuple[Tensor, Tensor]  # input ids and attention mask, [b, T] each
 
 
 @torch.no_grad()
-def rank_layers(
-    teacher: str | Path,
-    data: Data,
-    out: str | Path,
-    mixer: str = "mamba",
-    head_alignment: str = "official",
-    max_length: int = 1024,
-    batch_size: int = 8,
-    seed: int = 0,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Any]:
-    """Measures every layer and writes `out`, after each of them: cut off, the same call goes on.
-
-    Args:
-        max_length: tokens of a conversation that count.
-        on_progress: called with (layers done, layers).
+def run(stage: RankLayersStage, force: bool = False, progress: Progress = silent) -> dict[str, Any]:
+    """Runs the rank-layers stage of a recipe, and `m1 rank-layers`. An interrupted run resumes with the missing layers.
 
     Returns:
-        What `out` holds: {"settings", "tokens", "kl": {layer: nats a token}, "ranking": layers, the most costly first}.
+        The content of OUT: {"settings", "tokens", "kl": {layer: nats per token}, "ranking": [...]}. The
+        ranking lists the layers, most costly first.
 
     Raises:
-        UserError: a bad checkpoint or data file, or an `out` that was measured with other settings.
+        UserError: a bad checkpoint or data file, a tokenizer that doesn't fit the model, or an `out` that holds
+            anything but this ranking.
     """
-    teacher, out = Path(teacher), Path(out)
-    teacher_config = read_teacher_config(teacher)
-    layers = teacher_config.num_hidden_layers
-    weight_files = [path for pattern in ("config.json", "*.safetensors*", "*.bin") for path in teacher.glob(pattern)]
-    settings = {
-        "teacher": str(teacher), "teacher_sha256": _fingerprint(weight_files),
-        "data": dataclasses.asdict(data), "data_sha256": _fingerprint([Path(data.path)] if data.path else []),
-        "mixer": mixer, "head_alignment": head_alignment, "max_length": max_length, "seed": seed,
-    }  # fmt: skip
-    result: dict[str, Any] = read_json(out) if out.exists() else {"settings": settings, "kl": {}}
-    if result.get("settings") != settings:
-        raise UserError(f"{out} was measured with other settings: delete it, or write to another file")
-    if "ranking" in result:
-        return result
-
-    config = hybrid_config(teacher_config, range(layers), mixer=mixer, head_alignment=head_alignment)
-    mamba_config = hybrid_config(teacher_config, range(1, layers), mixer=mixer, head_alignment=head_alignment)
-    model = model_from_weights(config, read_weights(teacher), teacher).eval()
-    model.to(default_device())
-    batches = _batches(data, load_tokenizer(teacher), max_length, batch_size)
-    if (largest := max(int(ids.max()) for ids, _ in batches)) >= config.vocab_size:
-        raise UserError(f"{teacher}: its tokenizer makes the token {largest}, its vocabulary has {config.vocab_size}")
-    try:
-        write_json(out, result)
-    except OSError as error:
-        raise UserError(f"can't write to {out}: {error.strerror}") from None
-    result["tokens"] = sum(int(mask.sum()) for _, mask in batches)
-    targets = [model.model(ids, attention_mask=mask, use_cache=False).last_hidden_state for ids, mask in batches]
-    for i in range(layers):
-        if on_progress:
-            on_progress(i, layers)
-        if str(i) in result["kl"]:
-            continue
-        torch.manual_seed(seed % 2**64)
-        layer = model.model.layers[i]
-        layer.mamba = mixer_from_attention(layer.self_attn.state_dict(), mamba_config, i).to(default_device())
-        layer.layer_type = MAMBA
-        result["kl"][str(i)] = _divergence(model, batches, targets) / result["tokens"]
-        del layer.mamba
-        layer.layer_type = ATTENTION
-        write_json(out, result)
-    if on_progress:
-        on_progress(layers, layers)
-    result["ranking"] = sorted(range(layers), key=lambda i: -result["kl"][str(i)])
-    write_json(out, result)
+    teacher = Path(stage.teacher)
+    config = read_teacher_config(teacher)
+    layers = config.num_hidden_layers
+    settings = stage.settings() | {"weights": _fingerprint(teacher)}
+    with Run(stage.kind, stage.out, settings, is_file=True, force=force) as folder:
+        if folder.finished:
+            return read_json(stage.out)
+        kl = {str(row["layer"]): row["kl"] for row in folder.read("layers.jsonl", "layer", "kl")}
+        options: dict[str, Any] = {"mixer": stage.mixer, "head_alignment": stage.head_alignment}
+        model_config = hybrid_config(config, range(layers), **options)
+        mamba_config = hybrid_config(config, range(1, layers), **options)
+        model = model_from_weights(model_config, read_weights(teacher), teacher).eval()
+        model.to(default_device())
+        batches = _batches(stage, load_tokenizer(teacher))
+        if (largest := max(int(ids.max()) for ids, _ in batches)) >= config.vocab_size:
+            raise UserError(
+                f"{teacher}: its tokenizer gives token {largest}, but its vocabulary has {config.vocab_size} tokens"
+            )
+        tokens = sum(int(mask.sum()) for _, mask in batches)
+        targets = [model.model(ids, attention_mask=mask, use_cache=False).last_hidden_state for ids, mask in batches]
+        with progress(stage.kind, "layers") as on_progress:
+            for i in range(layers):
+                on_progress(i, layers)
+                if str(i) in kl:
+                    continue
+                torch.manual_seed(stage.seed % 2**64)
+                layer = model.model.layers[i]
+                layer.mamba = mixer_from_attention(layer.self_attn.state_dict(), mamba_config, i).to(default_device())
+                layer.layer_type = MAMBA
+                kl[str(i)] = _divergence(model, batches, targets) / tokens
+                del layer.mamba
+                layer.layer_type = ATTENTION
+                folder.append("layers.jsonl", {"layer": i, "kl": kl[str(i)]})
+            on_progress(layers, layers)
+        ranking = sorted(range(layers), key=lambda i: -kl[str(i)])
+        result = {"settings": folder.settings, "tokens": tokens, "kl": kl, "ranking": ranking}
+        write_json(stage.out, result)
+        folder.finish()
     return result
 
 
 def _divergence(model: M1ForCausalLM, batches: list[Batch], targets: list[Tensor]) -> float:
-    """Sum over all tokens of KL(teacher || model), nats."""
+    """The sum over all tokens of KL(teacher || model), in nats."""
     head, total = model.lm_head.weight, 0.0
     for (ids, mask), target in zip(batches, targets, strict=True):
         states = model.model(ids, attention_mask=mask, use_cache=False).last_hidden_state
@@ -110,13 +91,13 @@ def _divergence(model: M1ForCausalLM, batches: list[Batch], targets: list[Tensor
     return total
 
 
-def _batches(data: Data, tokenizer: PreTrainedTokenizerBase, max_length: int, batch_size: int) -> list[Batch]:
-    rows = conversations(data)["messages"]
-    encoded = [encode_chat(tokenizer, row, add_generation_prompt=False)[:max_length] for row in rows]
+def _batches(stage: RankLayersStage, tokenizer: PreTrainedTokenizerBase) -> list[Batch]:
+    rows = conversations(stage.data)["messages"]
+    encoded = [encode_chat(tokenizer, row, add_generation_prompt=False)[: stage.max_length] for row in rows]
     encoded.sort(key=len)
     batches = []
-    for start in range(0, len(encoded), batch_size):
-        group = encoded[start : start + batch_size]
+    for start in range(0, len(encoded), stage.batch_size):
+        group = encoded[start : start + stage.batch_size]
         ids = torch.zeros(len(group), len(group[-1]), dtype=torch.long)
         mask = torch.zeros_like(ids)
         for row, tokens in enumerate(group):
@@ -126,11 +107,7 @@ def _batches(data: Data, tokenizer: PreTrainedTokenizerBase, max_length: int, ba
     return batches
 
 
-def _fingerprint(paths: Iterable[Path]) -> str:
-    """Of the files' contents; files that are missing are reported by those who read them."""
-    digest = hashlib.sha256()
-    for path in sorted(paths):
-        if path.is_file():
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
+def _fingerprint(teacher: Path) -> dict[str, str | None]:
+    """The sha256 of each weight file, by name."""
+    files = [path for pattern in ("*.safetensors*", "*.bin") for path in sorted(teacher.glob(pattern))]
+    return {path.name: sha256(path) for path in files}

@@ -1,4 +1,4 @@
-"""Rollouts for GRPO from this project's engine, behind a gate: its log-probabilities must be the trainer's."""
+"""Rollouts for GRPO from this project's engine, after a check that its log-probabilities equal the trainer's."""
 
 from typing import Any
 
@@ -10,15 +10,25 @@ from m1.engine import LLM, SamplingParams, Sequence
 from m1.errors import UserError
 from m1.model.tokenizer import encode_chat
 
-PARITY_THRESHOLD = 0.02  # mean |difference| of log-probabilities, nats a token; float32 gives about 1e-6
+PARITY_THRESHOLD = 0.02  # mean |difference| of log-probabilities, in nats per token; float32 gives about 1e-6
 PARITY_SAMPLES = 8
 
 
 class EngineRollouts:
-    """A `rollout_func` for TRL's GRPOTrainer: called with the prompts of a step, one entry a sample.
+    """Generates the completions of GRPO with this project's engine: a `rollout_func` for TRL's GRPOTrainer.
 
-    The first call compares the engine's log-probabilities with the trainer's on the same tokens and refuses to train
-    past PARITY_THRESHOLD: with wrong log-probabilities RL learns from noise and says nothing.
+    TRL calls it with the prompts of a step, one entry per sample. It returns the prompts' and completions' token ids
+    and the completions' log-probabilities. The first call compares these with the trainer's on the same tokens. It
+    refuses to train if they differ by more than PARITY_THRESHOLD, because RL would learn from noise without a sign.
+
+    Args:
+        max_num_seqs: maximum number of completions decoded in parallel.
+
+    Attributes:
+        checked: whether the log-probabilities have been compared.
+
+    Raises:
+        UserError: on the first call, as `check_parity`; on any call, if the engine refuses a prompt.
     """
 
     def __init__(self, max_num_seqs: int):
@@ -31,7 +41,7 @@ class EngineRollouts:
         rendered = [encode_chat(trainer.processing_class, prompt) for prompt in prompts]
         n = trainer.num_generations if model.training else trainer.num_generations_eval
         if any(rendered[i] != rendered[i - i % n] for i in range(len(rendered))) or len(rendered) % n:
-            n = 1  # groups are split over processes: no shared prefill
+            n = 1  # groups are split over processes, so samples can't share a prefill
         params = SamplingParams(
             n=n,
             max_tokens=args.max_completion_length,
@@ -56,10 +66,19 @@ class EngineRollouts:
 def check_parity(
     model: PreTrainedModel, prompts: list[list[int]], sequences: list[Sequence], temperature: float
 ) -> float:
-    """Mean |engine - trainer| log-probability over the first samples, by one full forward each.
+    """Compares log-probabilities of the engine with those of the training model, on the first PARITY_SAMPLES samples.
+
+    Args:
+        model: computes the log-probabilities again, with one full forward pass per sample.
+        prompts: token ids, one prompt per sample.
+        sequences: the engine's samples.
+        temperature: the sampling temperature.
+
+    Returns:
+        The mean |difference|, in nats per token.
 
     Raises:
-        UserError: it is above PARITY_THRESHOLD.
+        UserError: the mean is above PARITY_THRESHOLD.
     """
     differences = []
     for prompt, sequence in list(zip(prompts, sequences, strict=True))[:PARITY_SAMPLES]:
@@ -71,7 +90,7 @@ def check_parity(
     drift = torch.cat(differences).mean().item()
     if not drift <= PARITY_THRESHOLD:
         raise UserError(
-            f"the engine's log-probabilities differ from the trainer's by {drift:.4f} nats a token on average "
+            f"the engine's log-probabilities differ from the trainer's by {drift:.4f} nats per token on average "
             f"(threshold {PARITY_THRESHOLD}): RL on them would learn from noise. Check the model's dtype and kernels"
         )
     return drift

@@ -1,1 +1,1 @@
-"""The C++ kernels (`*.cpp`) and, a module an op, the functions that call them with tensors."""
+"""The C++ kernels (`*.cpp`), and one module per op with the functions that call them."""

@@ -1,9 +1,9 @@
-// Attention of one new query a head over the keys and values in a slot. The specification is decode_attention in
+// Attention of one new query per head over the keys and values in a slot. The specification is decode_attention in
 // ops/reference.py.
 //
-// Keys are split into parts of PART, small enough for a part's keys and values to stay in the L1 cache while the query
-// heads of its group share them: each byte comes from memory once. A part leaves its maximum, sum and weighted values,
-// which are then merged in order, so that the result depends on nothing but the row itself.
+// Keys are split into parts of PART keys. A part's keys and values fit in the L1 cache while the query heads of its
+// group share them, so each byte is read from memory once. Each part produces a maximum, a sum and weighted values.
+// They are merged in order, so the result depends only on the row itself.
 
 #include <algorithm>
 #include <vector>
@@ -15,7 +15,7 @@ namespace {
 using namespace m1;
 
 constexpr int PART = 128;  // keys
-constexpr int QUERIES = 4; // of a group that go together; a larger group reads its part again, from the cache
+constexpr int QUERIES = 4; // heads of a group processed together; a larger group rereads its part from the cache
 
 struct Cache {  // element (slot, head, token, i) is at slot * slot_stride + head * head_stride + token * stride + i
   const void* data;
@@ -34,8 +34,8 @@ struct Part {
   int64_t row, kv, first;
 };
 
-// 16 channels of a key or value, in an order of their own: bfloat16 is widened fastest where every other number is in
-// the upper half of its 32 bits already. Queries are brought into this order, and outputs out of it.
+// Widens 16 channels of a key or value to float32. AVX2 is fastest if it puts the even bfloat16 channels first and then
+// the odd ones, as these are already in the upper half of 32 bits. Queries are permuted to this order, outputs back.
 inline void widen(const float* p, vec (&v)[BLOCKS]) {
   for (int b = 0; b < BLOCKS; ++b) v[b] = load(p + b * W);
 }
@@ -52,12 +52,12 @@ inline void widen(const bf16* p, vec (&v)[BLOCKS]) {
 }
 
 template <class T>
-int64_t place(int64_t channel) {  // of a channel, in that order
+int64_t place(int64_t channel) {  // the position of a channel in that order
   const bool apart = sizeof(T) == sizeof(bf16) && BLOCKS == 2;
   return apart ? channel / N * N + channel % 2 * W + channel % N / 2 : channel;
 }
 
-// Q queries [head_dim] against `count` keys: each one's maximum, sum of weights, and weighted values [head_dim].
+// Q queries [head_dim] against `count` keys: per query the maximum, sum of weights, and weighted values [head_dim].
 template <class T, int Q>
 struct Attend {
   const T *k, *v;
@@ -81,7 +81,7 @@ struct Attend {
     for (int64_t c = 0; c < head_dim; c += N) weigh(weights, c);
   }
 
-  // Products of the K keys from first + j, lanes to be summed. Their values are asked for, to come in the meantime.
+  // Products with the K keys from first + j on, with lanes still to be summed. Prefetches the values of these keys.
   template <int K>
   void multiply(int first, int j, vec (&products)[Q][W]) const {
     const T *key = k + (first + j) * k_stride, *value = v + (first + j) * v_stride;
@@ -116,7 +116,7 @@ struct Attend {
     for (int lane = 0; lane < W; ++lane) sum += total[lane];
   }
 
-  // Weighted values of 16 channels from c: no more, or the totals of 3 queries don't fit AVX2's registers.
+  // Weighted values of 16 channels from c on. With more, the totals of 3 queries wouldn't fit in AVX2's registers.
   void weigh(const float (&weights)[Q][PART], int64_t c) const {
     vec total[Q][BLOCKS] = {};
     for (int j = 0; j < count; ++j) {
@@ -132,7 +132,7 @@ struct Attend {
 
 template <class T>
 void decode(const Attention& p) {
-  const int64_t group = p.heads / p.kv_heads, width = p.head_dim + 2;  // a part's result: values, maximum, sum
+  const int64_t group = p.heads / p.kv_heads, width = p.head_dim + 2;  // per head of a part: values, maximum, sum
   std::vector<Part> parts;
   std::vector<int64_t> first_part(p.rows * p.kv_heads + 1);
   for (int64_t i = 0; i < p.rows; ++i)
@@ -141,7 +141,7 @@ void decode(const Attention& p) {
       for (int64_t first = 0; p.slots[i] >= 0 && first < p.lengths[i]; first += PART) parts.push_back({i, kv, first});
     }
   first_part.back() = parts.size();
-  // Kept from call to call: fresh memory costs more here than what is written to it.
+  // Reused by later calls: allocating memory would take longer than writing to it.
   static thread_local std::vector<float> kept_results, kept_queries;
   kept_results.resize(std::max(kept_results.size(), parts.size() * group * width));
   kept_queries.resize(std::max<size_t>(kept_queries.size(), p.rows * p.heads * p.head_dim));
@@ -183,15 +183,15 @@ void decode(const Attention& p) {
       float maximum = -1e30f, sum = 0.0f;
       for (int64_t part = first_part[unit]; part < end; ++part) maximum = std::max(maximum, *maximum_of(part));
       for (int64_t part = first_part[unit]; part < end; ++part) {
-        float* factor = maximum_of(part);  // takes the maximum's place
+        float* factor = maximum_of(part);  // overwrites the maximum
         *factor = exp2_nonpositive(splat(*factor - maximum))[0];
-        sum += *factor * factor[group];  // sums stand behind the maxima
+        sum += *factor * factor[group];  // the sums are stored after the maxima
       }
       for (int64_t c = 0; c < p.head_dim; c += W) {
         vec total = {};
         for (int64_t part = first_part[unit]; part < end; ++part)
           total += *maximum_of(part) * load(&results[part * group * width + i * p.head_dim + c]);
-        store(queries + head * p.head_dim + c, sum > 0.0f ? total / sum : total);  // where the query was
+        store(queries + head * p.head_dim + c, sum > 0.0f ? total / sum : total);  // overwrites the query
       }
       for (int64_t c = 0; c < p.head_dim; c += N) {
         float ordered[N];
@@ -204,7 +204,7 @@ void decode(const Attention& p) {
 
 }  // namespace
 
-// Returns -1, or, before anything was written, the row whose slot or length doesn't exist.
+// Returns -1, or the first row whose slot or length is out of range, in which case nothing was written.
 extern "C" int64_t m1_decode_attention(const Attention* p) {
   for (int64_t i = 0; i < p->rows; ++i)
     if (p->slots[i] >= p->slot_count || p->lengths[i] < 0 || p->lengths[i] > p->capacity) return i;

@@ -11,7 +11,7 @@ from m1.ops.build import call
 def decode_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, slots: Tensor, scale: float, out: Tensor
 ) -> None:
-    """Fills out. Raises IndexError where a slot or a length doesn't exist."""
+    """Fills out. Raises IndexError, before any change, if a slot or a length is out of range."""
     S, kv_heads, L, _ = k_cache.shape
     scaled = (q.float() * (scale * math.log2(math.e))).contiguous()
     sizes = [q.shape[0], S, L, q.shape[1], kv_heads, q.shape[2], q.dtype == torch.bfloat16]

@@ -1,5 +1,5 @@
-// What stands between a decoder layer's products: residual connection with RMSNorm, and SwiGLU. A row is one thread's, and
-// summed in an order of its own.
+// The steps between a decoder layer's matrix products: residual connection with RMSNorm, and SwiGLU. One thread handles
+// each row, and the order of its sums doesn't depend on other rows, so results are batch-invariant.
 
 #include <cmath>
 
@@ -9,8 +9,8 @@ namespace {
 
 using namespace m1;
 
-constexpr int64_t PARALLEL = 1 << 14;  // numbers that are worth a second thread
-constexpr int SUMS = N / W;            // independent sums, so that additions needn't wait for each other
+constexpr int64_t PARALLEL = 1 << 14;  // elements above which a second thread pays off
+constexpr int SUMS = N / W;            // independent sums, so that additions don't wait for each other
 
 struct Norm {
   int64_t rows, width, bfloat16;

@@ -9,9 +9,11 @@ from m1.ops.build import call
 
 
 def add_rms_norm(hidden: Tensor, update: Tensor | None, weight: Tensor, eps: float, out: Tensor) -> None:
-    bits = struct.unpack("q", struct.pack("d", eps))[0]  # a double among the struct's 8-byte fields
+    """Updates hidden and fills out."""
+    bits = struct.unpack("q", struct.pack("d", eps))[0]  # the struct's fields are passed as int64
     call("m1_add_rms_norm", *hidden.shape, hidden.dtype == torch.bfloat16, bits, hidden, update, weight, out)
 
 
 def swiglu(gate_up: Tensor, out: Tensor) -> None:
+    """Fills out."""
     call("m1_swiglu", *out.shape, out.dtype == torch.bfloat16, gate_up, out)

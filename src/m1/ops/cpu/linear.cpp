@@ -1,9 +1,9 @@
-// A linear layer for few rows, over weights packed once. The specification is torch's F.linear.
+// A linear layer for few rows, with weights that are packed once. The specification is torch's F.linear.
 //
-// Weights lie in panels of WIDTH outputs, input by input, so that memory is read once and in order. The sums of a tile
-// of rows and a panel are kept in registers over DEPTH inputs: that much of a panel stays in the L1 cache while the
-// tiles of a block of rows use it. An output is its bias, plus the sum of each DEPTH inputs in order, which is summed
-// in order from zero: nothing depends on other rows, on tiles, or on threads.
+// Weights are packed in panels of WIDTH outputs, input by input, so memory is read once and in order. A tile of rows
+// keeps its sums with a panel in registers over DEPTH inputs. That part of the panel stays in the L1 cache for all
+// tiles of a block of rows. An output starts with its bias. Then the sums over DEPTH inputs, each accumulated in order
+// from zero, are added in order. So the result depends on no other rows, tiles or threads.
 
 #include <algorithm>
 #include <vector>
@@ -14,20 +14,20 @@ namespace {
 
 using namespace m1;
 
-constexpr int WIDTH = 2 * W;                         // outputs a panel
-constexpr int TILE = W == 16 ? 12 : W == 8 ? 6 : 4;  // rows whose sums fit the registers beside what is multiplied
-constexpr int DEPTH = 4096 / WIDTH;                  // inputs: 16 KB of float32
-constexpr int BLOCK = 96;                            // rows
-constexpr int64_t SMALL = 1 << 16;                   // products that aren't worth waking threads for
+constexpr int WIDTH = 2 * W;                         // outputs per panel
+constexpr int TILE = W == 16 ? 12 : W == 8 ? 6 : 4;  // rows whose sums fit in registers beside the operands
+constexpr int DEPTH = 4096 / WIDTH;                  // inputs; 16 KB of float32 per panel
+constexpr int BLOCK = 96;                            // maximum number of rows
+constexpr int64_t SMALL = 1 << 16;                   // multiplications up to which one thread is faster
 
 enum Kind : int64_t { FLOAT32, BFLOAT16, INT8 };
 
 struct Layer {
   int64_t inputs, outputs;
   Kind kind;
-  const void* weight;  // [panels, inputs, WIDTH], bfloat16 in the order of `widen`
-  const float* bias;   // [panels, WIDTH], of outputs before they are scaled
-  const float* scale;  // [panels, WIDTH], of int8 weights
+  const void* weight;  // [panels, inputs, WIDTH]; bfloat16 in the order of `widen`
+  const float* bias;   // [panels, WIDTH], divided by the scale
+  const float* scale;  // [panels, WIDTH], for int8 weights
 };
 
 struct Rows {
@@ -40,7 +40,7 @@ inline void widen(const float* p, vec (&v)[2]) {
   for (int i = 0; i < 2; ++i) v[i] = load(p + i * W);
 }
 
-// Outputs i and W + i lie side by side: widened fastest, as one is in the upper half of its 32 bits already.
+// Outputs i and W + i are side by side. This is the fastest to widen: W + i is already in the upper half of 32 bits.
 inline void widen(const bf16* p, vec (&v)[2]) {
   uvec pairs;
   std::memcpy(&pairs, p, sizeof pairs);
@@ -60,18 +60,18 @@ inline void widen(const int8_t* p, vec (&v)[2]) {
   }
 }
 
-// For one or a few rows, several panels at once: else too few sums grow side by side to keep the processor busy.
+// One or a few rows take several panels at once: one panel has too few independent sums to keep the processor busy.
 constexpr int panels_for(int64_t rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
 constexpr int most_rows(int panels) { return panels == 4 ? 1 : panels == 2 ? 3 : TILE; }
 
-// A tile of rows and one or more panels, over some inputs.
+// The product of a tile of rows with PANELS panels, over `count` inputs.
 template <class T>
 struct Tile {
-  const float* x;                // `stride` apart
-  const T *weight, *ahead;       // weights wanted later, `pace` for each input
-  int64_t stride, panel, pace;   // a panel's size
-  int64_t count;                 // of inputs
-  float* sums;                   // [rows, PANELS, WIDTH], added to
+  const float* x;                // rows `stride` elements apart
+  const T *weight, *ahead;       // ahead: weights to prefetch, `pace` of them per input
+  int64_t stride, panel, pace;   // panel: elements from one panel to the next
+  int64_t count;                 // inputs
+  float* sums;                   // [rows, PANELS, WIDTH], to which the products are added
 
   template <int ROWS, int PANELS>
   void multiply() const {
@@ -109,13 +109,13 @@ void write(const float* sums, O* out, int64_t count) {
   if (count < WIDTH) std::memcpy(out, all, count * sizeof(O));
 }
 
-// Outputs of `count` rows from `row`, at most BLOCK, and PANELS panels from `panel`.
+// Computes the outputs of `count` <= BLOCK rows from `row` on, and of PANELS panels from `panel` on.
 template <class T, int PANELS>
 void block(const Layer& p, const Rows& rows, const float* x, int64_t stride, int64_t row, int64_t count,
            int64_t panel) {
-  float sums[BLOCK * WIDTH];  // more panels only with fewer rows
+  float sums[BLOCK * WIDTH];  // enough for several panels too: they come with few rows
   const int64_t size = p.inputs * WIDTH, tiles = (count + most_rows(PANELS) - 1) / most_rows(PANELS);
-  const int64_t pace = (WIDTH + tiles - 1) / tiles;  // the tiles together ask for all of the next DEPTH inputs
+  const int64_t pace = (WIDTH + tiles - 1) / tiles;  // together the tiles prefetch all of the next DEPTH inputs
   for (int64_t r = 0; r < count; ++r)
     std::memcpy(sums + r * PANELS * WIDTH, p.bias + panel * WIDTH, PANELS * WIDTH * sizeof(float));
   for (int64_t k = 0; k < p.inputs; k += DEPTH) {
@@ -147,7 +147,7 @@ void to_float(const bf16* from, float* to, int64_t count) {
 
 template <class T>
 void linear(const Layer& p, const Rows& rows) {
-  // Kept from call to call: fresh memory costs more here than what is written to it.
+  // Reused by later calls: allocating memory would take longer than writing to it.
   static thread_local std::vector<float> kept;
   if (rows.bfloat16) kept.resize(std::max<size_t>(kept.size(), rows.count * p.inputs));
   float* converted = kept.data();
@@ -180,7 +180,7 @@ void linear(const Layer& p, const Rows& rows) {
 
 }  // namespace
 
-// Outputs a panel.
+// Outputs per panel.
 extern "C" int64_t m1_linear_width() { return WIDTH; }
 
 extern "C" void m1_linear(const Layer* p, const Rows* rows) {

@@ -1,4 +1,4 @@
-"""Packs a linear layer's weights for linear.cpp, or for oneDNN. Tensors and dtypes are those of ops/linear.py."""
+"""Packs a linear layer's weights for linear.cpp or oneDNN. Tensors and dtypes are those of ops/linear.py."""
 
 import ctypes
 import functools
@@ -10,40 +10,47 @@ from torch import Tensor
 
 from m1.ops.build import load_cpu_kernels
 
-Layer, Rows = ctypes.c_int64 * 6, ctypes.c_int64 * 5  # the C++ structs
+Layer, Rows = ctypes.c_int64 * 6, ctypes.c_int64 * 5  # the C++ structs of these names
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 
 
 @functools.cache
 def multiplies_bfloat16() -> bool:
-    """Whether the processor has bfloat16 products, and oneDNN uses them."""
+    """Whether the processor has bfloat16 products and oneDNN can use them."""
     has = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return has and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class Panels:
-    """Weights packed for linear.cpp; called with rows, multiplies."""
+    """A linear layer whose weights are packed for the kernel in linear.cpp.
+
+    Call it with rows [rows, in], float32 or bfloat16; it returns [rows, out] in the same dtype.
+
+    Args:
+        weight: [out, in] float32, bfloat16 or int8.
+        bias: [out], or None.
+        scale: [out] float32, for int8 weights, which stand for weight * scale[:, None].
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> None:
-        """scale: [out] float32, of int8 weights."""
         kernels: Any = load_cpu_kernels()
         outputs, inputs = weight.shape
         width = kernels.m1_linear_width()
         missing = -outputs % width
         padded = F.pad(weight, (0, 0, 0, missing)) if missing else weight
-        side_by_side = 2 if weight.dtype == torch.bfloat16 else 1  # outputs i and width / 2 + i
+        side_by_side = 2 if weight.dtype == torch.bfloat16 else 1  # pairs of outputs i and width / 2 + i
         panels = padded.reshape(-1, side_by_side, width // side_by_side, inputs).permute(0, 3, 2, 1).contiguous()
         bias = weight.new_zeros(outputs, dtype=torch.float32) if bias is None else bias.float()
         scale = torch.ones(outputs) if scale is None else scale
-        # the kernel scales its sums, which begin with the bias
+        # the kernel starts its sums with the bias and scales them at the end
         bias, scale = (F.pad(t, (0, missing)).contiguous() for t in (bias / scale, scale))
         self._outputs = outputs
         self._kernel = kernels.m1_linear
-        self._tensors = panels, bias, scale  # keeps what the struct points to
+        self._tensors = panels, bias, scale  # keeps alive what the struct points to
         self._layer = Layer(inputs, outputs, KINDS[weight.dtype], *(t.data_ptr() for t in self._tensors))
 
     def __call__(self, x: Tensor) -> Tensor:
-        count = x.shape[0]  # a third of len(x)'s time, and a call should cost little
+        count = x.shape[0]  # takes a third of the time of len(x); calls are frequent
         stride, step = x.stride()
         if step != 1:
             x = x.contiguous()
@@ -54,7 +61,15 @@ class Panels:
 
 
 class OneDNN:
-    """bfloat16 weights packed for oneDNN; for float32 rows, when there are any, also for linear.cpp."""
+    """A linear layer whose bfloat16 weights are packed for oneDNN's bfloat16 product.
+
+    Call it with rows [rows, in], float32 or bfloat16; it returns [rows, out] in the same dtype. float32 rows use
+    `Panels`, packed on the first such call.
+
+    Args:
+        weight: [out, in] bfloat16.
+        bias: [out], or None.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self._weight, self._bias = weight, bias
@@ -72,7 +87,7 @@ class OneDNN:
 
 
 def pack(weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> Panels | OneDNN:
-    """The faster of the two here. scale: as `Panels`."""
+    """Packs the weights for the faster of the two on this processor. Arguments as for `Panels`."""
     if scale is not None:
         return Panels(weight, bias, scale)
     native = weight.dtype == torch.bfloat16 and multiplies_bfloat16()

@@ -1,5 +1,5 @@
-// Draws a token a row: the highest logit, then e^(logit - highest) summed block by block, then the block and the token at
-// which the running sum passes the target. A row is one thread's.
+// Draws one token per row. It finds the highest logit and sums e^((logit - highest) / temperature) block by block. Then
+// it finds the block, and in it the token, at which the running sum passes the target. One thread handles each row.
 
 #include <cmath>
 #include <limits>
@@ -11,19 +11,19 @@ namespace {
 
 using namespace m1;
 
-constexpr int64_t BLOCK = 128;  // tokens whose probabilities are summed first: running sums go over few numbers
+constexpr int64_t BLOCK = 128;  // tokens per partial sum, so that no running sum has many terms
 constexpr float NONE = -std::numeric_limits<float>::infinity();
 
 struct Sample {
   int64_t rows, tokens, bfloat16;
   const void* logits;        // [rows, tokens]
   const double* uniform;     // [rows]
-  const float* temperature;  // [rows], 0: the likeliest
+  const float* temperature;  // [rows]; 0 takes the most likely token
   int64_t* drawn;            // [rows]
   float* logprobs;           // [rows]
 };
 
-// W logits from the i-th on, -inf behind the last.
+// W logits from the i-th on, padded with -inf after the last.
 template <class T>
 vec load_some(const T* logits, int64_t i, int64_t count) {
   if (i + W <= count) return load(logits + i);
@@ -44,7 +44,7 @@ template <class T>
 struct Row {
   const T* logits;
   int64_t count;
-  float highest = NONE, scale;  // of exponents of 2
+  float highest = NONE, scale;  // scale: turns logits into exponents of 2
 
   Row(const T* logits, int64_t count, float temperature)
       : logits(logits), count(count), scale(LOG2E / (temperature > 0 ? temperature : 1.0f)) {
@@ -53,7 +53,7 @@ struct Row {
     for (int lane = 0; lane < W; ++lane) highest = top[lane] > highest ? top[lane] : highest;
   }
 
-  // e^((logit - highest) / temperature) of W logits; 0 where it would be below 2^-126, NaN where the logit is NaN.
+  // e^((logit - highest) / temperature) of W logits; 0 where it would be at most 2^-126, NaN where the logit is NaN.
   vec weights(int64_t i) const {
     const vec exponent = (load_some(logits, i, count) - highest) * scale;
     return exponent <= -126.0f ? vec{} : exp2_nonpositive(exponent);
@@ -89,7 +89,7 @@ void sample(const Sample& p) {
     if (p.temperature[r] > 0) {
       const double target = p.uniform[r] * total;
       double passed = 0;
-      // Where rounding leaves no token behind the target, the last one with any probability is it.
+      // If rounding leaves no token past the target, the last one with any probability is drawn.
       int64_t block = 0;
       for (int64_t b = 0; b < blocks; ++b) {
         if (!(sums[b] > 0)) continue;

@@ -1,11 +1,11 @@
 // The selective scan, forward and backward, with convolution, silu, softplus, skip and gate in one pass over the
 // tokens. The specification is selective_scan in ops/reference.py.
 //
-// Channels stand in groups of 16, and a vector holds one state index n for the channels of a group, so that B and C are
-// broadcasts and no lane waits for another one in the forward pass. Work is shared out by (sequence, key-value group):
-// every output element then has exactly one writer. Time goes by in chunks: a chunk's activations are first brought
-// into float32 buffers that stay in the L1 cache, then scanned. The forward pass saves the state in front of every
-// chunk; the backward pass takes chunks from the end, rebuilds the states inside one and sweeps back.
+// Channels form groups of 16, and a vector holds one state index n for the channels of a group. So B and C are
+// broadcasts, and the forward pass needs no sums over lanes. A unit of work is one (sequence, key-value group), so
+// every output element has exactly one writer. Tokens are processed in chunks: a chunk's activations are converted into
+// float32 buffers that stay in the L1 cache, then scanned. The forward pass saves the state before every chunk. The
+// backward pass takes chunks from last to first, recomputes the states inside each, and sweeps back over its tokens.
 
 #include <algorithm>
 #include <vector>
@@ -17,10 +17,10 @@ namespace {
 using namespace m1;
 
 constexpr int CHUNK = 16;  // tokens; CHUNK["cpu"] in ops/selective_scan.py
-constexpr int TAPS = 4;    // of the convolution
-constexpr int HALO = TAPS - 1;
+constexpr int TAPS = 4;    // convolution taps
+constexpr int HALO = TAPS - 1;  // convolution inputs needed from before a chunk
 
-typedef float Rows[CHUNK][N];  // one value a token and channel of a group
+typedef float Rows[CHUNK][N];  // one value per token and channel of a group
 typedef float State[N][N];     // [n][channel]
 
 struct Activation {  // [b, T, ...]: channels contiguous, tokens `stride` elements apart, sequences T tokens apart
@@ -50,7 +50,7 @@ struct Backward {
   const void* dy;                        // [b, T, D]
   const float* dssm_last;                // [b, D, 16]
   void *dz, *dx, *dB, *dC, *ddt;         // [b, T, ...] contiguous
-  float *dA, *dD, *dtaps, *dbias;        // a sequence each, to be summed over b: [b, D, 16], [b, D], [b, TAPS, D], [b, D]
+  float *dA, *dD, *dtaps, *dbias;        // per sequence, summed by the caller: [b, D, 16], [b, D], [b, TAPS, D], [b, D]
   void* dconv_state;                     // [b, 16 kv_groups, HALO]
   float* dssm_state;                     // [b, D, 16]
 };
@@ -60,7 +60,7 @@ void transposed(const float* from, float* to, float factor = 1.0f) {  // [16][16
     for (int j = 0; j < N; ++j) to[j * N + i] = from[i * N + j] * factor;
 }
 
-// The chunks of one sequence and key-value group, in float32.
+// The chunks of one sequence and key-value group: `enter` loads one of them into float32 buffers.
 template <class T>
 struct Chunk {
   const Inputs& in;
@@ -68,8 +68,8 @@ struct Chunk {
   const int32_t* const seq;
   int64_t first = 0;
   int count = 0;
-  bool starts[CHUNK];           // token j begins a document: the state in front of it is cleared
-  float reaches[CHUNK][TAPS];   // 1 where the tap that lies k tokens back is in token j's document, else 0
+  bool starts[CHUNK];           // token j begins a document: the state before it is cleared
+  float reaches[CHUNK][TAPS];   // 1 if token j - k is in token j's document, else 0
   float x[HALO + CHUNK][N];     // convolution inputs
   Rows B;
 
@@ -80,13 +80,13 @@ struct Chunk {
     return (const T*)a.data + (sequence * in.length + t) * a.stride + group * N;
   }
 
-  int32_t document(int64_t t) const { return seq[std::max<int64_t>(t, 0)]; }  // conv_state belongs to token 0's
+  int32_t document(int64_t t) const { return seq[std::max<int64_t>(t, 0)]; }  // conv_state is in token 0's
 
   void bring(const T* from, float* to) const {
     for (int c = 0; c < N; c += W) store(to + c, load(from + c));
   }
 
-  void bring_column(const T* from, float* to) const {  // of [N][HALO]
+  void bring_column(const T* from, float* to) const {  // one column of [N][HALO]
     T column[N];
     for (int c = 0; c < N; ++c) column[c] = from[c * HALO];
     bring(column, to);
@@ -112,7 +112,7 @@ struct Chunk {
     }
   }
 
-  // The lines of another chunk that the loops will ask for: their addresses lie too far apart for the hardware to guess.
+  // Prefetches another chunk's activations: their addresses are too far apart for the hardware prefetcher.
   void prefetch(int64_t t, int64_t group) const {
     if (t < 0 || t >= in.length) return;
     for (const Activation* a : {&in.z, &in.C, &in.dt}) __builtin_prefetch(row(*a, t, group));
@@ -125,7 +125,7 @@ struct Group {
   Rows u, dt, gate, C;
 };
 
-// The derivatives of a group's activations with respect to what went into them.
+// The derivatives of a group's activations with respect to conv(x), dt and z.
 struct Slopes {
   Rows u, dt, gate;
 };
@@ -206,7 +206,7 @@ void forward(const Forward& p) {
   }
 }
 
-// What the backward pass carries from chunk to chunk for one group.
+// What the backward pass carries from chunk to chunk, per group.
 struct Carry {
   State A, dh, dA;  // A times log2(e)
   float dD[N], dtaps[TAPS][N], dbias[N];
@@ -228,7 +228,7 @@ void backward(const Backward& p) {
         transposed(in.A + (kv * rep + r) * N * N, carries[r].A[0], LOG2E);
         transposed(p.dssm_last + of_kv + r * N * N, carries[r].dh[0]);
       }
-      float dx[HALO + CHUNK][N] = {};  // with the taps that reach in front of the chunk
+      float dx[HALO + CHUNK][N] = {};  // including the inputs before the chunk that its taps read
       Rows dB, dconv;
       for (int64_t index = chunks - 1; index >= 0; --index) {
         chunk.enter(index);
@@ -239,7 +239,7 @@ void backward(const Backward& p) {
           activate(chunk, g, group, &slopes);
           Rows dC = {};
           for (int c = 0; c < N; c += W) {
-            vec decay[CHUNK][N], kept[CHUNK][N];  // kept: what is left of the state in front of token j
+            vec decay[CHUNK][N], kept[CHUNK][N];  // kept: the decayed state from before token j
             vec h[N];
             const float* saved = p.saved + ((i * chunks + index) * in.groups + g) * N * N;
             for (int n = 0; n < N; ++n) h[n] = load(saved + n * N + c);
@@ -308,7 +308,7 @@ void backward(const Backward& p) {
             store((T*)p.dB + row + c, load(dB[j] + c));
           }
         }
-        // what reached in front of this chunk belongs to the last tokens of the one before
+        // gradients of inputs before this chunk belong to the last tokens of the previous chunk
         std::memcpy(dx[CHUNK], dx[0], HALO * sizeof *dx);
         std::memset(dx[0], 0, CHUNK * sizeof *dx);
       }

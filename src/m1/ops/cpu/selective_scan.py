@@ -1,4 +1,4 @@
-"""Calls selective_scan.cpp."""
+"""Calls selective_scan.cpp. The inputs are converted already, as described in ops/inputs.py."""
 
 import torch
 import torch.nn.functional as F
@@ -7,17 +7,17 @@ from torch import Tensor
 from m1.ops.build import call
 from m1.ops.inputs import ScanGradients, ScanInputs, ScanOutputs
 
-TAPS = 4  # the kernel's: shorter convolutions get taps of weight 0 in front
+TAPS = 4  # the kernel's number of taps; a shorter convolution is padded with leading taps of 0
 
 
 def forward(inputs: ScanInputs, outputs: ScanOutputs) -> None:
-    """Fills the outputs; `saved`, if it has room, with the groups' states before every chunk, [n, channel] each."""
+    """Fills the outputs. A nonempty `saved` gets each group's state before each chunk, as [n, channel]."""
     saved = outputs.saved if outputs.saved.numel() else None
     call("m1_selective_scan_forward", *_fields(inputs), inputs.ssm_state, outputs.y, outputs.ssm_state, saved)
 
 
 def backward(inputs: ScanInputs, saved: Tensor, dy: Tensor, dssm_state: Tensor, gradients: ScanGradients) -> None:
-    """Fills the gradients. The kernel gives those of parameters per sequence; they are summed here."""
+    """Fills the gradients. The kernel returns those of parameters per sequence; this function sums them."""
     (b, d), K = (inputs.z.shape[0], inputs.z.shape[2]), inputs.conv_weight.shape[1]
     A, D = inputs.A, inputs.D
     sequences = [A.new_empty(b, *A.shape), D.new_empty(b, d), D.new_empty(b, TAPS, d), D.new_empty(b, d)]
@@ -32,7 +32,7 @@ def backward(inputs: ScanInputs, saved: Tensor, dy: Tensor, dssm_state: Tensor, 
 
 
 def _fields(inputs: ScanInputs) -> list[Tensor | int | None]:
-    """The C++ struct Inputs."""
+    """The fields of the C++ struct Inputs."""
     z, x, B, C, dt, A, D, conv_weight, conv_bias, seq_idx, conv_state, _ = inputs
     missing = TAPS - conv_weight.shape[1]
     taps = F.pad(conv_weight, (missing, 0)).T.contiguous()
@@ -46,5 +46,5 @@ def _fields(inputs: ScanInputs) -> list[Tensor | int | None]:
 
 
 def rows(t: Tensor) -> Tensor:
-    """t with evenly spaced rows."""
+    """t if all its tokens [b, T] are evenly spaced in memory, else a contiguous copy."""
     return t if t.stride(0) == t.shape[1] * t.stride(1) else t.contiguous()

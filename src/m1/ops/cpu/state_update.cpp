@@ -1,9 +1,9 @@
-// One decode step of Mamba-1 and Mamba-2 layers for many sequences, whose states lie in slots and are updated in place.
+// One decode step of Mamba-1 and Mamba-2 layers for many sequences. Their states are in slots and are updated in place.
 // The specification is state_update and ssd_update in ops/reference.py.
 //
-// A state's row, the N numbers of one channel, is read, updated, and written once; so here lanes are states, not
-// channels, and sum_lanes turns the products of W rows with C into W outputs. Work is shared out by row and key-value
-// group, which owns all that is read through its group: the convolution inputs are shifted by the one that used them.
+// The states of one channel are contiguous, and are read, updated and written once. So lanes are states here, not
+// channels, and sum_lanes turns the products of W channels with C into W outputs. A unit of work is one row and one
+// key-value group, with all channels that read this group. It alone reads the group's conv_state, so it can shift it.
 
 #include <vector>
 
@@ -14,20 +14,20 @@ namespace {
 using namespace m1;
 
 constexpr int TAPS = 4;
-constexpr int HELD = TAPS - 1;  // convolution inputs a channel holds
+constexpr int HELD = TAPS - 1;  // convolution inputs in the conv_state of a channel
 
 struct Step {
   int64_t rows, slot_count, bfloat16;
-  const int64_t* slots;         // [rows]; negative: none
-  const float *taps, *bias;     // [TAPS, channels of the convolution] oldest first
-  void* conv_state;             // [slots, channels, HELD]
+  const int64_t* slots;         // [rows]; a negative slot means none
+  const float *taps, *bias;     // [TAPS, channels of the convolution] oldest first, [channels]
+  void* conv_state;             // [slots, channels, HELD] oldest first
   float* ssm_state;
 };
 
 struct MambaStep {
   Step step;
   int64_t groups, kv_groups;
-  const void *z, *x, *B, *C, *dt;  // [rows, ...], `strides` elements apart
+  const void *z, *x, *B, *C, *dt;  // rows are the strides below apart, in elements
   int64_t z_stride, x_stride, B_stride, C_stride, dt_stride;
   const float *A, *D;              // [D, 16], [D]
   void* y;                         // [rows, D]
@@ -42,7 +42,7 @@ struct SsdStep {
   void* y;                         // [rows, heads, P]
 };
 
-// The convolution inputs of 16 channels as one vector a tap, the new token's last; shifts the state.
+// Fills window with the convolution inputs of 16 channels, oldest tap first, and shifts the new token into the state.
 template <class T>
 void take_window(T* state, const T* token, float (&window)[TAPS][N]) {
   T held[N * HELD];
@@ -57,7 +57,7 @@ void take_window(T* state, const T* token, float (&window)[TAPS][N]) {
     for (int c = 0; c < N; c += W) store(window[k] + c, load(columns[k] + c));
 }
 
-// silu(conv) of 16 channels, whose taps and bias begin at `channel` of `channels`.
+// silu(conv) of the 16 channels from `channel` on, of `channels` in all.
 void convolve(const Step& p, const float (&window)[TAPS][N], int64_t channel, int64_t channels, float* u) {
   for (int c = 0; c < N; c += W) {
     vec conv = load(p.bias + channel + c);
@@ -162,7 +162,7 @@ void ssd_step(const SsdStep& p) {
   }
 }
 
-// The first row whose slot doesn't exist, or -1.
+// The first row whose slot is out of range, or -1.
 int64_t bad_row(const Step& p) {
   for (int64_t i = 0; i < p.rows; ++i)
     if (p.slots[i] >= p.slot_count) return i;
@@ -171,7 +171,7 @@ int64_t bad_row(const Step& p) {
 
 }  // namespace
 
-// Both return -1, or, before anything was touched, the row whose slot doesn't exist.
+// Both return -1, or the first row whose slot is out of range, in which case nothing was written.
 extern "C" int64_t m1_state_update(const MambaStep* p) {
   const int64_t bad = bad_row(p->step);
   if (bad < 0) p->step.bfloat16 ? mamba_step<bf16>(*p) : mamba_step<float>(*p);

@@ -1,4 +1,4 @@
-"""Calls state_update.cpp."""
+"""Calls state_update.cpp. The inputs are converted already, as described in ops/inputs.py."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from m1.ops.inputs import SSDStepInputs, StepInputs
 
 
 def state_update(inputs: StepInputs, y: Tensor) -> None:
-    """Updates the slots' states and fills y. Raises IndexError, before any change, where a slot doesn't exist."""
+    """Updates the slots' states and fills y. Raises IndexError, before any change, if a slot is out of range."""
     n = inputs.A.shape[1]
     sizes = [inputs.z.shape[1] // n, inputs.x.shape[1] // n]
     strides = [t.stride(0) for t in inputs[:5]]
@@ -16,16 +16,16 @@ def state_update(inputs: StepInputs, y: Tensor) -> None:
 
 
 def ssd_update(inputs: SSDStepInputs, y: Tensor) -> None:
-    """Updates the slots' states and fills y. Raises IndexError, before any change, where a slot doesn't exist."""
+    """Updates the slots' states and fills y. Raises IndexError, before any change, if a slot is out of range."""
     xBC, (_, heads, P, N) = inputs.xBC, inputs.ssm_state.shape
     groups = (xBC.shape[1] - heads * N) // (P + N)
     _step("m1_ssd_update", inputs, y, groups, heads, P, N, xBC, xBC.stride(0), inputs.dt, inputs.A, inputs.D)
 
 
 def _step(kernel: str, inputs: StepInputs | SSDStepInputs, y: Tensor, *own: Tensor | int) -> None:
-    """Calls a kernel with the C++ struct Step, the fields of its own, and y."""
+    """Calls a kernel with the fields of the C++ struct Step, the kernel's own fields, and y."""
     rows, slots, ssm_state = inputs[0], inputs.slots, inputs.ssm_state
-    conv_state = inputs.conv_state.to(rows.dtype)  # itself, except for a dtype that the kernel doesn't know
+    conv_state = inputs.conv_state.to(rows.dtype)  # a copy if the dtype isn't the rows'
     sizes = [len(rows), len(ssm_state), rows.dtype == torch.bfloat16]
     taps = inputs.conv_weight.T.contiguous()
     bad_row = call(kernel, *sizes, slots, taps, inputs.conv_bias, conv_state, ssm_state, *own, y)

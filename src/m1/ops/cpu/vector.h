@@ -1,5 +1,5 @@
-// Vectors of float as wide as the processor's, by GCC/Clang vector extensions: the same source is AVX-512, AVX2, NEON
-// or plain C. Below them what the kernels share: 16-channel blocks, bfloat16, exponentials, activations, lane sums.
+// Float vectors of the processor's width, with GCC/Clang vector extensions: the same source compiles to AVX-512, AVX2,
+// NEON or plain C. On them, what the kernels share: 16-channel blocks, bfloat16, exponentials, activations, lane sums.
 
 #pragma once
 
@@ -13,7 +13,7 @@
 
 namespace m1 {
 
-constexpr int N = 16;  // states a channel, and channels a group: one group is the unit of all loads and stores
+constexpr int N = 16;  // states per channel, and channels per group; a group is the unit of all loads and stores
 
 #if defined(__AVX512F__)
 constexpr int W = 16;
@@ -22,7 +22,7 @@ constexpr int W = 8;
 #else
 constexpr int W = 4;
 #endif
-constexpr int BLOCKS = N / W;  // vectors that hold a group
+constexpr int BLOCKS = N / W;  // vectors per group
 
 typedef float vec __attribute__((vector_size(W * sizeof(float))));
 typedef uint32_t uvec __attribute__((vector_size(W * sizeof(uint32_t))));
@@ -43,7 +43,7 @@ inline vec load(const bf16* p) {
   return (vec)(__builtin_convertvector(h, uvec) << 16);
 }
 
-// To nearest, ties to even; NaN stays NaN.
+// Rounds to nearest, ties to even. NaN stays NaN.
 inline void store(bf16* p, vec v) {
   const uvec bits = (uvec)v;
   uvec rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
@@ -52,7 +52,7 @@ inline void store(bf16* p, vec v) {
   std::memcpy(p, &h, sizeof h);
 }
 
-// b where a is NaN or equal, as the instruction does, which GCC doesn't find by itself for vectors.
+// The maximum; b where either is NaN. GCC doesn't find this instruction by itself for vectors.
 #if defined(__AVX512F__)
 inline vec max(vec a, vec b) { return (vec)_mm512_max_ps((__m512)a, (__m512)b); }
 #elif defined(__AVX2__)
@@ -62,8 +62,8 @@ inline vec max(vec a, vec b) { return a > b ? a : b; }
 #endif
 inline vec abs(vec x) { return (vec)((uvec)x & 0x7fffffffu); }
 
-// 2^x for x <= 0, relative error 1e-7 and exact at 0: 2^x = 2^k 2^r with k the nearest integer, a polynomial in r, and
-// k added to the exponent's bits. NaN goes through.
+// 2^x for x <= 0, with relative error 1e-7, exact at 0. It is 2^k 2^r with k the nearest integer: a polynomial in r,
+// and then k added to the exponent's bits. x < -126 counts as -126. NaN stays NaN.
 inline vec exp2_nonpositive(vec x) {
   const vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
   x = max(splat(-126.0f), x);
@@ -79,7 +79,7 @@ inline vec exp2_nonpositive(vec x) {
 
 constexpr float LOG2E = 1.44269504089f, LN2 = 0.693147180560f;
 
-// 1 / x for x in [1, 3], relative error 2e-7: the processor's estimate and one step of Newton's cost a third of a division.
+// 1 / x for x in [1, 3], relative error 2e-7. The processor's estimate and a Newton step cost a third of a division.
 inline vec reciprocal(vec x) {
 #if defined(__AVX512F__)
   const vec r = (vec)_mm512_rcp14_ps((__m512)x);
@@ -93,7 +93,7 @@ inline vec reciprocal(vec x) {
 #endif
 }
 
-// log(1 + e) for e in [0, 1] = 2 atanh(s), s = e / (2 + e): exact to rounding also for tiny e.
+// log(1 + e) for e in [0, 1], as 2 atanh(s) with s = e / (2 + e): exact to rounding even for tiny e.
 inline vec log1p_unit(vec e) {
   const vec s = e * reciprocal(2.0f + e), q = s * s;
   vec p = splat(0.14089166f);
@@ -113,8 +113,8 @@ inline vec softplus(vec x) {
   return max(vec{}, x) + log1p_unit(exp2_nonpositive(-LOG2E * abs(x)));
 }
 
-// The sums over lanes of W vectors, one a lane of the result, in log2(W) levels of shuffles and adds: a level folds
-// vectors i and i + H, whose sums of H lanes come to stand side by side.
+// Sums the lanes of each of W vectors: lane i of the result is the sum of vector i. It takes log2(W) levels of shuffles
+// and adds. A level folds vectors i and i + H into one, which holds their sums of H lanes side by side.
 template <int H>
 constexpr int pick(int lane, int offset) { return (lane & H ? W - H : 0) + lane + offset; }
 

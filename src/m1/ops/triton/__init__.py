@@ -1,6 +1,6 @@
 """The GPU kernels, in Triton, and the arithmetic they share.
 
-They run under TRITON_INTERPRET=1 too, on CPU tensors: slow, for tests.
+For tests they also run on CPU tensors, slowly, under TRITON_INTERPRET=1.
 """
 
 # ruff: noqa: ANN001, ANN201 (inside kernels everything is a tensor, a pointer or a constexpr)
@@ -13,25 +13,29 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def sigmoid(x):
+    """1 / (1 + e^-x)."""
     return 1.0 / (1.0 + tl.exp2(x * -LOG2_E))
 
 
 @triton.jit
 def silu(x):
+    """x sigmoid(x)."""
     return x * sigmoid(x)
 
 
 @triton.jit
 def silu_gradient(x):
+    """The derivative of silu at x."""
     s = sigmoid(x)
     return s * (1.0 + x * (1.0 - s))
 
 
 @triton.jit
 def softplus(x):
-    """log(1 + e^x), with a small relative error where it is small too; 0 at -inf.
+    """log(1 + e^x), with a small relative error even where the result is small. 0 at -inf.
 
-    max(x, 0) + log(1 + e) with e = e^-|x|, and log(1 + e) = 2 atanh(s) = 2 (s + s^3/3 + s^5/5 + ...), s <= 1/3.
+    It is max(x, 0) + log(1 + e) with e = exp(-|x|). With s = e / (2 + e) <= 1/3,
+    log(1 + e) = 2 atanh(s) = 2 (s + s^3/3 + s^5/5 + ...).
     """
     e = tl.exp2(tl.abs(x) * -LOG2_E)
     s = e / (2.0 + e)

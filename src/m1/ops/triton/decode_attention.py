@@ -1,7 +1,7 @@
 """Decode attention on a GPU: split-KV flash-decoding for grouped queries.
 
-`_attend` gives every SPLIT keys of a row and a KV head a program, which reads them once for all query heads of the
-group; `_merge` adds up the parts of a row in order. SPLIT is fixed, so a row's result is the same in any batch.
+In `_attend`, one program handles SPLIT keys of a row and KV head, and reads them once for all query heads of the group.
+`_merge` merges the parts of a row in order. SPLIT is fixed, so results are batch-invariant.
 """
 
 # ruff: noqa: ANN001, ANN202 (inside kernels everything is a tensor, a pointer or a constexpr)
@@ -13,13 +13,13 @@ from torch import Tensor
 
 from m1.ops.triton import LOG2_E
 
-# Fixed, not autotuned: of the tiles, stages and warps tried on an H200 in bfloat16, for 1 to 64 sequences of 1024 to
-# 16384 keys, none is 3 % faster. SPLIT 512 is, by 5 %, at 16384 keys, but 18 % slower for a sequence alone, and the
-# split must not depend on the batch.
-SPLIT = 256  # keys in a program of _attend
-TILE_BYTES, STAGES = 16384, 3  # of the keys that _attend reads at a time, and as much of values; tiles in flight
-PARTS = 16  # parts at a time in _merge
-MIN_ROWS = 16  # of an operand of tl.dot
+# Fixed, not autotuned. On an H200 in bfloat16, with 1 to 64 sequences of 1024 to 16384 keys, other tiles, stages and
+# warps gain less than 3 %. SPLIT 512 is 5 % faster at 16384 keys but 18 % slower for a single sequence, and the split
+# must not depend on the batch.
+SPLIT = 256  # keys per program of _attend
+TILE_BYTES, STAGES = 16384, 3  # bytes of keys, and of values, that _attend reads at a time; tiles in flight
+PARTS = 16  # parts that _merge reads at a time
+MIN_ROWS = 16  # minimum number of rows of an operand of tl.dot
 
 
 def decode_attention(
@@ -43,7 +43,7 @@ def decode_attention(
 
 @triton.jit
 def _keys(lengths, slots, row):
-    """How many keys the row has; none without a slot."""
+    """Number of keys of the row; 0 without a slot."""
     return tl.where(tl.load(slots + row) < 0, 0, tl.load(lengths + row))
 
 
@@ -52,7 +52,13 @@ def _attend(
     q, k_cache, v_cache, lengths, slots, parts, highest, weights, k_strides, v_strides, scale, group, head_dim,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """parts: the values of the split's keys, weighted with e^(score - highest); weights: the sum of those."""
+    """Attention over the keys of one split. Scores include a factor of log2(e), so weights are 2^(score - highest).
+
+    Writes per query head:
+        parts: the weighted sum of the values.
+        highest: the highest score.
+        weights: the sum of the weights.
+    """
     split, kv_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     slot, length = tl.load(slots + row), _keys(lengths, slots, row)
     first = split * SPLIT

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from m1.ops.triton import silu
 
-WARP_NUMBERS = 512  # that a warp of _add_rms_norm takes
-BLOCK = 1024  # outputs of a program of _swiglu
+WARP_NUMBERS = 512  # elements per warp of _add_rms_norm
+BLOCK = 1024  # outputs per program of _swiglu
 
 
 def add_rms_norm(hidden: Tensor, update: Tensor | None, weight: Tensor, eps: float, out: Tensor) -> None:

@@ -1,7 +1,8 @@
-"""Draws a token a row on a GPU.
+"""Draws one token per row on a GPU.
 
-`_sum_blocks` gives every BLOCK logits of a row a program, which finds the highest and the sum of e^(logit - highest);
-`_draw` finds the block at which the running sum passes the target, and in it the token.
+In `_sum_blocks`, one program handles BLOCK logits of a row. It finds the highest logit and the sum of
+e^((logit - highest) / temperature). `_draw` finds the block, and in it the token, at which the running sum passes the
+target.
 """
 
 # ruff: noqa: ANN001, ANN202 (inside kernels everything is a tensor, a pointer or a constexpr)
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from m1.ops.triton import LOG2_E
 
-BLOCK = 1024
+BLOCK = 1024  # logits per program of _sum_blocks
 
 
 def sample_token(logits: Tensor, uniform: Tensor, temperature: Tensor, tokens: Tensor, logprobs: Tensor) -> None:
@@ -30,7 +31,7 @@ def sample_token(logits: Tensor, uniform: Tensor, temperature: Tensor, tokens: T
 
 @triton.jit
 def _exponents(logits, temperature, row, block, V, BLOCK: tl.constexpr):
-    """The block's logits / temperature as exponents of 2; -inf behind the last."""
+    """The block's logits / temperature as exponents of 2, padded with -inf after the last."""
     heat = tl.load(temperature + row)
     at = block * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(logits + row * V + at, mask=at < V, other=float("-inf")).to(tl.float32)
@@ -62,7 +63,7 @@ def _draw(
     total = tl.sum(weights, axis=0)
     target = tl.load(uniform + row).to(tl.float32) * total
     greedy = tl.load(temperature + row) == 0.0
-    # the first that passes the target; where rounding leaves none, the last with any probability
+    # the first block that passes the target, or if rounding leaves none, the last one with any probability
     passes = (weights > 0) & (tl.where(greedy, tops == top, running > target))
     first, last = tl.min(tl.where(passes, block, WIDTH), axis=0), tl.max(tl.where(weights > 0, block, 0), axis=0)
     chosen = tl.minimum(first, last)

@@ -1,7 +1,8 @@
 """The backward kernels of `selective_scan`, in the order in which they run.
 
-`read_gradients` and `write_gradients` are the two sweeps over each span: with the states forwards in time, and with
-the states' gradients against it. Both sum over groups, and so own their channels in an order that makes that cheap.
+`read_gradients` and `write_gradients` are the two sweeps over each span. The first computes the states forwards in
+time, the second the gradients of the states backwards. Both sum over the channels of each group, so they order their
+channels to make that cheap.
 """
 
 # ruff: noqa: ANN001, ANN201, ANN202 (inside kernels everything is a tensor, a pointer or a constexpr)
@@ -18,7 +19,7 @@ def span_gradients(
     z, step, C, A, seq_idx, dy, dstates, steps, strides, T, channels,
     N: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dstates: the gradient of each span's initial state from its own outputs. steps as in `span_states`."""
+    """Writes dstates, the gradient of each span's initial state from its own outputs, and steps as in `span_states`."""
     row, span, first, end = span_of(T, SPAN)
     d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside, in_tile, tile, _, of_C = tile_of(d, channels, 1, N)
@@ -41,9 +42,9 @@ def span_gradients(
 
 @triton.jit
 def _channels(N: tl.constexpr, BLOCK: tl.constexpr):
-    """The program's channels in a row, and in such an order that those N places apart are of one group.
+    """The program's channels, in order and permuted so that positions N apart hold channels of one group.
 
-    They fall to the same thread, which then does part of `_group_sums` alone.
+    The same thread holds these positions, so it does part of `_group_sums` alone.
     """
     place = tl.arange(0, BLOCK)
     part: tl.constexpr = N * N // BLOCK
@@ -53,14 +54,14 @@ def _channels(N: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _group_sums(tile, N: tl.constexpr, BLOCK: tl.constexpr):
-    """[BLOCK channels in the order for it, N] summed over each group's channels: the groups' vectors in a row."""
+    """Sums [BLOCK, N], permuted as by `_channels`, over each group's channels; concatenates the groups' vectors [N]."""
     parts = tl.reshape(tile, [BLOCK // N, BLOCK // N, N * N // BLOCK, N])
     return tl.reshape(tl.sum(tl.sum(parts, axis=0), axis=1), [BLOCK])
 
 
 @triton.jit
 def _sweep(A, D, T, channels, REP: tl.constexpr, N: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr):
-    """What both sweeps start with: `span_of`, `_channels`, `tile_of`, A in base 2, and D."""
+    """The values that both sweeps start with: `span_of`, `_channels`, `tile_of`, A * log2(e), and D."""
     row, span, first, end = span_of(T, SPAN)
     vectors, d = _channels(N, BLOCK)
     inside, in_tile, tile, of_B, of_C = tile_of(d, channels, REP, N)
@@ -73,7 +74,14 @@ def read_gradients(
     z, step, conv, B, C, A, D, seq_idx, states, dy, dstates, dz, dC, dA_parts, dD_parts, dlog, dlog_end,
     strides, T, channels, REP: tl.constexpr, N: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dlog: the sum over n of A_log2 dread_t C_t * h_t, from g_t. dlog_end: that of A_log2 dh * h behind each span."""
+    """The forward sweep; names as in triton/selective_scan.py.
+
+    Writes:
+        dz, dC: gradients.
+        dA_parts, dD_parts: gradients of A and D from each span.
+        dlog: per token, the sum over n of A_log2 dread_t C_t * h_t, a term of g_t.
+        dlog_end: per span, the sum over n of A_log2 dh * h after the span's last token.
+    """
     row, span, first, end, vectors, d, inside, in_tile, tile, of_B, of_C, A_log2, skip = _sweep(
         A, D, T, channels, REP, N, SPAN, BLOCK
     )
@@ -109,7 +117,13 @@ def write_gradients(
     z, step, conv, B, C, dt, A, D, seq_idx, dy, dstates, dlog, dlog_end, dB_parts, ddt, dconv,
     strides, T, channels, REP: tl.constexpr, N: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dlog and dlog_end as `read_gradients` leaves them. dB_parts: the gradient of B before the sum over copies."""
+    """The backward sweep; names as in triton/selective_scan.py. dlog and dlog_end are those of `read_gradients`.
+
+    Writes:
+        dB_parts: gradient of B before the sum over the groups that share it.
+        ddt: gradient of dt.
+        dconv: gradient of the convolution's output.
+    """
     row, span, first, end, vectors, d, inside, in_tile, tile, of_B, of_C, A_log2, skip = _sweep(
         A, D, T, channels, REP, N, SPAN, BLOCK
     )
@@ -146,7 +160,7 @@ def shared_gradients(
     strides, T, channels, X, REP: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
     TOKENS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """A program takes a tile of inputs, those of conv_state among them, and goes through all that they flow into."""
+    """One program handles a tile of inputs, including those in conv_state, and sums over all outputs that read them."""
     kv = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     tile, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     t = tile.to(tl.int64) * TOKENS - (K - 1) + tl.arange(0, TOKENS)

@@ -1,6 +1,7 @@
-"""The forward kernels of `selective_scan`, in the order in which they run, and what they share with the backward ones.
+"""The forward kernels of `selective_scan`, in the order in which they run, and helpers that the backward ones share.
 
-A program of `span_states` and `write_outputs` walks one span, with a tile of BLOCK channels by N states in registers.
+A program of `span_states` and `write_outputs` loops over one span, with a tile of BLOCK channels by N states in
+registers.
 """
 
 # ruff: noqa: ANN001, ANN201 (inside kernels everything is a tensor, a pointer or a constexpr)
@@ -10,24 +11,24 @@ import triton.language as tl
 
 from m1.ops.triton import LOG2_E, silu, softplus
 
-AHEAD = tl.constexpr(8)  # spans whose loads `carry` starts at once, as its loop is all latency
+AHEAD = tl.constexpr(8)  # spans that `carry` loads at once, as latency bounds its loop
 
 
 @triton.jit
 def load(pointers, mask):
-    """In float32; zero where the mask is not set."""
+    """The values at the pointers in float32, or zero where the mask is not set."""
     return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def token_of(activation, strides, row, t):
-    """Where the channels of token t begin; strides: those of a sequence and of a token."""
+    """Pointer to the first channel of token t. strides: of a sequence, of a token."""
     return activation + row * strides[0] + t * strides[1]
 
 
 @triton.jit
 def span_of(T, SPAN: tl.constexpr):
-    """The program's sequence, its span's number among those of all sequences, and the tokens from where to where."""
+    """The program's sequence, its span's index among those of all sequences, and the span's first and end token."""
     span, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     first = span.to(tl.int64) * SPAN
     return row, row * tl.num_programs(1) + span, first, tl.minimum(first + SPAN, T)
@@ -35,8 +36,12 @@ def span_of(T, SPAN: tl.constexpr):
 
 @triton.jit
 def tile_of(d, channels, REP: tl.constexpr, N: tl.constexpr):
-    """For channels d: which exist, also as a column; their states' places in [D, N]; those of what they read of a
-    token's B and C, [BLOCK, N]."""
+    """Masks and offsets for channels d.
+
+    Returns:
+        Which channels exist, [BLOCK] and as a column; the offsets of their states in [D, N]; the offsets of what they
+        read in a token's B and in its C, [BLOCK, N] each.
+    """
     n = tl.arange(0, N)[None, :]
     inside = d < channels
     of_B, of_C = (d // (N * REP) * N)[:, None] + n, (d // N * N)[:, None] + n
@@ -45,7 +50,7 @@ def tile_of(d, channels, REP: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def continues(seq_idx, row, t, T):
-    """Whether token t belongs to the document of the token in front of it."""
+    """Whether token t is in the same document as token t-1. True for the first token."""
     if seq_idx is None:
         return True
     else:
@@ -55,7 +60,7 @@ def continues(seq_idx, row, t, T):
 
 @triton.jit
 def decay(step, A_log2, goes_on):
-    """What a token leaves of the state in front of it [BLOCK, N]; nothing unless the document goes on."""
+    """[BLOCK, N], the factor by which a token decays the state before it; zero if the token starts a document."""
     return tl.where(goes_on, tl.exp2(step[:, None] * A_log2), 0.0)
 
 
@@ -64,7 +69,7 @@ def prepare(
     x, dt, conv_weight, conv_bias, seq_idx, conv_state, step, conv, strides, T, channels, X,
     REP: tl.constexpr, N: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """step: the step sizes. conv: the convolution's outputs."""
+    """Writes step, the step sizes, and conv, the outputs of the convolution; both [b, T, D]."""
     d = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     t = tl.program_id(1).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     row = tl.program_id(2).to(tl.int64)
@@ -94,8 +99,12 @@ def span_states(
     step, conv, B, A, seq_idx, states, steps, strides, T, channels,
     REP: tl.constexpr, N: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """states: the final state of each span that starts from zero. steps: the sum of its step sizes, infinite when a
-    document starts in it, for then nothing of the state in front of it is left."""
+    """Scans each span from a zero state.
+
+    Writes:
+        states: the final state of each span.
+        steps: the sum of the span's step sizes. Infinite if a document starts in the span, as this clears the state.
+    """
     row, span, first, end = span_of(T, SPAN)
     d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside, in_tile, tile, of_B, _ = tile_of(d, channels, REP, N)
@@ -116,9 +125,11 @@ def span_states(
 
 @triton.jit
 def carry(states, steps, A, start, end, spans, size, N: tl.constexpr, REVERSE: tl.constexpr, BLOCK: tl.constexpr):
-    """states: what each span adds -> what is in front of it, in the order of time or against it.
+    """Carries the state from span to span, forwards in time or, with REVERSE, backwards.
 
-    start: what is in front of the first span, zero when None. end: what the last leaves.
+    states: on entry the final state of each span scanned from zero; overwritten with the state before each span.
+    start: the state before the first span in this order; zero when None.
+    end: receives the state after the last span.
     """
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.program_id(1).to(tl.int64)
@@ -148,7 +159,7 @@ def write_outputs(
     z, step, conv, B, C, A, D, seq_idx, states, y, strides, T, channels,
     REP: tl.constexpr, N: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """y, from the states in front of the spans."""
+    """Scans each span from the state before it and writes y."""
     row, span, first, end = span_of(T, SPAN)
     d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside, in_tile, tile, of_B, of_C = tile_of(d, channels, REP, N)

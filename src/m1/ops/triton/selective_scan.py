@@ -1,36 +1,36 @@
 """The Mamba-1 scan on a GPU, forward and backward: parallel over sequences, channels and spans of SPAN tokens.
 
-The recurrence is linear, so what a span does to the state is one decay and one addition, and both are found without
-knowing the state in front of it. Forward:
+The recurrence is linear, so a span changes the state by one decay and one addition. Both can be computed without the
+state before the span. Forward:
 
-    prepare            step sizes and the convolution, element by element
+    prepare            step sizes and the convolution, elementwise
     span_states        each span's final state from a zero start, and the sum of its step sizes
-    carry              from span to span, the state before each; the final state
-    write_outputs      each span again, from its state: y
+    carry              from span to span: the state before each, and the final state
+    write_outputs      scans each span again, from the state before it: y
 
-Backward, where the gradient of the state takes the state's part and time runs in reverse:
+Backward, the same with gradients of states in place of states, and time reversed:
 
-    prepare            again: cheaper than keeping its results
-    span_gradients     the gradient of each span's initial state from the span's own outputs
-    carry              from span to span, the gradient of each one's final state; that of ssm_state
-    read_gradients     forwards through each span, with the states: z, C, D, A
-    write_gradients    backwards through each span, with the states' gradients: B, dt, the convolution's output
+    prepare            again: cheaper than storing its results
+    span_gradients     gradient of each span's initial state, from the span's own outputs
+    carry              from span to span: gradient of each span's final state, and of ssm_state
+    read_gradients     forwards through each span, with the states: gradients of z, C, D, A
+    write_gradients    backwards through each span, with the states' gradients: of B, dt, the convolution's output
     shared_gradients   back through the convolution, and sums over the groups that read the same x and B
 
-No sweep holds a state and its gradient at once, so no history of states is kept. Two gradients would need both:
+Here and in the code, read_t = <C_t, h_t>, added_t = step_t u_t B_t, and dv is the gradient of v.
 
-    A   The derivative of h_t by A is carried along with h_t instead, one more state of the same shape.
-    dt  The gradient of step_t A is g_t = dh_t * decay_t h_{t-1}, element by element. Since
+No sweep has both h_t and dh_t, so the states of all tokens need not be stored. Two gradients seem to require both:
+
+    A   `read_gradients` carries the derivative of h_t with respect to A beside h_t, as a second state.
+    dt  The gradient of step_t A is g_t = dh_t * decay_t h_{t-1}, elementwise. Since
             h_t = decay_t h_{t-1} + added_t            and so  dh_t * h_t = g_t + dh_t * added_t,
             dh_t = dread_t C_t + decay_{t+1} dh_{t+1}  and so  dh_t * h_t = g_{t+1} + dread_t C_t * h_t,
-        g_t = g_{t+1} + dread_t C_t * h_t - dh_t * added_t: a term from either sweep.
+        g_t = g_{t+1} + dread_t C_t * h_t - dh_t * added_t. Each sweep contributes one of the last two terms.
 
-where read_t = <C_t, h_t>, added_t = step_t u_t B_t and dv is the gradient of v, here as in the code.
+In the loops over time, a program owns a tile of BLOCK channels by N states. There are no atomic additions: programs
+write partial sums, which are added in a fixed order. So results are the same on every run.
 
-In the loops over time a program owns a tile of BLOCK channels by N states. Nothing is added up atomically: partial
-sums of programs are written out and summed in a fixed order, so that the results are the same on every run.
-
-Shape letters as in `reference`. A group of N channels shares C; REP = D / X such groups share x and B.
+Shape letters as in `reference`. A group of N channels shares C, and REP = D / X such groups share x and B.
 """
 
 import torch
@@ -42,18 +42,19 @@ from m1.ops.selective_scan import CHUNK
 from m1.ops.triton.scan_backward import read_gradients, shared_gradients, span_gradients, write_gradients
 from m1.ops.triton.scan_forward import carry, prepare, span_states, write_outputs
 
-# Fixed, not autotuned. Forward and backward of 8 x 1024 tokens at D = 768 and of 8192 at D = 3072, in bfloat16, take
-# 0.62 and 2.1 ms on an H200. Spans of 64 change that by +6 and -2 %, of 128 by +21 and +3 %; BLOCK 16 by +21 and +28 %,
-# 64 by +35 and +33 %; two warps double it; the best other tiles of `prepare` and `shared_gradients` win 0.3 %.
+# Fixed, not autotuned. On an H200 in bfloat16, forward and backward take 0.62 ms for 8 x 1024 tokens at D = 768 and
+# 2.1 ms for 8192 tokens at D = 3072. Spans of 64 change these times by +6 and -2 %, spans of 128 by +21 and +3 %. BLOCK
+# 16 changes them by +21 and +28 %, BLOCK 64 by +35 and +33 %. Two warps double them. The best other tiles of `prepare`
+# and `shared_gradients` save 0.3 %.
 SPAN = CHUNK["triton"]
-BLOCK, OUTPUTS_BLOCK = 32, 16  # channels in a tile; of one warp, so that no reduction leaves it
-CARRIED = 256  # elements of the state in a program of `carry`
+BLOCK, OUTPUTS_BLOCK = 32, 16  # channels per tile; a tile has one warp, so no reduction crosses warps
+CARRIED = 256  # elements of the state per program of `carry`
 PREPARED = (32, 128)  # tile of `prepare`, tokens by channels
 SHARED = (32, 32)  # tile of `shared_gradients`
 
 
 def forward(inputs: ScanInputs, outputs: ScanOutputs) -> None:
-    """Fills y, the final state and, unless it is empty, saved [b, T / SPAN, D, N], the state before each span."""
+    """Fills y and the final state, and saved [b, spans, D, N] with the state before each span unless it is empty."""
     z, x, B, C, _, A, D, _, _, seq_idx, _, ssm_state = inputs
     (b, T, d), n = z.shape, A.shape[1]
     rep, spans, blocks = d // x.shape[2], triton.cdiv(T, SPAN), triton.cdiv(d, BLOCK)
@@ -72,7 +73,7 @@ def forward(inputs: ScanInputs, outputs: ScanOutputs) -> None:
 
 
 def backward(inputs: ScanInputs, saved: Tensor, dy: Tensor, dssm_state: Tensor, gradients: ScanGradients) -> None:
-    """Fills the gradients."""
+    """Fills the gradients, given the states that the forward pass saved and the gradients of its two results."""
     z, x, B, C, dt, A, D, conv_weight, _, seq_idx, conv_state, _ = inputs
     (b, T, d), X, K, n = z.shape, x.shape[2], conv_weight.shape[1], A.shape[1]
     rep, spans, blocks = d // X, triton.cdiv(T, SPAN), triton.cdiv(d, BLOCK)
@@ -121,5 +122,5 @@ def _prepared(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
 
 
 def _strides(*activations: Tensor) -> tuple[tuple[int, int], ...]:
-    """Of each its sequence and its token stride; its channels lie side by side."""
+    """Each activation's sequence and token strides. Its channels are contiguous."""
     return tuple((t.stride(0), t.stride(1)) for t in activations)

@@ -1,8 +1,8 @@
-"""One decode step of a Mamba layer on a GPU: convolution, softplus, state, skip and gate, states updated in place.
+"""One decode step of a Mamba layer on a GPU: convolution, softplus, state, skip and gate, with states updated in place.
 
 Channels that read the same input share its conv_state, which must be shifted once, after the last read. In
-`state_update` a program owns a group of inputs with all channels that read them, and shifts at its end. The programs
-of `ssd_update` are smaller than that; a second kernel shifts.
+`state_update` one program owns a group of inputs and all channels that read them, and shifts at its end. In
+`ssd_update` several programs read the same input, so a second kernel shifts.
 """
 
 # ruff: noqa: ANN001, ANN202 (inside kernels everything is a tensor, a pointer or a constexpr)
@@ -14,10 +14,10 @@ from torch import Tensor
 from m1.ops.inputs import SSDStepInputs, StepInputs
 from m1.ops.triton import LOG2_E, silu, softplus
 
-FEATURES = 32  # rows of a head's state in a program of ssd_update
-SHIFTED = 256  # channels in a program of _shift_conv_states
-# Fixed, not autotuned: on an H200 two warps a program make `state_update` 4 to 20 % slower, for 1 to 256 sequences at
-# D = 768 and 3072; other FEATURES and numbers of warps make `ssd_update` at most 5 % faster, and only small ones.
+FEATURES = 32  # rows of a head's state per program of ssd_update
+SHIFTED = 256  # channels per program of _shift_conv_states
+# Fixed, not autotuned. On an H200, two warps per program make `state_update` 4 to 20 % slower, for 1 to 256 sequences
+# at D = 768 and 3072. Other FEATURES and numbers of warps make small calls of `ssd_update` at most 5 % faster.
 
 
 def state_update(inputs: StepInputs, y: Tensor) -> None:
@@ -39,7 +39,7 @@ def ssd_update(inputs: SSDStepInputs, y: Tensor) -> None:
 
 @triton.jit
 def _inputs(token, held, channel, inside, K: tl.constexpr):
-    """[channels, K] what the convolution reads, the held inputs and the token's; in float32."""
+    """[channels, K] float32, the inputs of the convolution: those in conv_state (`held`), then the new token's."""
     tap, channel, inside = tl.arange(0, K)[None, :], channel[:, None], inside[:, None]
     past = tl.load(held + channel * (K - 1) + tap, mask=inside & (tap < K - 1), other=0.0)
     newest = tl.load(token + channel + tap * 0, mask=inside & (tap == K - 1), other=0.0)
@@ -48,7 +48,7 @@ def _inputs(token, held, channel, inside, K: tl.constexpr):
 
 @triton.jit
 def _convolution(inputs, conv_weight, conv_bias, channel, inside, K: tl.constexpr):
-    """silu of the convolution."""
+    """silu of the convolution, [channels]."""
     weight = conv_weight + channel[:, None] * K + tl.arange(0, K)[None, :]
     total = tl.sum(inputs * tl.load(weight, mask=inside[:, None], other=0.0), axis=1)
     return silu(total + tl.load(conv_bias + channel, mask=inside, other=0.0))
@@ -56,7 +56,7 @@ def _convolution(inputs, conv_weight, conv_bias, channel, inside, K: tl.constexp
 
 @triton.jit
 def _shift(inputs, held, channel, inside, K: tl.constexpr):
-    """Drops the oldest held inputs and appends the token's, once all threads have read them."""
+    """Drops the oldest inputs in conv_state (`held`) and appends the token's, after all threads have read them."""
     tap = tl.arange(0, K)[None, :]
     tl.debug_barrier()
     tl.store(held + channel[:, None] * (K - 1) + tap - 1, inputs, mask=inside[:, None] & (tap > 0))
@@ -67,7 +67,7 @@ def _state_update(
     z, x, B, C, dt, A, D, conv_weight, conv_bias, conv_state, ssm_state, slots, y, strides,
     REP: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """A program takes a group of N inputs of a row, and the REP groups of channels that read it."""
+    """One program handles a group of N inputs of a row, and the REP groups of channels that read it."""
     shared, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     X = tl.num_programs(0) * N
     n = tl.arange(0, N)
@@ -82,7 +82,7 @@ def _state_update(
         held = conv_state + slot * X * (K - 1)
         inputs = _inputs(x + row * strides[1], held, shared * N + n, every, K)
         B_n = tl.load(B + row * strides[2] + shared * N + n).to(tl.float32)
-        read: list = []  # all there is, in front of the first write: half of a small batch's time is latency
+        read: list = []  # all loads come before the first store, as latency is half of a small batch's time
         for copy in tl.static_range(REP):
             d = (shared * REP + copy) * N + n
             state, A_d = tl.load(states + copy * N * N), tl.load(A + d[:, None] * N + n[None, :])

@@ -1,0 +1,108 @@
+"""Commands that measure accuracy: eval run, eval compare and budget."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from m1.cli.arguments import Force, options_of
+from m1.errors import UserError
+from m1.options import build
+from m1.outputs import refuse_sources
+from m1.recipe import BudgetStage, EvalStage
+from m1.runs import refuse_foreign
+
+
+class RunByDefault(TyperGroup):
+    """A command group in which `m1 eval --model M ...` means `m1 eval run --model M ...`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Puts "run" before arguments that begin with an option."""
+        if args and args[0].startswith("-") and args[0] not in ctx.help_option_names:
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=RunByDefault,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Measure a model on a task, or compare two results. `m1 eval --model M ...` is `m1 eval run --model M ...`.",
+)
+
+
+@app.command("run")
+@options_of(EvalStage)
+def evaluate(
+    model: Annotated[str, typer.Option(help="Checkpoint folder; with --endpoint, the model's name there.")],
+    task: Annotated[str, typer.Option(help="chain, math500, aime24, aime25, amc23, olympiadbench, minerva or gsm8k.")],
+    out: Annotated[Path | None, typer.Option(help="Result folder. Default: MODEL/eval/TASK.")] = None,
+    endpoint: Annotated[
+        str | None,
+        typer.Option(help="Sample from an OpenAI-compatible server: its base URL. The key is $OPENAI_API_KEY."),
+    ] = None,
+    concurrency: Annotated[int, typer.Option(help="Maximum number of open requests to the endpoint.")] = 64,
+    timeout: Annotated[
+        float, typer.Option(help="Maximum seconds without data from the endpoint. It sends nothing while it samples.")
+    ] = 3600,
+    force: Force = False,
+    **options: Any,
+) -> None:
+    """Measure pass@1 (avg@n), pass@k and maj@k.
+
+    Every sample is kept with its grade. Run again to resume.
+    """
+    from m1.cli import render
+    from m1.evaluation.endpoint import EndpointSampler
+    from m1.evaluation.evaluate import evaluate as run
+    from m1.evaluation.evaluate import load_problems, local_sampler
+
+    folder = out or Path(model, "eval", task)
+    models = {} if endpoint else {"model": model}
+    stage = build(EvalStage, options | {"models": models, "task": task, "out": str(folder)}, "eval")
+    if endpoint and (stage.sampler != "engine" or stage.quantize):
+        raise UserError("--endpoint samples on a server: leave out --sampler and --quantize")
+    refuse_sources(folder, stage.sources())
+    if not force:
+        refuse_foreign("eval", folder)
+    problems = load_problems(stage)
+    sampler = EndpointSampler(endpoint, model, concurrency, timeout) if endpoint else local_sampler(stage, model)
+    with render.progress_bar(task, "samples") as on_progress:
+        result = run(sampler, problems, stage, folder, on_progress, force)
+    render.evaluation(task, result, folder)
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(help="Result folder of `m1 eval`.")],
+    b: Annotated[Path, typer.Argument(help="Another result folder, of the same problems.")],
+    seed: Annotated[int, typer.Option(help="Seed of the resampling.")] = 0,
+) -> None:
+    """Test whether B is better than A.
+
+    By a paired bootstrap over problems. The last line is JSON.
+    """
+    from m1.cli import render
+    from m1.evaluation.compare import compare
+
+    render.comparison(compare(a, b, seed))
+
+
+@options_of(BudgetStage)
+def budget(
+    model: Annotated[list[str], typer.Option(help="NAME=FOLDER. Repeatable; the others are compared with the first.")],
+    force: Force = False,
+    **options: Any,
+) -> None:
+    """Measure voting accuracy against seconds per problem.
+
+    Several models are measured in turns and compared. Run again to resume.
+    """
+    from m1.cli import render
+
+    models = dict(part.split("=", 1) for part in model if "=" in part)
+    if len(models) != len(model):
+        raise UserError(f"--model {' --model '.join(model)}: give each as NAME=FOLDER, with different names")
+    stage = build(BudgetStage, options | {"models": models}, "budget")
+    render.budgets(stage.run(force=force, progress=render.progress_bar), stage.out)

@@ -1,0 +1,93 @@
+"""Commands on checkpoints: convert, rank-layers, inspect, import-official, export-official."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from m1.cli.arguments import Force, options_of
+from m1.options import build
+from m1.outputs import make_room
+from m1.recipe import ConvertStage, Data, RankLayersStage
+
+app = typer.Typer()
+
+Source = Annotated[Path, typer.Argument(help="Checkpoint folder.")]
+Destination = Annotated[Path, typer.Argument(help="Folder for the result.")]
+
+
+@app.command()
+@options_of(ConvertStage)
+def convert(force: Force = False, **options: Any) -> None:
+    """Turn a transformer checkpoint into a hybrid. Weights are copied, nothing is trained."""
+    from m1.cli import render
+
+    stage = build(ConvertStage, options, "convert")
+    config = stage.run(force=force).config
+    render.conversion(stage.out, config.num_hidden_layers, config.attention_layers)
+
+
+@app.command("rank-layers")
+@options_of(RankLayersStage)
+def rank_layers(
+    data: Annotated[Path, typer.Option(help='JSONL of {"messages"} or {"problem", "solution"}.')],
+    limit: Annotated[int | None, typer.Option(min=1, help="Maximum number of rows; the first ones are used.")] = 64,
+    force: Force = False,
+    **options: Any,
+) -> None:
+    """Measure the cost of replacing each layer alone.
+
+    The cost is the KL divergence from the teacher; the most costly layers should stay attention.
+    """
+    from m1.cli import render
+
+    stage = build(RankLayersStage, options | {"data": Data(path=str(data), limit=limit)}, "rank-layers")
+    render.ranking(stage.run(force=force, progress=render.progress_bar), stage.out)
+
+
+@app.command()
+def inspect(
+    model: Annotated[Path, typer.Argument(help="Folder of an M1 model or a teacher; its config.json is enough.")],
+    context: Annotated[int, typer.Option(help="Context, in tokens, for which the layers' caches are shown.")] = 4096,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw cache size against context into this file, e.g. cache.png.")
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Show a model's layers, parameters and caches.
+
+    The cache is compared with that of the teacher, which has attention in every layer.
+    """
+    from m1.cli import render
+    from m1.model.summary import plot_summary, summarize
+
+    summary = summarize(model, context)
+    if plot:
+        make_room(plot, "inspect", force=force)
+    render.model_summary(summary)
+    if plot:
+        plot_summary(summary, plot)
+        render.line(f"plot written to {plot}")
+
+
+@app.command("import-official")
+def import_official(source: Source, out: Destination, force: Force = False) -> None:
+    """Convert a released M1 checkpoint to an M1 model.
+
+    The source is a folder with config.json and mamba_config.json.
+    """
+    from m1.cli import render
+    from m1.model.official import import_official
+
+    import_official(source, out, force)
+    render.line(f"{source} -> {out}")
+
+
+@app.command("export-official")
+def export_official(source: Source, out: Destination, force: Force = False) -> None:
+    """Convert an M1 model to the released checkpoints' layout."""
+    from m1.cli import render
+    from m1.model.official import export_official
+
+    export_official(source, out, force)
+    render.line(f"{source} -> {out}")

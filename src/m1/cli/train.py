@@ -1,0 +1,46 @@
+"""Commands that train: sft, distill, grpo, and pipeline, which runs a whole recipe."""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from m1.cli.arguments import Force
+from m1.recipe import STAGES, Data, load_stage
+
+app = typer.Typer()
+
+
+def add_training(kind: str, text: str) -> None:
+    """Adds the command of a training stage, with `text` and the recipe's keys as its help."""
+    keys = [f"{field.name}: {field.metadata['help']}" for field in fields(STAGES[kind])]
+    keys += [f"data.{field.name}: {field.metadata['help']}" for field in fields(Data)]
+
+    @app.command(kind, help="\n".join([text, "\n\b", "Keys of the recipe:", *keys]), short_help=text)
+    def train(
+        recipe: Annotated[Path, typer.Argument(help="The stage's TOML file.")],
+        resume: Annotated[bool, typer.Option("--resume", help="Continue from this stage's last checkpoint.")] = False,
+        force: Force = False,
+    ) -> None:
+        from m1.cli import render
+
+        stage = load_stage(recipe, kind)
+        if not force and stage.finished():
+            render.line(f"{stage.out} is finished")
+        else:
+            stage.run(resume, force)
+
+
+add_training("sft", "Fine-tune on worked solutions (TRL's SFTTrainer).")
+add_training("distill", "Distil a teacher into a hybrid on assistant tokens.")
+add_training("grpo", "Learn from verifiable rewards (TRL's GRPOTrainer).")
+
+
+@app.command()
+def pipeline(recipe_dir: Annotated[Path, typer.Argument(help="Recipe folder with a pipeline.toml.")]) -> None:
+    """Run all stages of a recipe folder. Run again to resume."""
+    from m1.cli import render
+    from m1.pipeline import run_pipeline
+
+    render.json_data(run_pipeline(recipe_dir, render.stage_begins, render.stage_result, render.progress_bar))

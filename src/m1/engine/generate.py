@@ -1,0 +1,115 @@
+"""`m1 generate`: samples every prompt of a file.
+
+OUT          one line per finished sample: id, sample, text, finish_reason, tokens, logprob
+OUT.run/     settings and manifest (runs.py)
+"""
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from m1.engine.llm import LLM, Prompt
+from m1.engine.sampling import SamplingParams
+from m1.engine.sequence import requests_for
+from m1.errors import UserError
+from m1.jsonl import read_jsonl
+from m1.model.checkpoint import weights_hash
+from m1.outputs import refuse_sources
+from m1.progress import OnProgress, Progress, ignore, silent
+from m1.recipe import GenerateStage
+from m1.runs import Run, sha256
+
+
+class Generated(NamedTuple):
+    """The cost of a session of `m1 generate`.
+
+    Attributes:
+        tokens: number of tokens generated in this session.
+        seconds: time spent generating them, without the loading of the model.
+    """
+
+    tokens: int
+    seconds: float
+
+
+def run(stage: GenerateStage, force: bool = False, progress: Progress = silent) -> Generated:
+    """Runs the generate stage of a recipe, and `m1 generate`."""
+    names = ("n", "temperature", "top_k", "top_p", "min_p", "seed")
+    sampling: dict[str, Any] = {name: getattr(stage, name) for name in names}
+    params = SamplingParams(max_tokens=stage.max_new_tokens, stop=tuple(stage.stop), **sampling)
+    llm = LLM.from_pretrained(stage.model, max_num_seqs=stage.max_num_seqs, quantize=stage.quantize)
+    with progress("generate", "samples") as on_progress:
+        return generate_file(llm, stage.prompts, stage.out, params, on_progress, force, stage.settings())
+
+
+def generate_file(
+    llm: LLM,
+    prompts: str | Path,
+    out: str | Path,
+    params: SamplingParams,
+    on_progress: OnProgress = ignore,
+    force: bool = False,
+    settings: dict[str, Any] | None = None,
+) -> Generated:
+    """Samples every prompt of a JSONL file, and writes each sample as soon as it is finished.
+
+    An interrupted run resumes with the missing samples. Their seeds don't depend on the interruption.
+
+    Args:
+        llm: the model.
+        prompts: JSONL file. A row has `prompt` (plain text), `problem` (a user message) or `messages`. It may have an
+            `id`; the default is its number, from 0.
+        out: JSONL file, one line per finished sample.
+        params: of each sample.
+        on_progress: called with the number of finished samples and of all samples.
+        force: move `out` aside if it holds something else.
+        settings: what the samples depend on, besides the model's weights, the prompts and `params`.
+
+    Raises:
+        UserError: a row without a prompt, an id used twice, or an `out` that is the prompts or holds anything but
+            samples with these settings.
+    """
+    prompts, out = Path(prompts), Path(out)
+    refuse_sources(out, [prompts])
+    rows = list(read_jsonl(prompts))
+    ids = [str(row.get("id", i)) for i, row in enumerate(rows)]
+    if len(set(ids)) != len(ids):
+        raise UserError(f"{prompts}: ids are not unique")
+    texts = [_prompt_of(row, f"{prompts}, row {i + 1}") for i, row in enumerate(rows)]
+    depends = asdict(params) | (settings or {})
+    depends |= {"weights": weights_hash(llm.model), "prompts_sha256": sha256(prompts)}
+    with Run("generate", out, depends, is_file=True, force=force) as run:
+        done = {(row["id"], row["sample"]) for row in run.read(out.name, "id", "sample")}
+        requests = requests_for([llm.encode(text) for text in texts], params)
+        requests = [r for r in requests if any((ids[r.id], j) not in done for j in range(params.n))]
+        total, ended, tokens = len(ids) * params.n, (len(ids) - len(requests)) * params.n, 0
+        on_progress(ended, total)
+        if requests:
+            llm.engine_for([request.tokens for request in requests], params.max_tokens)  # made before the clock starts
+        began = time.monotonic()
+        for sample in llm.stream_requests(requests) if requests else ():
+            sequence = sample.sequence
+            if not sequence.done:
+                continue
+            ended, tokens = ended + 1, tokens + len(sequence.token_ids)
+            key = {"id": ids[sample.prompt], "sample": sequence.index}
+            if (key["id"], key["sample"]) not in done:
+                how = {"text": sample.text, "finish_reason": sequence.finish_reason}
+                cost = {"tokens": len(sequence.token_ids), "logprob": sum(sequence.logprobs)}
+                run.append(out.name, key | how | cost)
+            on_progress(ended, total)
+        seconds = time.monotonic() - began if requests else 0.0
+        run.finish()
+    return Generated(tokens, seconds)
+
+
+def _prompt_of(row: dict[str, Any], where: str) -> Prompt:
+    match row:
+        case {"messages": list(messages)}:
+            return messages
+        case {"problem": str(problem)}:
+            return [{"role": "user", "content": problem}]
+        case {"prompt": str(prompt)}:
+            return prompt
+    raise UserError(f"{where}: needs `prompt` or `problem` (text) or `messages` (a list); has {sorted(row)}")

@@ -1,0 +1,164 @@
+"""Accuracy against seconds, from the runs of `m1 budget`, and how far each model leads over the first one."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
+
+from m1.evaluation.metrics import estimate
+from m1.grading import Grader
+from m1.reasoning.voting import vote
+from m1.tasks.problem import Problem
+
+POINTS = 16  # number of budgets at which accuracy is computed; each is longer than the one before by the same factor
+SHORTEST = 1 / 64  # the shortest budget, as a share of the longest
+VOTES = (1, 4, 16, 64)  # numbers of samples whose time is reported
+SECONDS_AXIS = "measured seconds per problem"
+
+Run = Mapping[str, Any]  # a line of runs.jsonl (see time_budget.py)
+
+
+class Outcome(NamedTuple):
+    """The result that a run would have had at some budget.
+
+    Attributes:
+        right: whether the vote over the samples finished by then is right.
+        samples: number of these samples.
+    """
+
+    right: bool
+    samples: int
+
+
+Outcomes = dict[str, list[list[Outcome]]]  # problem id -> one list per run (one run per seed) -> one outcome per budget
+
+
+def accuracy_curves(
+    runs: Sequence[Run], models: Sequence[str], problems: Sequence[Problem], seconds: float, grader: Grader
+) -> dict[str, Any]:
+    """Computes each model's accuracy at each budget, and the lead of each model over the first.
+
+    Args:
+        runs: one per model, problem and seed.
+        models: names of the models.
+        problems: the problems with their golds.
+        seconds: the longest budget.
+        grader: decides which answers are equal, and which are right.
+
+    Returns:
+        {"models": {name: curve}, "leads": {name: lead}}, the content of budget.json (see `_curve` and `_lead`).
+    """
+    golds = {problem.id: problem.answers for problem in problems}
+    budgets = [seconds * SHORTEST ** (1 - i / (POINTS - 1)) for i in range(POINTS)]
+    curves, outcomes = {}, {}
+    for name in models:
+        own = [run for run in runs if run["model"] == name]
+        outcomes[name] = _outcomes(own, budgets, golds, grader)
+        curves[name] = _curve(own, outcomes[name], budgets, golds, grader)
+    leads = {name: _lead(outcomes[name], outcomes[models[0]], budgets) for name in models[1:]}
+    return {"models": curves, "leads": leads}
+
+
+def _outcomes(
+    runs: Sequence[Run], budgets: Sequence[float], golds: Mapping[str, Sequence[str]], grader: Grader
+) -> Outcomes:
+    outcomes: Outcomes = {problem: [] for problem in golds}
+    for run in sorted(runs, key=lambda run: run["seed"]):
+        of_run = []
+        for budget in budgets:
+            answers = [answer for ended, answer, _ in run["samples"] if ended <= budget]
+            winner = vote(answers, grader.equal).answer
+            right = winner is not None and grader.grade(winner, golds[run["problem"]])
+            of_run.append(Outcome(right, len(answers)))
+        outcomes[run["problem"]].append(of_run)
+    return outcomes
+
+
+def _curve(
+    runs: Sequence[Run],
+    outcomes: Outcomes,
+    budgets: Sequence[float],
+    golds: Mapping[str, Sequence[str]],
+    grader: Grader,
+) -> dict[str, Any]:
+    """One model's curve.
+
+    Returns:
+        points: per budget, the accuracy of the vote with its interval over problems, the accuracy per seed
+            (`of_seeds`), and the mean number of samples in a vote.
+        seconds_to_samples: for each number in VOTES, the median time until so many samples had finished. None if half
+            of the runs had fewer.
+        sample_accuracy, tokens_per_second, tokens_per_sample: of finished samples.
+    """
+    points = []
+    for i, seconds in enumerate(budgets):
+        accuracy = estimate(_shares(outcomes, i))
+        by_seed = zip(*outcomes.values(), strict=True)
+        of_seeds = [sum(run[i].right for run in seed) / len(outcomes) for seed in by_seed]
+        samples = sum(run[i].samples for problem in outcomes.values() for run in problem) / len(runs)
+        point = {"seconds": seconds, "accuracy": accuracy.value, "ci95": accuracy.ci95}
+        points.append({**point, "of_seeds": of_seeds, "samples": samples})
+    ended = [(run["problem"], answer, tokens) for run in runs for _, answer, tokens in run["samples"]]
+    right = sum(answer is not None and grader.grade(answer, golds[problem]) for problem, answer, _ in ended)
+    tokens = sum(tokens for _, _, tokens in ended)
+    return {
+        "points": points,
+        "seconds_to_samples": {str(votes): _seconds_to(runs, votes) for votes in VOTES},
+        "sample_accuracy": right / max(1, len(ended)),
+        "tokens_per_second": tokens / sum(run["seconds"] for run in runs),
+        "tokens_per_sample": tokens / max(1, len(ended)),
+    }
+
+
+def _seconds_to(runs: Sequence[Run], votes: int) -> float | None:
+    reached = [run["samples"][votes - 1][0] if len(run["samples"]) >= votes else math.inf for run in runs]
+    median = statistics.median(reached)
+    return median if math.isfinite(median) else None
+
+
+def _lead(own: Outcomes, other: Outcomes, budgets: Sequence[float]) -> dict[str, Any]:
+    """How much more often the vote is right than another model's on the same problems: at each budget, and averaged
+    over the budgets. With 95 % intervals over problems."""
+    differences = [
+        [a - b for a, b in zip(_shares(own, i), _shares(other, i), strict=True)] for i in range(len(budgets))
+    ]
+    of_problems = [sum(of_problem) / len(budgets) for of_problem in zip(*differences, strict=True)]
+    points = [{"seconds": seconds, **asdict(estimate(row))} for seconds, row in zip(budgets, differences, strict=True)]
+    return {**asdict(estimate(of_problems)), "points": points}
+
+
+def _shares(outcomes: Outcomes, i: int) -> list[float]:
+    """The share of runs that are right at budget i, per problem."""
+    return [sum(run[i].right for run in runs) / len(runs) for runs in outcomes.values()]
+
+
+def draw(result: Mapping[str, Any]) -> Figure:
+    """Draws accuracy and the number of samples in a vote against seconds. `result` is the content of budget.json."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    accuracy, samples = figure.subplots(1, 2)
+    draw_accuracy(accuracy, result["models"])
+    for name, model in result["models"].items():
+        points = model["points"]
+        samples.plot([p["seconds"] for p in points], [p["samples"] for p in points], marker=".", label=name)
+    samples.set(xscale="log", xlabel=SECONDS_AXIS, ylabel="samples in the vote")
+    samples.grid(alpha=0.3)
+    samples.legend()
+    return figure
+
+
+def draw_accuracy(axes: Axes, models: Mapping[str, Any]) -> None:
+    """Draws each model's accuracy, with its 95 % interval, against seconds. `models` are curves by name."""
+    for name, model in models.items():
+        seconds, middle, half = ([p[key] for p in model["points"]] for key in ("seconds", "accuracy", "ci95"))
+        axes.plot(seconds, middle, marker=".", label=name)
+        low, high = ([m + sign * h for m, h in zip(middle, half, strict=True)] for sign in (-1, 1))
+        axes.fill_between(seconds, low, high, alpha=0.15)
+    axes.set(xscale="log", xlabel=SECONDS_AXIS, ylabel="accuracy of the vote", ylim=(0, 1.02))
+    axes.xaxis.set_minor_formatter(NullFormatter())  # minor labels would overlap
+    axes.grid(alpha=0.3)
+    axes.legend()

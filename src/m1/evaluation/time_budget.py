@@ -1,0 +1,135 @@
+"""Accuracy against measured seconds: problems are solved by voting, and the vote is evaluated at many points in time.
+
+    OUT/settings.json    what the runs depend on (runs.py)
+    OUT/runs.jsonl       one line per model, problem and seed: each sample's time of finishing, answer and tokens
+    OUT/problems.jsonl   the problems and golds
+    OUT/budget.png       accuracy of each model at each budget
+    OUT/budget.json      the same in numbers
+
+A problem gets as many samples as fit into the longest budget. The answer under a shorter budget is the vote over the
+samples that had finished by then, because sampling doesn't depend on the time that is left. Models take turns on each
+problem, so a disturbance affects all of them. Solvers are in solvers.py.
+"""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from m1.engine import LLM, SamplingParams, fold_in
+from m1.errors import UserError
+from m1.evaluation.curves import accuracy_curves, draw
+from m1.evaluation.solvers import EngineSolver, Solver, vllm_solver
+from m1.grading import Grader
+from m1.jsonl import to_jsonl, write_json, write_text
+from m1.model.checkpoint import load_model, weights_hash
+from m1.model.tokenizer import encode_chat
+from m1.peers.vllm_client import version
+from m1.plots import save_figure
+from m1.progress import OnProgress, Progress, ignore, silent
+from m1.recipe import BudgetSettings, BudgetStage
+from m1.runs import Run
+from m1.tasks.benchmarks import load_task
+from m1.tasks.problem import Problem, problems_hash
+from m1.tasks.prompts import load_template
+
+Models = dict[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]]
+
+
+def run(stage: BudgetStage, force: bool = False, progress: Progress = silent) -> dict[str, Any]:
+    """Runs the budget stage of a recipe, and `m1 budget`. Returns the content of budget.json."""
+    problems = load_task(stage.task, stage.data, stage.limit, stage)
+    models = {name: load_model(folder) for name, folder in stage.models.items()}
+    with progress("budget", "runs") as on_progress:
+        return measure_budgets(models, problems, stage, Path(stage.out), stage.vllm, on_progress, force)
+
+
+def measure_budgets(
+    models: Models,
+    problems: Sequence[Problem],
+    settings: BudgetSettings,
+    out: Path,
+    vllm: Sequence[str] = (),
+    on_progress: OnProgress = ignore,
+    force: bool = False,
+) -> dict[str, Any]:
+    """Measures models on the same problems under a time budget. An interrupted measurement resumes.
+
+    Args:
+        models: name -> model and tokenizer. The others are compared with the first.
+        problems: what to solve.
+        settings: task, sampling and budget.
+        out: the output folder.
+        vllm: names of models that vLLM samples as well. Its results are called "NAME, vLLM".
+        on_progress: called with the number of finished runs and of all runs.
+        force: move `out` aside if it holds something else.
+
+    Returns:
+        The content of OUT/budget.json.
+
+    Raises:
+        UserError: a prompt the engine refuses, a model that vLLM can't run, or an `out` with runs of other settings.
+    """
+    if unknown := [name for name in vllm if name not in models]:
+        raise UserError(f"vllm {unknown[0]!r}: give the name of one of the models, {', '.join(models)}")
+    template = load_template(settings.task, settings.prompt_template)
+    used = {field.name: getattr(settings, field.name) for field in fields(BudgetSettings)}
+    depends = settings.settings() if isinstance(settings, BudgetStage) else used
+    depends |= {"template": template, "weights": _identities(models, vllm), "problems_sha256": problems_hash(problems)}
+    names = [own for name in models for own in (name, *([_under_vllm(name)] if name in vllm else []))]
+    texts = [template.replace("{problem}", problem.text) for problem in problems]
+    with Run("budget", out, depends, force=force) as run, Grader() as grader, ExitStack() as stack:
+        rows = run.read("runs.jsonl", "model", "problem", "seed", "seconds", "samples")
+        done = {(row["model"], row["problem"], row["seed"]) for row in rows}
+        jobs = [(seed, i, name) for seed in range(settings.seeds) for i in range(len(problems)) for name in names]
+        missing = [(seed, i, name) for seed, i, name in jobs if (name, problems[i].id, seed) not in done]
+        solvers = _solvers(models, texts, settings, vllm, grader, stack) if missing else {}
+        for seed, i, name in missing:
+            on_progress(len(rows), len(jobs))
+            seconds, samples = solvers[name].solve(texts[i], fold_in(seed, i), settings.seconds)
+            row = {"model": name, "problem": problems[i].id, "seed": seed, "seconds": seconds, "samples": samples}
+            rows.append(row)
+            run.append("runs.jsonl", row)
+        on_progress(len(jobs), len(jobs))
+        result = {"settings": used | {"prompt_template": template}, "problems": len(problems)}
+        result |= accuracy_curves(rows, names, problems, settings.seconds, grader)
+        result["grading"] = dict(grader.counts)
+        write_text(run.folder / "problems.jsonl", to_jsonl(map(asdict, problems)))
+        save_figure(draw(result), run.folder / "budget.png")
+        write_json(run.folder / "budget.json", result)
+        run.finish()
+    return result
+
+
+def _under_vllm(name: str) -> str:
+    return f"{name}, vLLM"
+
+
+def _identities(models: Models, vllm: Sequence[str]) -> dict[str, str]:
+    """An identity per model. Only runs of the same identity are counted together."""
+    own = {name: weights_hash(model) for name, (model, _) in models.items()}
+    return own | {_under_vllm(name): f"vLLM {version()}, {own[name]}" for name in vllm}
+
+
+def _solvers(
+    models: Models,
+    texts: Sequence[str],
+    settings: BudgetSettings,
+    vllm: Sequence[str],
+    grader: Grader,
+    stack: ExitStack,
+) -> dict[str, Solver]:
+    """Makes one warmed-up solver per name. The stack closes those that hold a process."""
+    params = SamplingParams(max_tokens=settings.max_new_tokens, temperature=settings.temperature)
+    solvers: dict[str, Solver] = {}
+    for name, (model, tokenizer) in models.items():
+        prompts = [encode_chat(tokenizer, text) for text in texts]
+        llm = LLM(model, tokenizer, max_num_seqs=settings.max_num_seqs, prefix_cache=0)
+        solvers[name] = EngineSolver(llm, prompts, params, grader)
+        if name in vllm:
+            peer = vllm_solver(llm, prompts, params, settings.max_num_seqs)
+            solvers[_under_vllm(name)] = stack.enter_context(peer)
+    return solvers

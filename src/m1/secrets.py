@@ -1,0 +1,59 @@
+"""Keeps secrets out of what is printed, logged or stored as settings: `redact` removes them."""
+
+import logging
+import os
+import re
+from contextlib import suppress
+from typing import Any
+
+from m1.errors import UserError
+
+KEY_VARIABLE = "OPENAI_API_KEY"
+HIDDEN = "***"
+SECRET_NAME = re.compile(r"key|token|secret|password|passwd|credential", re.IGNORECASE)
+SHORTEST = 8  # minimum characters of a secret in the environment: shorter values are words and numbers
+USERINFO = re.compile(r"(?<=://)[^/?#@\s\"']+(?=@)")
+QUERY_SECRET = re.compile(
+    r"([?&][\w.-]*(?:key|token|secret|password|passwd|signature|sig|auth|credential)[\w.-]*=)[^&#\s\"'\\]+",
+    re.IGNORECASE,
+)
+BEARER = re.compile(r"(\bBearer\s+)[^\s\"'\\]+", re.IGNORECASE)
+
+
+def api_key() -> str | None:
+    """Returns the key in $OPENAI_API_KEY without spaces around it; None if there is none.
+
+    Raises:
+        UserError: the key has a character that an HTTP header can't hold. The message doesn't quote the key.
+    """
+    key = os.environ.get(KEY_VARIABLE, "").strip()
+    for position, character in enumerate(key, start=1):
+        if not "!" <= character <= "~":
+            raise UserError(f"${KEY_VARIABLE}: its character {position} can't be part of a key: set it again")
+    return key or None
+
+
+def redact(text: str) -> str:
+    """Removes secrets from a text.
+
+    Secrets are the values of environment variables with a name such as API_KEY or TOKEN, userinfo and secret parameters
+    in URLs, and bearer tokens.
+    """
+    for name, value in os.environ.items():
+        value = value.strip()
+        if value and (name == KEY_VARIABLE or (SECRET_NAME.search(name) and len(value) >= SHORTEST)):
+            text = text.replace(value, HIDDEN)
+    text = BEARER.sub(rf"\1{HIDDEN}", QUERY_SECRET.sub(rf"\1{HIDDEN}", text))
+    return USERINFO.sub(HIDDEN, text)
+
+
+def redact_logs() -> None:
+    """Removes secrets from all log records, including those of libraries."""
+    logging.setLogRecordFactory(_redacted_record)
+
+
+def _redacted_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
+    record = logging.LogRecord(*args, **kwargs)
+    with suppress(Exception):  # arguments that don't fit the message, which logging itself reports
+        record.msg, record.args = redact(record.getMessage()), None
+    return record

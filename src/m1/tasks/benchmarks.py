@@ -1,0 +1,131 @@
+r"""Loads the problems of a task: generated chain problems, or a benchmark from a JSONL file or a Hugging Face data set.
+
+Rows of a file are {"id", "problem", "answer"}. "answers" may list several spellings of one gold; any of them is right.
+Other column names of published data sets are known, too. The problem may be called `question`. The gold may be `answer`
+(in GSM8K a worked solution that ends in "#### 18"), `final_answer`, or the last \boxed{} of `solution`.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from m1.errors import UserError
+from m1.grading import extract_answer
+from m1.jsonl import read_jsonl
+from m1.tasks.chain import ChainSizes, chain_problems
+from m1.tasks.problem import Problem, problem_and_golds
+
+HUB = {  # default source of each benchmark
+    "math500": "HuggingFaceH4/MATH-500:test",
+    "aime24": "HuggingFaceH4/aime_2024:train",
+    "aime25": "math-ai/aime25:test",
+    "amc23": "math-ai/amc23:test",
+    "olympiadbench": "Hothan/OlympiadBench/OE_TO_maths_en_COMP:train",
+    "minerva": "math-ai/minervamath:test",
+    "gsm8k": "openai/gsm8k/main:test",
+}
+TASKS = ("chain", *HUB)
+HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+?)(/(?P<config>[\w.-]+))?(:(?P<split>[\w.-]+))?")
+FILE_ENDINGS = (".jsonl", ".json", ".txt", ".csv", ".parquet")  # a name with such an ending means a file
+ID_COLUMNS = ("id", "unique_id")
+PROBLEM_COLUMNS = ("problem", "question")
+GOLD_COLUMNS = ("answers", "answer", "final_answer", "solution")
+
+
+def load_task(
+    task: str, data: str | Path | None, limit: int | None = None, sizes: ChainSizes | None = None, seed: int = 0
+) -> list[Problem]:
+    """Loads the first `limit` problems of a task, or generates `limit` held-out chain problems.
+
+    Args:
+        task: one of TASKS.
+        data: a JSONL file, or a data set for `datasets.load_dataset`: org/name[/config][:split] on the Hub, or
+            FOLDER[:split]. The default split is "test". The default data is the task's entry in HUB.
+        limit: maximum number of problems. When None, all of a benchmark, or 200 chain problems.
+        sizes: of generated chain problems.
+        seed: of generated chain problems.
+
+    Raises:
+        UserError: an unknown task, missing or unreadable data, a row without problem or gold, a repeated id.
+    """
+    check_task(task)
+    if limit is not None and limit < 1:
+        raise UserError(f"limit={limit}: need at least one problem")
+    if task == "chain" and data is None:
+        found = chain_problems(limit or 200, sizes or ChainSizes(), "test", seed)
+        return [Problem(f"chain/{i}", p.problem, (p.answer,)) for i, p in enumerate(found)]
+    source = HUB[task] if data is None else str(data)
+    rows = _rows(source, f"task {task!r} needs --data FILE.jsonl: " if data is None else "")
+    problems = [
+        _problem(row, f"{task}/{number}", f"{source}, row {number}")
+        for number, row in enumerate(islice(rows, limit), start=1)
+    ]
+    if not problems:
+        raise UserError(f"{source} has no problems in it")
+    repeated = [id_ for id_, count in Counter(p.id for p in problems).items() if count > 1]
+    if repeated:
+        raise UserError(f"{source}: the id {repeated[0]!r} is used more than once; ids must be unique")
+    return problems
+
+
+def check_task(task: str) -> None:
+    """Raises UserError for an unknown task."""
+    if task not in TASKS:
+        raise UserError(f"unknown task {task!r}; known: {', '.join(TASKS)}")
+
+
+def _rows(source: str, advice: str) -> Iterable[dict[str, Any]]:
+    folder, _, split = source.partition(":")
+    if Path(folder).is_dir():
+        return _dataset(folder, None, split, advice)
+    if not Path(source).exists() and not source.endswith(FILE_ENDINGS) and (match := HUB_ID.fullmatch(source)):
+        return _dataset(match["id"], match["config"], match["split"], advice)
+    return read_jsonl(source)
+
+
+def _dataset(name: str, config: str | None, split: str | None, advice: str) -> Iterable[dict[str, Any]]:
+    from datasets import load_dataset  # takes a second, and JSONL files don't need it
+    from datasets.exceptions import DatasetsError
+
+    try:
+        return load_dataset(name, config, split=split or "test")
+    except (OSError, ValueError, DatasetsError) as error:  # no network, no such data set, config, split or format
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{advice}can't load the data set {name} ({text})") from None
+
+
+def _problem(row: dict[str, Any], default_id: str, where: str) -> Problem:
+    """Makes a problem from a row with any of the known column names. Raises UserError naming `where`."""
+    id_ = next((row[name] for name in ID_COLUMNS if row.get(name) is not None), default_id)
+    text = next((row[name] for name in PROBLEM_COLUMNS if name in row), None)
+    column = next((name for name in GOLD_COLUMNS if row.get(name) not in (None, [])), None)
+    renamed = {**row, "problem": text, "answers": _golds(column, row[column])} if text and column else row
+    text, golds = problem_and_golds(renamed, where)
+    try:
+        "".join([text, *golds]).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: half a character (a lone surrogate) in its text") from None
+    if not text.strip() or not all(gold.strip() for gold in golds):
+        raise UserError(f"{where}: an empty problem or answer")
+    return Problem(str(id_), text, tuple(golds))
+
+
+def _golds(column: str, value: Any) -> list[Any]:
+    match column, value:
+        case "solution", str():
+            return [extract_answer(value)]
+        case "answer", str() if "####" in value:
+            return [value.rpartition("####")[2].strip().replace(",", "")]
+        case "final_answer", list():
+            return [", ".join(map(str, value))]  # OlympiadBench lists the parts of one answer, and all are needed
+        case _, list():
+            return [_written(gold) for gold in value]
+    return [_written(value)]
+
+
+def _written(gold: Any) -> Any:
+    """Turns 27.0 into 27: AMC's data set stores integers as floats."""
+    return int(gold) if isinstance(gold, float) and gold.is_integer() else gold

@@ -1,0 +1,138 @@
+"""The local samplers: what they sample, that both sample alike, and what they leave as it was."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from m1.engine import SamplingParams
+from m1.errors import UserError
+from m1.evaluation import samplers
+from m1.evaluation.samplers import EngineSampler, SampleRequest, TransformersSampler
+from m1.model.checkpoint import load_tokenizer
+from m1.model.tokenizer import byte_tokenizer
+
+LOCAL = [EngineSampler, TransformersSampler]
+PARAMS = SamplingParams(max_tokens=6, temperature=1.0)
+
+
+def requests(count, rounds=(0,), seed=0):
+    return [SampleRequest(f"p{i}", "x" * (3 * i + 1), rounds, seed + 1000 * i) for i in range(count)]
+
+
+@pytest.fixture
+def tokenizer(hybrid_dir):
+    return load_tokenizer(hybrid_dir)
+
+
+@pytest.mark.parametrize("kind", LOCAL)
+def test_every_round_of_every_ask(hybrid, tokenizer, kind):
+    samples = list(kind(hybrid, tokenizer, 4).generate(requests(3, (2, 5)), PARAMS))
+    assert sorted((s.problem, s.round) for s in samples) == [(f"p{i}", r) for i in range(3) for r in (2, 5)]
+    assert all(1 <= s.tokens <= 6 and (s.finish_reason == "length") <= (s.tokens == 6) for s in samples)
+    assert all(s.seconds > 0 for s in samples)
+    assert all(s.logprob < 0 for s in samples)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 8])
+def test_greedy_samples_of_both_are_the_same(hybrid, tokenizer, batch):
+    """Batches of prompts of different lengths: padding leaves no trace."""
+    params = SamplingParams(max_tokens=6, temperature=0)
+    samples = [{s.problem: s for s in kind(hybrid, tokenizer, batch).generate(requests(5), params)} for kind in LOCAL]
+    for own, other in ((samples[0][name], samples[1][name]) for name in samples[0]):
+        assert (own.text, own.tokens) == (other.text, other.tokens)
+        assert own.logprob == pytest.approx(other.logprob, abs=1e-4)
+    assert len({sample.text for sample in samples[0].values()}) > 1
+
+
+def test_transformers_logprobs_are_of_the_sampling_temperature(hybrid, tokenizer):
+    config = GenerationConfig(max_new_tokens=5, do_sample=True, temperature=0.5, top_k=0, pad_token_id=0)
+    prompts = [[5, 6, 7], [8]]
+    sampler = TransformersSampler(hybrid, tokenizer)
+    for prompt, tokens, logprobs in zip(prompts, *sampler._sample(prompts, config, seed=0), strict=True):
+        with torch.no_grad():
+            logits = hybrid(input_ids=torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+        expected = (logits / 0.5).log_softmax(-1)[range(5), tokens]
+        torch.testing.assert_close(torch.tensor(logprobs), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", LOCAL)
+def test_seeds(hybrid, tokenizer, kind):
+    def texts(seed):
+        return {s.problem: s.text for s in kind(hybrid, tokenizer, 4).generate(requests(4, seed=seed), PARAMS)}
+
+    assert texts(1) == texts(1) != texts(2)
+
+
+def test_an_engine_sample_depends_on_its_prompt_and_seed_alone(hybrid, tokenizer):
+    sampler = EngineSampler(hybrid, tokenizer, 2)
+    together = {s.problem: s.text for s in sampler.generate(requests(5), PARAMS)}
+    alone = {s.problem: s.text for request in requests(5) for s in sampler.generate([request], PARAMS)}
+    assert together == alone
+
+
+@pytest.mark.parametrize("kind", LOCAL)
+def test_a_sample_ends_behind_a_stop_token(hybrid, tokenizer, kind):
+    """Every token is a stop token: one is sampled, and it isn't text."""
+    hybrid.generation_config.eos_token_id = list(range(hybrid.config.vocab_size))
+    samples = list(kind(hybrid, tokenizer, 4).generate(requests(3), PARAMS))
+    assert {(s.tokens, s.finish_reason) for s in samples} == {(1, "stop")}
+
+
+def test_the_checkpoints_own_sampling_settings_are_not_used(hybrid, tokenizer):
+    """Each of its settings alone would make every sample the greedy one."""
+    hybrid.generation_config.update(top_k=1, top_p=1e-6, min_p=1.0, do_sample=True)
+    before = hybrid.generation_config
+    sampler = TransformersSampler(hybrid, tokenizer, 4)
+    samples = {s.text for request in requests(1, tuple(range(8))) for s in sampler.generate([request], PARAMS)}
+    assert len(samples) > 4
+    assert hybrid.generation_config is before and before.top_k == 1
+
+
+@pytest.mark.parametrize("kind", LOCAL)
+def test_time_the_caller_takes_is_not_on_the_clock(hybrid, tokenizer, kind, monkeypatch):
+    """A clock that moves by 1 each time it is read, and by 1000 while the caller holds a sample."""
+    clock = itertools.count()
+    held = 0
+    monkeypatch.setattr(samplers.time, "monotonic", lambda: next(clock) + held)
+    seconds = []
+    for sample in kind(hybrid, tokenizer, 1).generate(requests(4), PARAMS):
+        seconds.append(sample.seconds)
+        held += 1000
+    assert 0 < max(seconds) < 100
+
+
+@pytest.mark.parametrize("kind", LOCAL)
+def test_prompts_that_do_not_fit(hybrid, tokenizer, kind):
+    """The context is 512 tokens."""
+    with pytest.raises(UserError, match="context of 512"):
+        list(kind(hybrid, tokenizer, 4).generate(requests(1), SamplingParams(max_tokens=512)))
+    with pytest.raises(UserError, match="max_num_seqs=0"):
+        list(kind(hybrid, tokenizer, 0).generate(requests(1), PARAMS))
+    bare = byte_tokenizer()
+    bare.chat_template = None
+    with pytest.raises(UserError, match="has no chat template"):
+        list(kind(hybrid, bare, 4).generate(requests(1), PARAMS))
+
+
+def test_an_iterator_that_is_closed_frees_the_engine(hybrid, tokenizer):
+    sampler = EngineSampler(hybrid, tokenizer, 2)
+    samples = sampler.generate(requests(5), PARAMS)
+    next(samples)
+    assert sampler.llm.engine.busy
+    samples.close()
+    assert not sampler.llm.engine.busy
+    assert len(list(sampler.generate(requests(5), PARAMS))) == 5
+
+
+def test_identities(hybrid, tokenizer):
+    same, other = (kind(hybrid, tokenizer).identity() for kind in LOCAL)
+    assert same["model"] == other["model"] and same["sampler"] != other["sampler"]
+    with torch.no_grad():
+        next(hybrid.parameters())[0, 0] += 1
+    assert EngineSampler(hybrid, tokenizer).identity()["model"] != same["model"]
+    facts = EngineSampler(hybrid, tokenizer).facts()
+    assert facts["parameters"] == sum(math.prod(p.shape) for p in hybrid.parameters())
+    assert facts["cache_bytes_per_sequence_at_4k"] > 0
