@@ -155,7 +155,10 @@ def test_help_needs_neither_torch_nor_transformers():
     assert module.returncode == 0 and "convert" in module.stdout, module.stderr
 
 
-@pytest.mark.parametrize("order", ["import m1, transformers", "import transformers, m1"])
+PROBED = "import m1, importlib.util; assert importlib.util.find_spec('transformers'); import transformers"
+
+
+@pytest.mark.parametrize("order", [PROBED, "import transformers, m1"])
 def test_import_m1_registers_it_with_transformers(order):
     """Whichever comes first; and `import m1` alone imports neither torch nor transformers."""
     code = (

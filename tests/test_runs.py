@@ -483,14 +483,24 @@ def test_room_for_a_file(tmp_path):
 
 def test_other_ranks_of_a_run_neither_lock_nor_write(tmp_path, monkeypatch):
     """What torchrun starts opens one output many times."""
-    with Run("sft", tmp_path / "o", {"a": 1}) as first:
+    with Run("sft", tmp_path / "o", {"a": 1}, ranks=True) as first:
         first.append("rows.jsonl", {"b": 1})
         before = sorted(path.name for path in (tmp_path / "o").iterdir())
         monkeypatch.setenv("RANK", "1")
-        with Run("sft", tmp_path / "o", {"a": 1}) as second:
+        with pytest.raises(UserError, match="in use"), Run("sft", tmp_path / "o", {"a": 1}):
+            pass  # only training knows ranks
+        with Run("sft", tmp_path / "o", {"a": 1}, ranks=True) as second:
             assert second.begun and not second.finished and second.seconds >= 0
             second.append("rows.jsonl", {"b": 2})
             second.clear()
             second.finish()
         assert sorted(path.name for path in (tmp_path / "o").iterdir()) == before
         assert second.read("rows.jsonl", "b") == [{"b": 1}]
+
+
+def test_a_draft_that_another_command_left_is_in_nobodys_way(tmp_path):
+    with Run("convert", tmp_path / ".o.part", {"a": 1}) as killed:
+        (killed.folder / "model.safetensors").write_bytes(b"half")
+    with new_folder("import-official", tmp_path / "o", {"b": 2}) as folder:
+        assert not (folder / "model.safetensors").exists()
+    assert (tmp_path / "o" / "manifest.json").exists() and not (tmp_path / ".o.part").exists()

@@ -38,26 +38,27 @@ def __dir__() -> list[str]:
 class RegisterWithTransformers:
     """Registers M1 with transformers' Auto classes after `import m1`, without importing transformers itself.
 
-    It is a finder on `sys.meta_path` until transformers is imported. It lets that import happen, and then imports
+    It waits on the import path until someone imports transformers, lets that import happen, and then imports
     `m1.model`, which does the registration.
     """
 
+    loader: Any  # transformers' own
+
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """Finds transformers with this object as its loader, and leaves `sys.meta_path`."""
-        if name != "transformers":
-            return None
-        sys.meta_path.remove(self)
-        spec = PathFinder.find_spec(name)
-        if spec and spec.loader:
+        """Finds transformers, with this object in front of its loader; None for every other module."""
+        spec = PathFinder.find_spec(name) if name == "transformers" else None
+        if spec:
             self.loader, spec.loader = spec.loader, self  # type: ignore[assignment]
         return spec
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        """As transformers' own loader."""
+        """Leaves that to transformers' own loader."""
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Imports transformers with its own loader, and then `m1.model`."""
+        """Runs transformers, then registers M1 with it."""
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)  # type: ignore[arg-type]
         module.__spec__.loader = module.__loader__ = self.loader  # type: ignore[union-attr]
         self.loader.exec_module(module)
         importlib.import_module("m1.model")

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from m1.errors import UserError
 from m1.jsonl import append_jsonl, drop_torn_line, read_json, read_jsonl, write_json
 from m1.outputs import MANIFEST, beside, describe, is_empty_folder, refuse_sources, remove_empty_folder, set_aside
-from m1.secrets import redact
+from m1.secrets import redact_settings
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -51,13 +51,14 @@ class Run:
         command: name of the command that owns the output, e.g. "eval".
         out: the output folder; with `is_file` the output file. The run folder is then OUT.run.
         settings: what the results depend on; must be JSON. Secrets in it are removed.
-        resume: False to delete an unfinished run of this command, whatever its settings.
+        resume: False to delete an unfinished run, whatever its command and settings.
         force: move `out` aside, unless it is an unfinished run with these settings, which resumes.
+        ranks: torchrun opens the run in several processes.
 
     Attributes:
         folder: the folder of this run's files.
-        writes: whether this process writes. Of the processes that torchrun starts, the first one (RANK 0) does; for the
-            others entering, appending, clearing and finishing change nothing.
+        writes: whether this process writes. With `ranks`, torchrun's first process (RANK 0) does, and in the others
+            entering, reading, appending, clearing and finishing change nothing.
         begun: whether an earlier session left something to resume from.
         finished: whether an earlier session finished the run.
 
@@ -75,12 +76,13 @@ class Run:
         is_file: bool = False,
         resume: bool = True,
         force: bool = False,
+        ranks: bool = False,
     ):
         self.command, self.out, self.is_file = command, Path(out), is_file
         self.folder = run_folder(out, is_file)
         self.settings = _plain(settings)
         self.resume, self.force = resume, force
-        self.writes = os.environ.get("RANK", "0") == "0"
+        self.writes = not ranks or os.environ.get("RANK", "0") == "0"
 
     def __enter__(self) -> "Run":
         if not self.writes:
@@ -139,7 +141,8 @@ class Run:
         path = self._path(name)
         if not path.exists():
             return []
-        drop_torn_line(path)
+        if self.writes:
+            drop_torn_line(path)
         rows = list(read_jsonl(path))
         for number, row in enumerate(rows, start=1):
             if missing := [key for key in keys if key not in row]:
@@ -186,9 +189,11 @@ class Run:
                 return f"{self.out} exists and isn't `m1 {self.command}` output"
             names = ", ".join(path.name for path in contents[:3]) + (", ..." if len(contents) > 3 else "")
             return f"{self.out} holds files that aren't `m1 {self.command}` output ({names})"
+        if not self.resume:
+            return None
         if (owner := stored.pop("command")) != self.command:
             return f"{self.out} holds `m1 {owner}` output"
-        if self.resume and (difference := _difference(stored, self.settings)):
+        if difference := _difference(stored, self.settings):
             return f"{self.out} holds `m1 {self.command}` output of other settings ({difference})"
         return None
 
@@ -321,7 +326,7 @@ def new_folder(
 def refuse_foreign(command: str, out: str | Path, is_file: bool = False) -> None:
     """Raises UserError if `out` holds anything but this command's output, of any settings."""
     if conflict := Run(command, out, {}, is_file=is_file).conflict():
-        raise UserError(f"{conflict}: choose another output, or move it aside, e.g. with --force")
+        raise UserError(f"{conflict}: choose another output, or move it aside, as --force does")
 
 
 def sha256(path: str | Path) -> str | None:
@@ -334,15 +339,7 @@ def sha256(path: str | Path) -> str | None:
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings as JSON stores them, without secrets."""
-    return _redacted(json.loads(json.dumps(settings, default=str)))
-
-
-def _redacted(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {redact(key): _redacted(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_redacted(inner) for inner in value]
-    return redact(value) if isinstance(value, str) else value
+    return redact_settings(json.loads(json.dumps(settings, default=str)))
 
 
 def _difference(stored: Mapping[str, Any], current: Mapping[str, Any], where: str = "") -> str | None:

@@ -11,6 +11,7 @@ from m1.errors import UserError
 KEY_VARIABLE = "OPENAI_API_KEY"
 HIDDEN = "***"
 SECRET_NAME = re.compile(r"key|token|secret|password|passwd|credential", re.IGNORECASE)
+SECRET_SETTING = re.compile(r"(?:hub_token|api_key|password|secret)$", re.IGNORECASE)  # not pad_token
 SHORTEST = 8  # minimum characters of a secret in the environment: shorter values are words and numbers
 USERINFO = re.compile(r"(?<=://)[^/?#@\s\"']+(?=@)")
 QUERY_SECRET = re.compile(
@@ -41,10 +42,20 @@ def redact(text: str) -> str:
     """
     for name, value in os.environ.items():
         value = value.strip()
-        if value and (name == KEY_VARIABLE or (SECRET_NAME.search(name) and len(value) >= SHORTEST)):
+        if SECRET_NAME.search(name) and len(value) >= SHORTEST:
             text = text.replace(value, HIDDEN)
     text = BEARER.sub(rf"\1{HIDDEN}", QUERY_SECRET.sub(rf"\1{HIDDEN}", text))
     return USERINFO.sub(HIDDEN, text)
+
+
+def redact_settings(value: Any) -> Any:
+    """Removes secrets from JSON: from all texts, and whatever stands under a name such as hub_token or api_key."""
+    if isinstance(value, dict):
+        hidden = {key for key, inner in value.items() if isinstance(inner, str) and SECRET_SETTING.search(key)}
+        return {key: HIDDEN if key in hidden else redact_settings(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [redact_settings(inner) for inner in value]
+    return redact(value) if isinstance(value, str) else value
 
 
 def redact_logs() -> None:
@@ -56,4 +67,6 @@ def _redacted_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
     record = logging.LogRecord(*args, **kwargs)
     with suppress(Exception):  # arguments that don't fit the message, which logging itself reports
         record.msg, record.args = redact(record.getMessage()), None
+        if record.exc_info:
+            record.exc_text = redact(logging.Formatter().formatException(record.exc_info))
     return record

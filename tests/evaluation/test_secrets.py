@@ -1,5 +1,6 @@
 """Secrets aren't printed, logged or stored, whatever a user, a library or a server does with them."""
 
+import contextlib
 import json
 import logging
 import sys
@@ -10,7 +11,7 @@ from openai_server import completion
 from m1 import cli
 from m1.cli import render
 from m1.errors import UserError
-from m1.secrets import api_key, redact, redact_logs
+from m1.secrets import api_key, redact, redact_logs, redact_settings
 
 KEY = "sk-Zm9vYmFy0123456789"
 
@@ -98,6 +99,15 @@ def test_a_server_that_repeats_the_header(key, run, serve, status):
     assert KEY not in printed + written
 
 
+@pytest.mark.parametrize("dummy", ["x", "1", "EMPTY"])
+def test_a_dummy_key_changes_no_text(monkeypatch, run, serve, dummy):
+    monkeypatch.setenv("OPENAI_API_KEY", dummy)
+    server = serve(lambda body, number: (200, completion(rf"\boxed{{1}} {dummy}")))
+    code, printed, written = run("--endpoint", server.url)
+    assert code == 0 and header(server) == f"Bearer {dummy}" and f"boxed{{1}} {dummy}" in written
+    assert "***" not in printed + written
+
+
 def test_a_server_that_answers_with_the_key(key, run, serve):
     server = serve(lambda body, number: (200, completion(rf"your key is {KEY}: \boxed{{1}}", finish_reason=KEY)))
     code, printed, written = run("--endpoint", server.url)
@@ -135,7 +145,19 @@ def test_logs(key, log_records, caplog):
     with caplog.at_level(logging.WARNING):
         logging.getLogger("some.library").warning("sent %s to %s", f"Bearer {KEY}", "http://a:b@c")
         logging.getLogger("some.library").warning("50 % of it")
-    assert caplog.messages == ["sent Bearer *** to http://***@c", "50 % of it"]
+        with contextlib.suppress(RuntimeError):
+            try:
+                raise RuntimeError(KEY)
+            except RuntimeError:
+                logging.getLogger("some.library").exception("failed")
+    assert caplog.messages == ["sent Bearer *** to http://***@c", "50 % of it", "failed"]
+    assert "RuntimeError: ***" in caplog.text and KEY not in caplog.text
+
+
+def test_secrets_of_a_recipe():
+    settings = {"trainer": {"hub_token": "hf_a", "pad_token": "<pad>", "wandb_api_key": "w", "n": [1, "http://a:b@c"]}}
+    hidden = {"hub_token": "***", "pad_token": "<pad>", "wandb_api_key": "***", "n": [1, "http://***@c"]}
+    assert redact_settings(settings) == {"trainer": hidden}
 
 
 def test_tracebacks(key, monkeypatch, capsys, log_records):

@@ -85,6 +85,13 @@ def test_an_index_names_files_of_its_own_folder_alone(tmp_path, index, shard):
             load(folder)
 
 
+def test_a_kernel_from_the_hub_is_refused(tmp_path):
+    folder = save_checkpoint(tiny_teacher(), tmp_path / "model")
+    change(folder / "config.json", attn_implementation="org/kernel")
+    with pytest.raises(UserError, match="attn_implementation names code on the Hub"):
+        load_model(folder)
+
+
 class Payload:
     def __init__(self, path):
         self.path = path

@@ -41,7 +41,7 @@ def test_distil_lowers_the_divergence_and_switches_it(hybrid_dir, teacher_dir, t
     forward = [row["forward_kl"] for row in rows if "forward_kl" in row]
     assert len(forward) == 10 and forward[-1] < 0.7 * forward[0]
     assert len([row for row in rows if "reverse_kl" in row]) == 2
-    assert stage.finished()
+    assert stage.finished() and list((tmp_path / "tensorboard").rglob("events.*"))
     weights = (tmp_path / "model.safetensors").stat().st_mtime_ns
     for resume in (False, True):
         stage.run(resume)  # nothing is left to do

@@ -60,7 +60,10 @@ def load_model(path: str | Path, **options: Any) -> tuple[PreTrainedModel, PreTr
         UserError: no checkpoint, a damaged one, missing or misshapen tensors, or an impossible configuration.
     """
     path = Path(path)
-    read_json(path / "config.json", CHECKPOINT)
+    config = read_json(path / "config.json", CHECKPOINT)
+    for key in ("attn_implementation", "_attn_implementation"):
+        if "/" in str(config.get(key, "")):  # transformers would fetch that kernel from the Hub and run it
+            raise UserError(f"{path}/config.json: {key} names code on the Hub, which M1 doesn't run: remove the key")
     check_shard_names(path)
     try:
         model, loaded = AutoModelForCausalLM.from_pretrained(

@@ -11,6 +11,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
@@ -90,17 +91,19 @@ def run_training(
     Raises:
         UserError: `out` holds an interrupted run of this stage, and `resume` is False; and as `Run`.
     """
-    with Run(stage.kind, stage.out, stage.settings(), force=force) as run:
-        last = last_checkpoint(run.folder)
+    with ExitStack() as stack:
+        with arguments.main_process_first(local=False):  # it may move or delete what the others then look at
+            run = stack.enter_context(Run(stage.kind, stage.out, stage.settings(), force=force, ranks=True))
+            last = last_checkpoint(run.folder)
+            if last and not run.finished and not resume:
+                raise UserError(f"{stage.out} holds this stage, interrupted: give --resume, or delete it to restart")
+            if not last and not run.finished:
+                run.clear(*MADE)
         if run.finished:
             return
-        if last and not resume:
-            raise UserError(f"{stage.out} holds this stage, interrupted: give --resume, or delete it to start again")
-        if not last:
-            run.clear(*MADE)
         set_seed(arguments.seed)
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.folder / "tensorboard")  # the trainer reads it when it is made
         trainer, interrupt = make_trainer(stage, arguments), _InterruptCallback()
-        os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.folder / "tensorboard")
         trainer.add_callback(interrupt)
         trainer.add_callback(MetricsCallback(run))
         with interrupt:
@@ -145,11 +148,12 @@ class MetricsCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Drops lines after the checkpoint and continues the clock."""
+        self.seconds_before, self.started = 0.0, time.monotonic()
+        if not self.run.writes:
+            return
         rows = [row for row in self.run.read(METRICS, "step", "seconds") if row["step"] <= state.global_step]
-        if self.run.writes:
-            write_text(self.run.folder / METRICS, to_jsonl(rows))
+        write_text(self.run.folder / METRICS, to_jsonl(rows))
         self.seconds_before = rows[-1]["seconds"] if rows else 0.0
-        self.started = time.monotonic()
 
     def on_log(
         self,
