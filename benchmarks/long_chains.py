@@ -26,8 +26,9 @@ from m1.grading import Grader
 from m1.jsonl import read_jsonl, write_json
 from m1.model.checkpoint import load_model
 from m1.peers.vllm_client import version
+from m1.pipeline import load_pipeline
 from m1.plots import save_figure
-from m1.recipe import BudgetSettings, ConvertStage, DistillStage, SFTStage, Stage, load_pipeline
+from m1.recipe import BudgetSettings, ConvertStage, DistillStage, SFTStage, Stage
 from m1.tasks.benchmarks import load_task
 from m1.tasks.chain import ChainSizes
 from m1.tasks.problem import Problem

@@ -7,7 +7,8 @@ import pytest
 
 from m1.errors import UserError
 from m1.model import M1Config
-from m1.recipe import ConvertStage, load_pipeline, load_stage
+from m1.pipeline import load_pipeline
+from m1.recipe import ConvertStage, load_stage
 
 RECIPES = sorted(path.parent for path in Path(__file__).parents[1].glob("recipes/*/pipeline.toml"))
 

@@ -1,18 +1,52 @@
 """Runs a recipe folder's stages in order and writes a report. Finished stages are skipped, others resume."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from m1.errors import UserError
 from m1.jsonl import read_json
+from m1.options import build
 from m1.progress import Progress, silent
-from m1.recipe import BudgetStage, EvalStage, Stage, load_pipeline
+from m1.recipe import BudgetStage, EvalStage, Stage, load_stage, read_toml
 from m1.runs import MANIFEST, run_folder
 
 # Called before each stage with (pipeline's name, stage's name, number of stages before it, number of stages, whether it
 # has finished already), and once more for the report.
 OnStage = Callable[[str, str, int, int, bool], None]
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """The content of a recipe's `pipeline.toml`.
+
+    Attributes:
+        name: title of the report.
+        out: folder of the report.
+        stages: names of the stages' TOML files, without the ending, in the order in which they run.
+    """
+
+    name: str
+    out: str
+    stages: list[str]
+
+
+def load_pipeline(folder: str | Path) -> tuple[Pipeline, dict[str, Stage]]:
+    """Reads a recipe folder: its pipeline, and all its stages by name.
+
+    All are read at once, so that a mistake in the last stage is reported before the first one runs.
+
+    Raises:
+        UserError: as `load_stage`, or the recipe doesn't have exactly one eval stage with models.
+    """
+    folder = Path(folder)
+    pipeline = build(Pipeline, read_toml(folder / "pipeline.toml"), str(folder / "pipeline.toml"))
+    stages = {name: load_stage(folder / f"{name}.toml") for name in pipeline.stages}
+    evaluations = [stage for stage in stages.values() if isinstance(stage, EvalStage)]
+    if len(evaluations) != 1 or not evaluations[0].models:
+        raise UserError(f"{folder}/pipeline.toml: the report needs exactly one eval stage with [models]")
+    return pipeline, stages
 
 
 def run_pipeline(

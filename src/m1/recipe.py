@@ -355,38 +355,6 @@ STAGES: dict[str, type[Stage]] = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Pipeline:
-    """The content of a recipe's `pipeline.toml`.
-
-    Attributes:
-        name: title of the report.
-        out: folder of the report.
-        stages: names of the stages' TOML files, without the ending, in the order in which they run.
-    """
-
-    name: str
-    out: str
-    stages: list[str]
-
-
-def load_pipeline(folder: str | Path) -> tuple[Pipeline, dict[str, Stage]]:
-    """Reads a recipe folder: its pipeline, and all its stages by name.
-
-    All are read at once, so that a mistake in the last stage is reported before the first one runs.
-
-    Raises:
-        UserError: as `load_stage`, or the recipe doesn't have exactly one eval stage with models.
-    """
-    folder = Path(folder)
-    pipeline = build(Pipeline, read_toml(folder / "pipeline.toml"), str(folder / "pipeline.toml"))
-    stages = {name: load_stage(folder / f"{name}.toml") for name in pipeline.stages}
-    evaluations = [stage for stage in stages.values() if isinstance(stage, EvalStage)]
-    if len(evaluations) != 1 or not evaluations[0].models:
-        raise UserError(f"{folder}/pipeline.toml: the report needs exactly one eval stage with [models]")
-    return pipeline, stages
-
-
 def load_stage(path: str | Path, expected: str | None = None) -> Stage:
     """Reads a stage's TOML file.
 

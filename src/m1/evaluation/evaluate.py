@@ -94,11 +94,9 @@ def evaluate(
     # A stage has more fields than EvalSettings. The sizes of chains are left out: the problems' hash covers them.
     names = {field.name for field in fields(EvalSettings)} - {field.name for field in fields(ChainSizes)}
     used = {name: value for name, value in asdict(settings).items() if name in names} | {"prompt_template": template}
-    golds = {problem.id: problem.answers for problem in problems}
-    with (
-        Run("eval", out, used | identity | {"problems_sha256": problems_hash(problems)}, force=force) as run,
-        Grader() as grader,
-    ):
+    golds, problems_sha256 = {problem.id: problem.answers for problem in problems}, problems_hash(problems)
+    depends = used | identity | {"problems_sha256": problems_sha256}
+    with Run("eval", out, depends, force=force) as run, Grader() as grader:
         rows = {(row["problem"], row["round"]): row for row in run.read("samples.jsonl", *ROW)}
         total = settings.n * len(problems)
         on_progress(len(rows), total)
@@ -120,7 +118,7 @@ def evaluate(
         result = {
             "settings": used,
             "prompt_template_sha256": hashlib.sha256(template.encode()).hexdigest(),
-            "problems_sha256": problems_hash(problems),
+            "problems_sha256": problems_sha256,
             **identity,
             **sampler.facts(),
             **metrics,
