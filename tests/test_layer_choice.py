@@ -51,10 +51,25 @@ def test_ranked_layers(tmp_path):
         choose_layers(4, f"@{path}:2", None)
 
 
-@pytest.mark.parametrize("text", ["1;3", "1 3", ",", "@ranking.json", "@:3", "@ranking.json:x", "one"])
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [("1,3", [1, 3]), ("0-2", [0, 1, 2]), (" 5 , 8 - 10,12-12 ", [5, 8, 9, 10, 12]), ("0-1,3-4", [0, 1, 3, 4])],
+)
+def test_named_layers_and_ranges(text, kept):
+    assert choose_layers(16, text, None) == kept
+
+
+@pytest.mark.parametrize(
+    "text", ["1;3", "1 3", ",", "@ranking.json", "@:3", "@ranking.json:x", "one", "1-", "-3", "1-2-3", "2-x"]
+)
 def test_text_that_is_no_choice(text):
     with pytest.raises(UserError, match="expected"):
         choose_layers(4, text, None)
+
+
+def test_a_range_that_runs_backwards():
+    with pytest.raises(UserError, match="'5-3': a range begins with its lower layer"):
+        choose_layers(8, "1,5-3", None)
 
 
 @pytest.mark.parametrize("both", [(None, None), ("1", 0.5)])

@@ -1,4 +1,4 @@
-"""The exception for errors that the user can fix."""
+"""The exception for errors that the user can fix, and the warning for what the user should know."""
 
 
 class UserError(ValueError):
@@ -7,3 +7,7 @@ class UserError(ValueError):
     The message is one line: the value, what is wrong with it, and how to fix it. The command line prints the message
     and exits with code 2. A subclass of ValueError.
     """
+
+
+class M1Warning(UserWarning):
+    """Given where a request can't be followed to the letter. The command line prints the message as one line."""

@@ -8,15 +8,15 @@ from m1.errors import UserError
 from m1.jsonl import read_json
 
 RANKED = re.compile(r"@(?P<file>.+):(?P<count>\d+)")
-NAMED = re.compile(r"(\s*\d+\s*,)*\s*\d*\s*")
+NAMED = re.compile(r"(\s*\d+\s*(-\s*\d+\s*)?,)*(\s*\d+\s*(-\s*\d+\s*)?)?")
 
 
 def choose_layers(layers: int, keep_attention: str | Sequence[int] | None, attention_ratio: float | None) -> list[int]:
     """Returns the layers that stay attention in a model of `layers` layers. Give one of the other two arguments.
 
     Args:
-        keep_attention: layer numbers from 0, as a list or as "1,3"; or "@FILE:COUNT", the first COUNT layers of a
-            ranking written by `m1 rank-layers`.
+        keep_attention: layer numbers from 0, as a list or as "1,3,8-11", where a range includes its end; or
+            "@FILE:COUNT", the first COUNT layers of a ranking written by `m1 rank-layers`.
         attention_ratio: share of the layers that stay attention, evenly spaced.
 
     Raises:
@@ -29,7 +29,7 @@ def choose_layers(layers: int, keep_attention: str | Sequence[int] | None, atten
         return list(keep_attention)  # type: ignore[arg-type]  # not None: one of the two was given
     if ranked := RANKED.fullmatch(keep_attention):
         return from_ranking(Path(ranked["file"]), int(ranked["count"]), layers)
-    return [int(part) for part in keep_attention.split(",") if part.strip()]
+    return [layer for part in keep_attention.split(",") if part.strip() for layer in _range(part)]
 
 
 def check_choice(keep_attention: str | Sequence[int] | None, attention_ratio: float | None) -> None:
@@ -44,9 +44,18 @@ def check_choice(keep_attention: str | Sequence[int] | None, attention_ratio: fl
         raise UserError(f"attention_ratio {attention_ratio}: expected a share of the layers, above 0 and at most 1")
     if isinstance(keep_attention, str) and not (RANKED.fullmatch(keep_attention) or NAMED.fullmatch(keep_attention)):
         raise UserError(
-            f"keep_attention {keep_attention!r}: expected layer numbers separated by commas, e.g. 1,3, or "
-            "@FILE:COUNT, e.g. @ranking.json:6"
+            f"keep_attention {keep_attention!r}: expected layer numbers or ranges separated by commas, e.g. 1,3,8-11, "
+            "or @FILE:COUNT, e.g. @ranking.json:6"
         )
+
+
+def _range(part: str) -> range:
+    """The layers of "3", or of "8-11", which includes 11. Raises UserError for a range that runs backwards."""
+    first, _, last = part.partition("-")
+    layers = range(int(first), int(last or first) + 1)
+    if not layers:
+        raise UserError(f"keep_attention {part.strip()!r}: a range begins with its lower layer, e.g. 8-11")
+    return layers
 
 
 def ranking_file(keep_attention: str | Sequence[int] | None) -> Path | None:

@@ -148,7 +148,7 @@ class ConvertStage(Stage, ConversionOptions):
 
     out: str = option(help="Folder for the hybrid.")
     keep_attention: list[int] | str | None = option(
-        None, "Layers that stay attention, e.g. 1,3, or @ranking.json:6 (see rank-layers)."
+        None, "Layers that stay attention, e.g. 1,3,8-11, or @ranking.json:6 (see rank-layers)."
     )
     attention_ratio: float | None = option(None, "Share of layers that stay attention, evenly spaced.")
     state_size: int | None = option(None, "Mamba-1 states per channel, 16 by default; must divide head_dim.")
@@ -227,7 +227,17 @@ class GRPOStage(TrainedStage):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateStage(Stage):
+class LoadOptions:
+    """How a command loads the models that it samples."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = option(
+        None, "Weights and caches in float32, bfloat16 or float16. Default: auto, the checkpoint's own."
+    )
+    quantize: Literal["int8"] | None = option(None, "int8: round the weights of linear layers (on a CPU).")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateStage(Stage, LoadOptions):
     """Stage `generate`: samples every prompt of a file with the engine."""
 
     kind = "generate"
@@ -249,7 +259,7 @@ class GenerateStage(Stage):
     max_num_seqs: int = option(
         256, "Maximum number of samples decoded in parallel. More raises throughput and per-sample latency."
     )
-    quantize: str | None = option(None, "int8: round the weights of linear layers (on a CPU).")
+    prompt_template: str = option("{problem}", 'User message of a {"problem"}, with {problem} in it, or @FILE.')
     seed: int = option(0, "Seed of the random draws.")
 
 
@@ -282,9 +292,14 @@ class EvalSettings(TaskOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BudgetSettings(TaskOptions):
+class BudgetSettings(TaskOptions, LoadOptions):
     """Settings of `m1 budget`: what its runs depend on, besides the models and the problems."""
 
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = option(
+        None,
+        "Weights and caches in float32, bfloat16 or float16. Default: the checkpoints' own, which must be alike; auto: "
+        "their own, alike or not.",
+    )
     seconds: float = option(help="Longest budget per problem, in seconds.")
     seeds: int = option(3, "Number of times each problem is solved.")
     max_num_seqs: int = option(64, "Maximum number of a problem's samples decoded in parallel.")
@@ -315,7 +330,7 @@ class MeasuredStage(Stage):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalStage(MeasuredStage, EvalSettings):
+class EvalStage(MeasuredStage, EvalSettings, LoadOptions):
     """Stage `eval`: measures the accuracy of `n` samples per problem and of their votes, for a recipe's report."""
 
     kind = "eval"
@@ -326,7 +341,6 @@ class EvalStage(MeasuredStage, EvalSettings):
         256, "Maximum number of samples decoded in parallel. More raises throughput and per-sample latency."
     )
     sampler: Literal["engine", "transformers"] = option("engine", "Sampler: this project's engine or transformers.")
-    quantize: str | None = option(None, "int8: round the weights of linear layers (on a CPU).")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,12 +1,13 @@
 """The engine against transformers' own generate and against full forwards; stopping, forking, refusing."""
 
+import warnings
 from dataclasses import replace
 
 import pytest
 import torch
 
 from m1.engine import Engine, Request, SamplingParams
-from m1.errors import UserError
+from m1.errors import M1Warning, UserError
 
 GREEDY = SamplingParams(max_tokens=16, temperature=0)
 PROMPTS = [[5, 6, 7], [8] * 11, [1, 2]]
@@ -113,13 +114,28 @@ def test_bad_requests_are_refused(model):
     engine = Engine(model)
     with pytest.raises(UserError, match="prompt 1 is empty"):
         engine.generate([[1], []], GREEDY)
-    with pytest.raises(UserError, match="model's context of 512"):
-        engine.generate([[1] * 500], GREEDY)
-    with pytest.raises(UserError, match=r"max_model_len of 20: .* or raise max_model_len up to 512"):
-        Engine(model, max_model_len=20).generate([[1] * 10], GREEDY)
+    with pytest.raises(UserError, match="prompt 0 has 512 tokens, which leaves no room in the model's context of 512"):
+        engine.generate([[1] * 512], GREEDY)
+    with pytest.raises(UserError, match=r"max_model_len of 20 tokens: shorten it, or raise max_model_len up to 512"):
+        Engine(model, max_model_len=20).generate([[1] * 20], GREEDY)
     for options, words in [({"top_p": 0}, "top_p=0"), ({"n": 0}, "n=0"), ({"stop": ("a", "")}, "empty string")]:
         with pytest.raises(UserError, match=words):
             SamplingParams(**options)
+
+
+def test_a_sequence_ends_with_the_context_and_says_so_once(model):
+    engine, asked = Engine(model, [], max_model_len=20), replace(GREEDY, max_tokens=50)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")  # Python's own: equal messages once
+        long, short, whole = engine.generate([[1] * 19, [2] * 12, [3] * 5], asked)
+        engine.generate([[1] * 19], replace(asked, max_tokens=1))  # fits exactly
+    assert [str(w.message) for w in caught if w.category is M1Warning] == [
+        "max_tokens is 50, more than the engine's max_model_len of 20 tokens leaves: samples end there"
+    ]
+    assert [len(s.token_ids) for s in (long, short, whole)] == [1, 8, 15]
+    assert {s.finish_reason for s in (long, short, whole)} == {"length"}
+    room = Engine(model, [], max_model_len=100).generate([[3] * 5], asked)[0]
+    assert room.token_ids[:15] == whole.token_ids and len(room.token_ids) == 50
 
 
 def test_int8_weights_are_near_the_models(hybrid):

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+from commands import m1
 from typer.testing import CliRunner
 
 from m1.cli import app
@@ -30,10 +31,42 @@ def test_streamed_text_grows_into_the_whole(llm):
         seen[key] = sample.text
     whole = llm.generate(["ab", CHAT], replace(PARAMS, n=2))
     assert [(s.prompt, s.sequence.index) for s in whole] == [(0, 0), (0, 1), (1, 0), (1, 1)] and len(seen) == 4
-    skip = set(llm.stop_token_ids)
     for sample in whole:
         assert sample.sequence.done and seen[sample.prompt, sample.sequence.index] == sample.text
-        assert sample.text == llm.tokenizer.decode([t for t in sample.sequence.token_ids if t not in skip])
+        assert sample.text == llm.tokenizer.decode(sample.sequence.token_ids, skip_special_tokens=True)
+
+
+def test_nothing_that_was_streamed_is_taken_back(llm):
+    """A stop string's beginning is held back until it is clear that it is none."""
+    text = llm.generate(["ab"], PARAMS)[0].text
+    for stop in [(text[8:11],), (text[8:10] + "never there",), (text[-2:] + "never there",), (text[8:11], text[7:10])]:
+        shown, params = "", replace(PARAMS, stop=stop)
+        for sample in llm.stream(["ab"], params):
+            assert sample.text.startswith(shown)
+            assert sample.sequence.done or not any(sample.text.endswith(s[:n]) for s in stop for n in range(1, len(s)))
+            shown = sample.text
+        assert shown == text[: min((text.find(s) for s in stop if s in text), default=len(text))]
+
+
+def test_a_stop_string_ended_by_the_last_token_is_a_stop(llm):
+    free = llm.generate(["ab"], PARAMS)[0]
+    for count in range(1, PARAMS.max_tokens + 1):
+        cut = llm.generate(["ab"], replace(PARAMS, max_tokens=count))[0]
+        if len(cut.text) > 3 and cut.text[-3:] not in free.text[: len(cut.text) - 1]:
+            break
+    stopped = llm.generate(["ab"], replace(PARAMS, max_tokens=count, stop=(cut.text[-3:],)))[0]
+    assert stopped.text == cut.text[:-3] and stopped.sequence.finish_reason == "stop"
+    assert cut.sequence.finish_reason == "length"
+    assert llm.engine.free_slots == llm.engine.num_slots
+
+
+def test_special_tokens_are_left_out_alike(llm):
+    """`m1 generate` reads a `TextSequence`; eval and solve use `decode`."""
+    for sample in llm.generate(["ab", CHAT], replace(PARAMS, n=4, max_tokens=80, ignore_eos=False)):
+        assert sample.text == llm.decode(sample.sequence.token_ids)
+    end, special, plain = llm.stop_token_ids[0], llm.tokenizer.convert_tokens_to_ids("<|user|>"), 65
+    assert llm.decode([plain, special, plain, end]) == llm.tokenizer.decode([plain, plain])
+    assert LLM(llm.model, llm.tokenizer, [plain]).decode([special, 66, plain]) == llm.tokenizer.decode([66])
 
 
 def test_a_stop_string_over_several_tokens_ends_its_sample_alone(llm):
@@ -126,3 +159,28 @@ def test_command(hybrid_dir, tmp_path):
     result = CliRunner().invoke(app, ["generate", *map(str, options)])
     assert result.exit_code == 0, result.output
     assert "tokens/s" in result.output and len(list(read_jsonl(out))) == 2
+
+
+def test_the_prompt_template_is_for_problems(hybrid_dir, tmp_path):
+    rows = [{"problem": "2+2?"}, {"prompt": "2+2?"}, {"messages": CHAT}]
+    write(tmp_path / "plain.jsonl", rows)
+    write(tmp_path / "written.jsonl", [{"problem": "Q: 2+2?"}, *rows[1:]])
+    (tmp_path / "template").write_text("Q: {problem}")
+    texts = {}
+    for name, template in (("plain", f"@{tmp_path / 'template'}"), ("written", "{problem}")):
+        options = ["--prompts", tmp_path / f"{name}.jsonl", "--out", tmp_path / f"{name}.out", "--max-new-tokens", 5]
+        assert m1("generate", "--model", hybrid_dir, *options, "--prompt-template", template) == 0
+        texts[name] = [row["text"] for row in read_jsonl(tmp_path / f"{name}.out")]
+    assert texts["plain"] == texts["written"]
+
+
+def test_a_context_that_ends_early_is_said_once(hybrid_dir, tmp_path, capsys):
+    """It is 512 tokens. Two prompts with two samples each ask for more."""
+    prompts, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    write(prompts, [{"prompt": "a" * 500}, {"prompt": "b" * 505}])
+    options = ["--model", hybrid_dir, "--prompts", prompts, "--out", out, "--n", 2, "--max-new-tokens", 8192]
+    assert m1("generate", *options) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("m1: ")]
+    assert lines == ["m1: max_tokens is 8192, more than the model's context of 512 tokens leaves: samples end there"]
+    cut = {(row["id"], row["tokens"]) for row in read_jsonl(out) if row["finish_reason"] == "length"}
+    assert cut and cut <= {("0", 12), ("1", 7)}

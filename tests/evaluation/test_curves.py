@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from checkpoints import save_checkpoint, tiny_teacher
 from typer.testing import CliRunner
 
@@ -156,3 +157,20 @@ def test_other_settings_are_not_mixed_in(models, tmp_path):
     assert isinstance(out.exception, UserError) and "temperature=0.7" in str(out.exception)
     out = budget(*models, "--out", tmp_path, "--seeds", "0")
     assert isinstance(out.exception, UserError) and "seeds=0" in str(out.exception)
+
+
+def test_unlike_dtypes_are_refused_unless_told(tmp_path):
+    """A float32 model beside a bfloat16 one is slower for that alone."""
+    models = []
+    for dtype in (torch.float32, torch.bfloat16):
+        folder = save_checkpoint(tiny_teacher().to(dtype), tmp_path / str(dtype))
+        models += ["--model", f"{len(models)}={folder}"]
+    out = budget(*models, "--out", tmp_path / "out")
+    assert isinstance(out.exception, UserError) and "0 in float32, 2 in bfloat16" in str(out.exception)
+    assert not (tmp_path / "out").exists()
+    for dtype in ("auto", "float32"):
+        out = budget(*models, "--out", tmp_path / dtype, "--dtype", dtype, "--seeds", 1, "--limit", 1)
+        assert out.exit_code == 0, out.output
+        assert json.loads((tmp_path / dtype / "budget.json").read_text())["settings"]["dtype"] == dtype
+    out = budget(*models[:2], "--out", tmp_path / "int8", "--quantize", "int8", "--vllm", "0")
+    assert isinstance(out.exception, UserError) and "quantize int8: vLLM samples without it" in str(out.exception)

@@ -2,17 +2,18 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import GenerationConfig
 
 from m1.engine import SamplingParams
-from m1.errors import UserError
+from m1.errors import M1Warning, UserError
 from m1.evaluation import samplers
 from m1.evaluation.samplers import EngineSampler, SampleRequest, TransformersSampler
 from m1.model.checkpoint import load_tokenizer
-from m1.model.tokenizer import byte_tokenizer
+from m1.model.tokenizer import byte_tokenizer, encode_chat
 
 LOCAL = [EngineSampler, TransformersSampler]
 PARAMS = SamplingParams(max_tokens=6, temperature=1.0)
@@ -107,14 +108,24 @@ def test_time_the_caller_takes_is_not_on_the_clock(hybrid, tokenizer, kind, monk
 @pytest.mark.parametrize("kind", LOCAL)
 def test_prompts_that_do_not_fit(hybrid, tokenizer, kind):
     """The context is 512 tokens."""
-    with pytest.raises(UserError, match="context of 512"):
-        list(kind(hybrid, tokenizer, 4).generate(requests(1), SamplingParams(max_tokens=512)))
+    with pytest.raises(UserError, match=r"prompt .*has \d+ tokens, .* context"):
+        list(kind(hybrid, tokenizer, 4).generate([SampleRequest("p", "x" * 512, (0,), 0)], PARAMS))
     with pytest.raises(UserError, match="max_num_seqs=0"):
         list(kind(hybrid, tokenizer, 0).generate(requests(1), PARAMS))
     bare = byte_tokenizer()
     bare.chat_template = None
     with pytest.raises(UserError, match="has no chat template"):
         list(kind(hybrid, bare, 4).generate(requests(1), PARAMS))
+
+
+@pytest.mark.parametrize("kind", LOCAL)
+def test_samples_end_with_the_context(hybrid, tokenizer, kind):
+    hybrid.generation_config.eos_token_id = tokenizer.eos_token_id = None
+    long = SampleRequest("long", "x" * 500, (0,), 0)
+    with pytest.warns(M1Warning, match="max_tokens is 40, more than the model's context of 512 tokens leaves"):
+        sample = next(kind(hybrid, tokenizer, 4).generate([long], replace(PARAMS, max_tokens=40)))
+    prompt = len(encode_chat(tokenizer, long.prompt))
+    assert sample.tokens == 512 - prompt > 1 and sample.finish_reason == "length"
 
 
 def test_an_iterator_that_is_closed_frees_the_engine(hybrid, tokenizer):
@@ -134,5 +145,6 @@ def test_identities(hybrid, tokenizer):
         next(hybrid.parameters())[0, 0] += 1
     assert EngineSampler(hybrid, tokenizer).identity()["model"] != same["model"]
     facts = EngineSampler(hybrid, tokenizer).facts()
+    assert facts["dtype"] == "float32"
     assert facts["parameters"] == sum(math.prod(p.shape) for p in hybrid.parameters())
     assert facts["cache_bytes_per_sequence_at_4k"] > 0

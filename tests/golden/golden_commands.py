@@ -102,7 +102,9 @@ def resumed(model, out, options, batch):
 
 
 def solve(model, out, options):
-    m1("solve", "7+5*3-4 mod 10", "--model", model, "--json", out, *options.split(), batch_option(), 8)
+    as_it_is = ("--prompt-template", "{problem}") if "--prompt-template" in m1("solve", "--help") else ()
+    problem = ("7+5*3-4 mod 10", *as_it_is)
+    m1("solve", *problem, "--model", model, "--json", out, *options.split(), batch_option(), 8)
     answer = json.loads(out.read_text())
     kept = ("answer", "reason", "tokens", "finished", "aborted", "tally", "abstained", "samples", "grading")
     return steady({key: answer[key] for key in kept})

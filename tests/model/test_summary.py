@@ -63,6 +63,17 @@ def test_table_and_plot(variant_dir, tmp_path, monkeypatch):
         plot_summary(summary, tmp_path / "cache.nonsense")
 
 
+def test_no_length_that_the_model_does_not_have(variant_dir, tmp_path):
+    """Its context is 512 tokens."""
+    summary = summarize(variant_dir)
+    assert summary.config.max_position_embeddings == summary.context == 512
+    assert summary.contexts(1024, 4) == [512] and summary.contexts(128, 2) == [128, 256, 512]
+    assert summary.contexts(100, 2) == [100, 200, 400, 512]
+    for context in (0, 513):
+        with pytest.raises(UserError, match=f"a context of {context} tokens: expected 1 to 512, the model's context"):
+            summarize(variant_dir, context)
+
+
 @pytest.mark.parametrize(
     ("size", "text"),
     [(0, "0 B"), (1023, "1,023 B"), (1024, "1.0 KiB"), ((1 << 20) - 1, "1.0 MiB"), (5 << 40, "5,120.0 GiB")],

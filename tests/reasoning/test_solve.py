@@ -17,6 +17,7 @@ from m1.model import M1ForCausalLM
 from m1.model.tokenizer import byte_tokenizer
 from m1.reasoning.budget import Budget
 from m1.reasoning.solve import solve
+from m1.tasks.prompts import MATH_PROMPT
 
 GRADER = Grader()
 GRADER.start = lambda within: None  # the answers here are decided without a worker
@@ -43,7 +44,7 @@ class ScriptedEngine:
         return self.now
 
     def encode(self, prompt):
-        assert prompt == [{"role": "user", "content": "?"}]
+        assert prompt == [{"role": "user", "content": MATH_PROMPT.replace("{problem}", "?")}]
         return [1]
 
     def decode(self, token_ids):
@@ -59,7 +60,7 @@ class ScriptedEngine:
     def check(self, request):
         pass
 
-    def add(self, request):
+    def _add(self, request):
         self.waves.append(request.params.n)
         self.waiting.extend((sequence, *next(self.scripts)) for sequence in request.sequences)
 
@@ -163,8 +164,8 @@ def test_as_many_as_fit_into_the_seconds():
 def test_samples_of_different_waves_are_different():
     seeds = []
     engine = ScriptedEngine("1")
-    add = engine.add
-    engine.add = lambda request: seeds.append(request.params.seed) or add(request)
+    add = engine._add
+    engine._add = lambda request: seeds.append(request.params.seed) or add(request)
     run(engine, seconds=3.0)
     assert len(set(seeds)) == len(seeds) == 3
 
@@ -287,7 +288,7 @@ def solve_really(real, seed, budget, durations=(1.0,), weights="uniform"):
     engine = real.engine
     engine.schedule(durations)
     params = SamplingParams(max_tokens=6, seed=seed)
-    solution = solve("1+1", real, GRADER, params, budget, weights, clock=lambda: engine.now)
+    solution = solve("1+1", real, GRADER, params, budget, weights, "{problem}", clock=lambda: engine.now)
     assert real.engine is engine and not engine.busy and engine.free_slots == engine.num_slots
     return solution
 

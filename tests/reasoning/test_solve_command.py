@@ -5,15 +5,18 @@ import json
 import sys
 
 import pytest
+import torch
 from checkpoints import save_checkpoint
 from rich.console import Console
 from test_verifier import tiny_reward_model
 
 from m1 import cli
 from m1.cli import render
+from m1.engine import LLM, Engine
 from m1.reasoning.budget import Budget
 from m1.reasoning.solution import Solution, VotedSample
 from m1.reasoning.voting import Vote
+from m1.tasks.prompts import MATH_PROMPT
 
 
 @pytest.fixture
@@ -50,6 +53,36 @@ def test_everything_is_written(run, answers, tmp_path):
     assert saved["tokens"] == sum(sample["tokens"] for sample in saved["samples"])
 
 
+def test_the_prompt_asks_for_a_box_unless_told(run, answers, monkeypatch, tmp_path):
+    asked, encode = [], LLM.encode
+    monkeypatch.setattr(LLM, "encode", lambda llm, prompt: asked.append(prompt[0]["content"]) or encode(llm, prompt))
+    (tmp_path / "template").write_text("Q: {problem}")
+    for options in ([], ["--prompt-template", f"@{tmp_path / 'template'}"], ["--prompt-template", "{problem}"]):
+        assert run("--n", 1, *options)[0] == 0
+    assert asked == [MATH_PROMPT.replace("{problem}", "1+1"), "Q: 1+1", "1+1"]
+
+
+@pytest.mark.parametrize(
+    "options", [["--dtype", "float32"], ["--dtype", "bfloat16"], ["--dtype", "auto"], ["--quantize", "int8"]]
+)
+def test_dtype_and_quantization(run, answers, monkeypatch, tmp_path, options):
+    """The checkpoint is in float32."""
+    made = []
+
+    class Watched(Engine):
+        def __init__(self, model, *arguments, **options):
+            super().__init__(model, *arguments, **options)
+            made.append((model.dtype, options["quantize"]))
+
+    monkeypatch.setattr("m1.engine.llm.Engine", Watched)
+    path = tmp_path / "solution.json"
+    assert run("--n", 1, "--json", path, *options)[0] == 0
+    dtype = torch.bfloat16 if "bfloat16" in options else torch.float32
+    assert made == [(dtype, "int8" if "int8" in options else None)]
+    saved = json.loads(path.read_text())
+    assert [saved["dtype"], saved["quantize"]] == ([options[1], None] if "--dtype" in options else [None, "int8"])
+
+
 def test_decided_is_the_default_and_16_the_number(run, monkeypatch, tmp_path):
     monkeypatch.setattr("m1.reasoning.solve.extract_answer", lambda text: "7")
     path = tmp_path / "solution.json"
@@ -77,6 +110,9 @@ def test_seconds_alone_are_enough(run, answers, tmp_path):
         (["--rule", "often"], "rule 'often' is unknown: choose none, decided, confident"),
         (["--weights", "./nowhere"], "can't load ./nowhere as a reward model"),
         (["--max-num-seqs", 0], "max_num_seqs=0"),
+        (["--dtype", "float64"], "dtype = 'float64' should be "),
+        (["--quantize", "int3"], "quantize = 'int3' should be "),
+        (["--prompt-template", "no place"], "has no {problem} in it"),
         (["--temperature", -1], "temperature=-1.0"),
         (["--n", 1, "--json", "/dev/null/solution.json"], "can't write /dev/null/solution.json"),
     ],

@@ -9,9 +9,10 @@ import torch
 
 from m1.errors import UserError
 from m1.jsonl import read_jsonl
-from m1.model.checkpoint import load_model
+from m1.model.checkpoint import load_model, saved_dtype
 from m1.recipe import Data, DistillStage, GRPOStage, SFTStage
 from m1.train import rollout
+from m1.train.distill import DistillTrainer
 
 CHAIN = Data(task="chain", count=64, min_steps=1, max_steps=2)
 TRAINER = {
@@ -48,16 +49,39 @@ def test_distil_lowers_the_divergence_and_switches_it(hybrid_dir, teacher_dir, t
     assert (tmp_path / "model.safetensors").stat().st_mtime_ns == weights
 
 
-def test_bfloat16_checkpoints_are_trained_in_float32(hybrid_dir, teacher_dir, tmp_path):
-    """What every published checkpoint is. A bfloat16 weight would round RL-sized updates away."""
+def test_bfloat16_checkpoints_are_trained_in_float32_and_saved_in_bfloat16(
+    hybrid_dir, teacher_dir, tmp_path, monkeypatch
+):
+    """What every published checkpoint is. While they train, bfloat16 weights would round RL-sized updates away."""
     for name, folder in (("teacher", teacher_dir), ("hybrid", hybrid_dir)):
         model, tokenizer = load_model(folder)
         model.to(torch.bfloat16).save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
-    trainer = TRAINER | {"max_steps": 2, "bf16": True}
+    trainer = TRAINER | {"max_steps": 2, "bf16": True, "learning_rate": 1e-7, "save_steps": 1}
+    seen = set()
+
+    class Watched(DistillTrainer):
+        def training_step(self, model, *arguments, **options):
+            seen.update(p.dtype for p in model.parameters())
+            return super().training_step(model, *arguments, **options)
+
+    monkeypatch.setattr("m1.train.distill.DistillTrainer", Watched)
     distill_stage(tmp_path / "hybrid", tmp_path / "teacher", tmp_path / "out", trainer).run()
-    assert load_model(tmp_path / "out")[0].dtype == torch.float32
+    assert seen == {torch.float32}
+    assert {p.dtype for p in load_model(tmp_path / "out")[0].parameters()} == {torch.bfloat16}
+    assert saved_dtype(tmp_path / "out") == torch.bfloat16
     assert all(math.isfinite(row["reverse_kl"]) for row in metrics(tmp_path / "out") if "reverse_kl" in row)
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype", None])
+def test_the_dtype_a_stage_saves_in(teacher_dir, tmp_path, key):
+    """That of config.json, under its new or old name, or else of the tensors."""
+    folder = tmp_path / "teacher"
+    load_model(teacher_dir)[0].to(torch.float16).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    del config["dtype"]
+    (folder / "config.json").write_text(json.dumps(config | ({key: "float16"} if key else {})))
+    assert saved_dtype(folder) == torch.float16
 
 
 def test_packed_distillation_equals_unpacked(hybrid_dir, teacher_dir, tmp_path):

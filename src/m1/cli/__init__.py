@@ -7,6 +7,7 @@ package loads neither torch nor transformers: a command imports its libraries, a
 import importlib
 import os
 import sys
+import warnings
 from typing import Any
 
 import typer
@@ -15,7 +16,7 @@ from typer.main import get_group
 
 import m1
 from m1.cli import evaluate, generate, model, train
-from m1.errors import UserError
+from m1.errors import M1Warning, UserError
 from m1.secrets import redact_logs
 
 
@@ -63,6 +64,7 @@ def main() -> None:
     """Runs `m1`. Bad input ends it with one line on stderr and exit code 2, Ctrl-C with one line and 130."""
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     redact_logs()
+    warnings.showwarning = show_warning
     try:
         status = app(prog_name="m1", standalone_mode=False)
     except Exception as error:
@@ -72,6 +74,16 @@ def main() -> None:
 
         render.error("interrupted; finished work is saved: run it again to resume (a training stage with --resume)")
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def show_warning(message: Warning | str, category: type[Warning], *where: Any, **options: Any) -> None:
+    """Prints M1's own warnings as one line on stderr, others as Python does."""
+    from m1.cli import render
+
+    if issubclass(category, M1Warning):
+        render.warning(message)
+    else:
+        sys.stderr.write(warnings.formatwarning(message, category, *where[:2]))
 
 
 def refused(error: Exception) -> int:

@@ -61,8 +61,8 @@ def evaluate(
     folder = out or Path(model, "eval", task)
     models = {} if endpoint else {"model": model}
     stage = build(EvalStage, options | {"models": models, "task": task, "out": str(folder)}, "eval")
-    if endpoint and (stage.sampler != "engine" or stage.quantize):
-        raise UserError("--endpoint samples on a server: leave out --sampler and --quantize")
+    if endpoint and (stage.sampler != "engine" or stage.quantize or stage.dtype):
+        raise UserError("--endpoint samples on a server: leave out --sampler, --dtype and --quantize")
     refuse_sources(folder, stage.sources())
     if not force:
         refuse_foreign("eval", folder)

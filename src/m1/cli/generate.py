@@ -1,4 +1,4 @@
-"""Commands that sample: generate (a file of prompts) and solve (one problem, by voting)."""
+"""Commands that sample: generate (a file of prompts), chat, and solve (one problem, by voting)."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -6,9 +6,10 @@ from typing import Annotated, Any
 import typer
 
 from m1.cli.arguments import Force, options_of
+from m1.errors import UserError
 from m1.options import build
 from m1.outputs import make_room
-from m1.recipe import GenerateStage
+from m1.recipe import GenerateStage, LoadOptions
 
 app = typer.Typer()
 
@@ -25,6 +26,46 @@ def generate(force: Force = False, **options: Any) -> None:
 
 
 @app.command()
+@options_of(LoadOptions)
+def chat(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder.")],
+    system: Annotated[str | None, typer.Option(help="System message. Default: the chat template's own.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of new tokens per answer.")] = 1024,
+    temperature: Annotated[float, typer.Option(help="Divides the logits; 0 is greedy.")] = 0.7,
+    seed: Annotated[int, typer.Option(help="Seed of the random draws.")] = 0,
+    **options: Any,
+) -> None:
+    """Chat with a model. Each line of the input is a question.
+
+    /new starts again, /exit or Ctrl-D ends the chat, and Ctrl-C ends an answer.
+    """
+    from contextlib import closing
+
+    from m1.cli import render
+    from m1.engine import LLM, SamplingParams
+    from m1.engine.chat import Chat
+
+    load = build(LoadOptions, options, "chat")
+    params = SamplingParams(max_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    llm = LLM.from_pretrained(model, load.dtype or "auto", max_num_seqs=1, quantize=load.quantize)
+    conversation = Chat(llm, params, system)
+    for question in render.questions():
+        if question in ("/exit", "/quit"):
+            return
+        if question == "/new":
+            conversation.restart()
+            continue
+        try:
+            with closing(conversation.ask(question)) as pieces:
+                render.stream(pieces)
+        except UserError as error:
+            if not render.interactive():
+                raise
+            render.error(f"{error}; /new starts again")
+
+
+@app.command()
+@options_of(LoadOptions)
 def solve(
     problem: Annotated[str, typer.Argument(help="The question, as a user would type it.")],
     model: Annotated[Path, typer.Option(help="Checkpoint folder.")],
@@ -49,8 +90,16 @@ def solve(
     max_new_tokens: Annotated[int, typer.Option(help="Maximum number of new tokens per sample.")] = 1024,
     temperature: Annotated[float, typer.Option(help="Divides the logits; 0 is greedy.")] = 0.7,
     max_num_seqs: Annotated[int, typer.Option(help="Maximum number of samples decoded in parallel.")] = 64,
+    prompt_template: Annotated[
+        str | None,
+        typer.Option(
+            help="User message with {problem} in it, or @FILE. Default: the paper's, which asks for steps and a "
+            "\\boxed{} answer."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the random draws.")] = 0,
     force: Force = False,
+    **options: Any,
 ) -> None:
     """Answer one problem by voting over many samples."""
     from dataclasses import asdict
@@ -62,19 +111,24 @@ def solve(
     from m1.reasoning.budget import Budget
     from m1.reasoning.solve import solve as run
     from m1.reasoning.verifier import vote_weights
+    from m1.tasks.prompts import MATH_PROMPT, read_template
 
     budget = Budget(16 if n is None and seconds is None else n, seconds, rule)  # type: ignore[arg-type]
     params = SamplingParams(max_tokens=max_new_tokens, temperature=temperature, seed=seed)
     if json_file:
         make_room(json_file, "solve", ("command", "solve"), force)
     scores = vote_weights(weights)
-    llm = LLM.from_pretrained(model, max_num_seqs=min(budget.n or max_num_seqs, max_num_seqs))
+    template = MATH_PROMPT if prompt_template is None else read_template(prompt_template)
+    load = build(LoadOptions, options, "solve")
+    slots = min(budget.n or max_num_seqs, max_num_seqs)
+    llm = LLM.from_pretrained(model, load.dtype or "auto", max_num_seqs=slots, quantize=load.quantize)
     with Grader() as grader:
         grader.start()  # before the clock starts, like the loading of the model
         with render.watch_vote(budget) as on_step:
-            solution = run(problem, llm, grader, params, budget, scores, on_step)
+            solution = run(problem, llm, grader, params, budget, scores, template, on_step)
     render.solution(solution)
     if json_file:
         settings = {"problem": problem, "model": str(model), "budget": asdict(budget), "weights": weights}
-        settings |= {"sampling": asdict(params), "grading": dict(grader.counts)}
+        settings |= {"prompt_template": template, "sampling": asdict(params), "grading": dict(grader.counts)}
+        settings |= asdict(load)
         write_json(json_file, {"command": "solve"} | settings | solution.as_json())

@@ -48,7 +48,12 @@ def rank_layers(
 @app.command()
 def inspect(
     model: Annotated[Path, typer.Argument(help="Folder of an M1 model or a teacher; its config.json is enough.")],
-    context: Annotated[int, typer.Option(help="Context, in tokens, for which the layers' caches are shown.")] = 4096,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            help="Context, in tokens, for which the layers' caches are shown. Default: the model's, at most 4096."
+        ),
+    ] = None,
     plot: Annotated[
         Path | None, typer.Option(help="Draw cache size against context into this file, e.g. cache.png.")
     ] = None,

@@ -6,7 +6,8 @@ Text from users, models and servers is printed plainly: without markup, control 
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,6 @@ BAR_WIDTH = 40
 Row = dict[str, Any]  # a row of a benchmark's result
 WIDTH = 180  # characters of a benchmark's table in a file or a pipe
 MOST_ANSWERS = 10  # maximum number of answers drawn during a vote
-CONTEXTS = tuple(1024 * 4**i for i in range(5))  # 1k ... 256k tokens
 
 console = Console(markup=False, highlight=False)
 errors = Console(stderr=True, markup=False, highlight=False)
@@ -49,6 +49,11 @@ def line(text: str, style: str | None = None, to: Console | None = None) -> None
 def error(message: object) -> None:
     """Prints the one-line message for bad input."""
     line(f"m1: {message}", "red", errors)
+
+
+def warning(message: object) -> None:
+    """Prints the one-line message of a warning."""
+    line(f"m1: {message}", "yellow", errors)
 
 
 def usage_error(problem: Any) -> None:
@@ -157,6 +162,34 @@ def generated(tokens: int, seconds: float, out: str) -> None:
     line(f"{tokens:,} tokens in {seconds:.1f} s, {tokens / max(seconds, 1e-9):,.0f} tokens/s, written to {out}")
 
 
+def interactive() -> bool:
+    """Whether someone types at a terminal."""
+    return sys.stdin.isatty() and console.is_terminal
+
+
+def questions() -> Iterator[str]:
+    """Yields the lines of the input that aren't empty, after a prompt on a terminal. Ctrl-C and Ctrl-D end it."""
+    while True:
+        try:
+            text = (console.input("> ") if interactive() else input()).strip()
+        except (EOFError, KeyboardInterrupt):
+            console.print()
+            return
+        if text:
+            yield text
+
+
+def stream(pieces: Iterable[str]) -> None:
+    """Prints pieces of a text as they come. Ctrl-C ends them, and nothing else."""
+    try:
+        for piece in pieces:
+            console.print(clean(piece), end="", soft_wrap=True)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        console.print()
+
+
 @contextmanager
 def watch_vote(budget: "Budget") -> Iterator[Callable[["Solution"], None]]:
     """Yields `solve`'s `on_step`, which draws the vote on a terminal. The drawing is removed at the end.
@@ -228,7 +261,7 @@ def model_summary(summary: "Summary") -> None:
     more = summary.parameters / summary.teacher_parameters - 1
     line(f"{size} of weights in {dtype}; {100 * more:+.1f} % parameters compared with attention in every layer")
     table = Table(*_right("context", "cache", "attention everywhere", "ratio"), title="cache of one sequence")
-    for context in CONTEXTS:
+    for context in summary.contexts(1024, 4):
         ours, teachers = summary.cache_bytes(context), summary.teacher_cache_bytes(context)
         table.add_row(f"{context:,}", human_bytes(ours), human_bytes(teachers), f"{ours / teachers:.3f}")
     console.print(table)

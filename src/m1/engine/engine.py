@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from m1.engine.executor import Executor
 from m1.engine.sampling import SamplingParams
 from m1.engine.scheduler import Scheduler
-from m1.engine.sequence import Request, Sequence, requests_for
+from m1.engine.sequence import Request, Sequence, requests_for, shortened
 from m1.engine.slots import slots_that_fit
 from m1.errors import UserError
 
@@ -41,8 +41,8 @@ class Engine:
         model: the network. Its weights mustn't change while the engine exists: some are packed, others shared.
         stop_token_ids: generation stops after any of these tokens; the model's eos tokens when None.
         max_num_seqs: maximum number of sequences decoded together; fewer where they don't fit into memory.
-        max_model_len: maximum number of tokens of a prompt and its sequence together. When None, the model's context,
-            but at most 8192.
+        max_model_len: maximum number of tokens of a prompt and its sequence together, which also ends there, with a
+            warning. When None, the model's context, but at most 8192.
         prefill_chunk: maximum number of tokens in a chunk of a prompt. Fewer than twice as many prompt tokens are
             prefilled between two decode steps.
         prefix_cache: number of states kept after prompts and their beginnings, for prompts that begin the same way.
@@ -98,7 +98,7 @@ class Engine:
     def submit(self, request: Request) -> None:
         """Queues a request. `step` fills its sequences. Raises UserError as `check`."""
         self.check(request)
-        self.scheduler.add(request)
+        self._add(request)
 
     @torch.inference_mode()
     def step(self) -> list[Sequence]:
@@ -124,7 +124,7 @@ class Engine:
                 for request in fresh:
                     self.check(request)
                 for request in fresh:
-                    self.scheduler.add(request)
+                    self._add(request)
                 mine.update(fresh)
                 while done < len(requests) and requests[done].done:
                     done += 1
@@ -148,7 +148,7 @@ class Engine:
         return [sequence for request in requests for sequence in request.sequences]
 
     def finish(self, sequence: Sequence, reason: str) -> None:
-        """Ends a running sequence for a reason of the caller, such as a stop string."""
+        """Ends a sequence for a reason of the caller, such as a stop string that its last token has completed."""
         self.scheduler.finish(sequence, reason)
 
     def abort(self, request: Request) -> None:
@@ -156,17 +156,26 @@ class Engine:
         self.scheduler.abort(request)
 
     def check(self, request: Request) -> None:
-        """Raises UserError for an empty prompt, a token outside the vocabulary, or more tokens than fit."""
-        tokens, new, name = request.tokens, request.params.max_tokens, f"prompt {request.id}"
+        """Raises UserError for an empty prompt, a token outside the vocabulary, or a prompt that leaves no room."""
+        tokens, name = request.tokens, f"prompt {request.id}"
         if not tokens:
             raise UserError(f"{name} is empty")
         if not (min(tokens) >= 0 and max(tokens) < self.vocab_size):
             raise UserError(f"{name} has token {max(tokens, key=abs)}; the vocabulary is 0 to {self.vocab_size - 1}")
-        if len(tokens) + new > self.max_model_len:
-            limit, fix = f"the model's context of {self.context}", "shorten one of them"
+        if len(tokens) >= self.max_model_len:
+            fix = "shorten it"
             if self.max_model_len < self.context:
-                limit = f"the engine's max_model_len of {self.max_model_len}"
                 fix += f", or raise max_model_len up to {self.context}"
-            raise UserError(
-                f"{name} has {len(tokens)} tokens and max_tokens is {new}, together more than {limit}: {fix}"
-            )
+            raise UserError(f"{name} has {len(tokens)} tokens, which leaves no room in {self._limit}: {fix}")
+
+    @property
+    def _limit(self) -> str:
+        """What limits the tokens of a prompt and its sequence together."""
+        if self.max_model_len < self.context:
+            return f"the engine's max_model_len of {self.max_model_len} tokens"
+        return f"the model's context of {self.context} tokens"
+
+    def _add(self, request: Request) -> None:
+        """Queues a request. Its max_tokens becomes at most what its prompt leaves."""
+        request.params = shortened(request.params, self.max_model_len - len(request.tokens), self._limit)
+        self.scheduler.add(request)

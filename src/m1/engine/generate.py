@@ -19,6 +19,7 @@ from m1.outputs import refuse_sources
 from m1.progress import OnProgress, Progress, ignore, silent
 from m1.recipe import GenerateStage
 from m1.runs import Run, sha256
+from m1.tasks.prompts import read_template
 
 
 class Generated(NamedTuple):
@@ -38,9 +39,11 @@ def run(stage: GenerateStage, force: bool = False, progress: Progress = silent) 
     names = ("n", "temperature", "top_k", "top_p", "min_p", "seed")
     sampling: dict[str, Any] = {name: getattr(stage, name) for name in names}
     params = SamplingParams(max_tokens=stage.max_new_tokens, stop=tuple(stage.stop), **sampling)
-    llm = LLM.from_pretrained(stage.model, max_num_seqs=stage.max_num_seqs, quantize=stage.quantize)
+    template = read_template(stage.prompt_template)
+    options = {"max_num_seqs": stage.max_num_seqs, "quantize": stage.quantize}
+    llm = LLM.from_pretrained(stage.model, stage.dtype or "auto", **options)
     with progress("generate", "samples") as on_progress:
-        return generate_file(llm, stage.prompts, stage.out, params, on_progress, force, stage.settings())
+        return generate_file(llm, stage.prompts, stage.out, params, template, on_progress, force, stage.settings())
 
 
 def generate_file(
@@ -48,6 +51,7 @@ def generate_file(
     prompts: str | Path,
     out: str | Path,
     params: SamplingParams,
+    prompt_template: str = "{problem}",
     on_progress: OnProgress = ignore,
     force: bool = False,
     settings: dict[str, Any] | None = None,
@@ -62,6 +66,7 @@ def generate_file(
             `id`; the default is its number, from 0.
         out: JSONL file, one line per finished sample.
         params: of each sample.
+        prompt_template: the user message of a row with `problem`, with {problem} in it.
         on_progress: called with the number of finished samples and of all samples.
         force: move `out` aside if it holds something else.
         settings: what the samples depend on, besides the model's weights, the prompts and `params`.
@@ -76,8 +81,8 @@ def generate_file(
     ids = [str(row.get("id", i)) for i, row in enumerate(rows)]
     if len(set(ids)) != len(ids):
         raise UserError(f"{prompts}: ids are not unique")
-    texts = [_prompt_of(row, f"{prompts}, row {i + 1}") for i, row in enumerate(rows)]
-    depends = asdict(params) | (settings or {})
+    texts = [_prompt_of(row, prompt_template, f"{prompts}, row {i + 1}") for i, row in enumerate(rows)]
+    depends = asdict(params) | {"prompt_template": prompt_template} | (settings or {})
     depends |= {"weights": weights_hash(llm.model), "prompts_sha256": sha256(prompts)}
     with Run("generate", out, depends, is_file=True, force=force) as run:
         done = {(row["id"], row["sample"]) for row in run.read(out.name, "id", "sample")}
@@ -104,12 +109,12 @@ def generate_file(
     return Generated(tokens, seconds)
 
 
-def _prompt_of(row: dict[str, Any], where: str) -> Prompt:
+def _prompt_of(row: dict[str, Any], template: str, where: str) -> Prompt:
     match row:
         case {"messages": list(messages)}:
             return messages
         case {"problem": str(problem)}:
-            return [{"role": "user", "content": problem}]
+            return [{"role": "user", "content": template.replace("{problem}", problem)}]
         case {"prompt": str(prompt)}:
             return prompt
     raise UserError(f"{where}: needs `prompt` or `problem` (text) or `messages` (a list); has {sorted(row)}")

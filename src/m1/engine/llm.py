@@ -6,13 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from m1.engine.engine import Engine, stop_tokens
 from m1.engine.sampling import SamplingParams
 from m1.engine.sequence import Request, Sequence, requests_for
 from m1.model.checkpoint import load_model
-from m1.model.tokenizer import encode_chat
+from m1.model.tokenizer import decode_text, encode_chat
 
 Prompt = str | list[dict[str, str]]  # plain text without a template, or chat messages, which go through the template
 UNFINISHED = "\ufffd"  # what a tokenizer returns for a character with missing bytes
@@ -47,9 +48,15 @@ class LLM:
         self.engine: Engine | None = None
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, **options: Any) -> "LLM":
-        """Loads the model and the tokenizer of a checkpoint folder. `options` are those of `LLM`."""
-        return cls(*load_model(folder), **options)
+    def from_pretrained(cls, folder: str | Path, dtype: str | torch.dtype = "auto", **options: Any) -> "LLM":
+        """Loads the model and the tokenizer of a checkpoint folder.
+
+        Args:
+            folder: the checkpoint's folder.
+            dtype: of the weights, e.g. "bfloat16"; "auto" keeps the checkpoint's own.
+            options: those of `LLM`.
+        """
+        return cls(*load_model(folder, dtype=dtype), **options)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """A prompt's token ids. Raises UserError if messages have no chat template or the template fails on them."""
@@ -58,8 +65,8 @@ class LLM:
         return encode_chat(self.tokenizer, prompt)
 
     def decode(self, token_ids: list[int]) -> str:
-        """The text of the tokens, without special tokens."""
-        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        """The text of a sequence's tokens, without special tokens and stop tokens."""
+        return decode_text(self.tokenizer, token_ids, self.stop_token_ids)
 
     def length_for(self, prompts: Iterable[list[int]], max_tokens: int) -> int:
         """The max_model_len these prompts need: the longest one and its sequence, at most the model's context."""
@@ -82,7 +89,9 @@ class LLM:
         return [samples[i, j] for i in range(len(prompts)) for j in range(params.n)]
 
     def stream(self, prompts: list[Prompt], params: SamplingParams) -> Iterator["TextSequence"]:
-        """Yields a sample whenever its text has grown or ended. Seeds are those of `requests_for`.
+        """Yields a sample whenever its text has grown or ended. Text that was yielded is never taken back.
+
+        Seeds are those of `requests_for`.
 
         Raises:
             UserError: a prompt the engine refuses, or messages without a chat template.
@@ -102,7 +111,7 @@ class LLM:
             for _ in steps:
                 for sample in samples:
                     length = len(sample.text)
-                    if sample.read() and not sample.sequence.done:
+                    if sample.read():
                         engine.finish(sample.sequence, "stop")
                     if sample.sequence.done or len(sample.text) != length:
                         yield sample
@@ -116,17 +125,19 @@ class TextSequence:
     Attributes:
         sequence: its tokens, log-probabilities and reason to end.
         tokenizer: decodes the tokens.
-        skip: stop tokens, which are left out of the text.
-        text: the text so far. It grows with `read`, by whole characters.
+        skip: stop tokens, which are left out of the text, as special tokens are.
+        text: the text so far. It grows with `read`, by whole characters. An end that may become a stop string is held
+            back until the next tokens decide.
     """
 
     sequence: Sequence
     tokenizer: PreTrainedTokenizerBase = field(repr=False)
     skip: frozenset[int] = field(repr=False)
     text: str = ""
-    _tokens: list[int] = field(default_factory=list, repr=False)  # the sequence's tokens without `skip`
+    _decoded: str = field(default="", repr=False)  # `text` and what is held back
     _seen: int = 0  # number of the sequence's tokens read
-    _shown: int = 0  # number of _tokens whose text is in `text`
+    _tokens: list[int] = field(default_factory=list, repr=False)  # the sequence's tokens without `skip`
+    _shown: int = 0  # number of _tokens whose text is in `_decoded`
     _context: int = 0  # where decoding starts in _tokens: a token's text can depend on those before it
 
     @property
@@ -136,18 +147,31 @@ class TextSequence:
 
     def read(self) -> bool:
         """Adds the text of the sequence's new tokens. Returns True if a stop string has ended the text."""
+        known, stops = len(self._decoded), self.sequence.request.params.stop
+        self._decode()
+        found = [self._decoded.find(stop, max(0, known - len(stop) + 1)) for stop in stops]
+        cut = min((position for position in found if position >= 0), default=None)
+        if cut is not None:
+            self.text = self._decoded[:cut]
+        elif self.sequence.done:
+            self.text = self._decoded
+        else:
+            self.text = self._decoded[: len(self._decoded) - _begun(self._decoded, stops)]
+        return cut is not None
+
+    def _decode(self) -> None:
+        """Adds the text of the new tokens to `_decoded`, except for a character with missing bytes."""
         new = self.sequence.token_ids[self._seen :]
         self._seen += len(new)
         self._tokens += [token for token in new if token not in self.skip]
-        before = self.tokenizer.decode(self._tokens[self._context : self._shown])
-        text = self.tokenizer.decode(self._tokens[self._context :])
-        if len(text) <= len(before) or (text.endswith(UNFINISHED) and not self.sequence.done):
-            return False
-        known = len(self.text)
-        self.text += text[len(before) :]
-        self._context, self._shown = self._shown, len(self._tokens)
-        stops = self.sequence.request.params.stop
-        found = [self.text.find(stop, max(0, known - len(stop) + 1)) for stop in stops]
-        cut = min((position for position in found if position >= 0), default=None)
-        self.text = self.text[:cut]
-        return cut is not None
+        before = decode_text(self.tokenizer, self._tokens[self._context : self._shown])
+        text = decode_text(self.tokenizer, self._tokens[self._context :])
+        if len(text) > len(before) and (self.sequence.done or not text.endswith(UNFINISHED)):
+            self._decoded += text[len(before) :]
+            self._context, self._shown = self._shown, len(self._tokens)
+
+
+def _begun(text: str, stops: Iterable[str]) -> int:
+    """Length of the longest end of the text with which a stop string begins."""
+    lengths = (n for stop in stops for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n]))
+    return max(lengths, default=0)

@@ -190,10 +190,11 @@ class Scheduler:
         return ended
 
     def finish(self, sequence: Sequence, reason: str) -> None:
-        """Ends a running sequence. Its slot is free at once."""
-        del self.running[sequence.id]
-        self._steady_until = 0
-        self.free.append(sequence.slot)
+        """Ends a sequence. Its slot is free at once. One that has ended already only gets another reason."""
+        if not sequence.done:
+            del self.running[sequence.id]
+            self._steady_until = 0
+            self.free.append(sequence.slot)
         sequence.finish_reason, sequence.done = reason, True
 
     def abort(self, request: Request) -> None:

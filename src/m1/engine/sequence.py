@@ -1,9 +1,11 @@
 """What goes into the engine and comes out of it: `Request` and `Sequence`."""
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from m1.engine.sampling import SamplingParams, fold_in
+from m1.errors import M1Warning
 
 
 @dataclass(eq=False)
@@ -63,6 +65,15 @@ class Sequence:
     slot: int = -1
     base: int = 0  # base + a plan's number = tokens the slot has seen when that plan decodes the sequence
     last_plan: int = 0  # number of the last plan that decodes the sequence
+
+
+def shortened(params: SamplingParams, room: int, limit: str) -> SamplingParams:
+    """The parameters with max_tokens at most `room`, as in vLLM, with a warning that names the limit if it is less."""
+    if params.max_tokens <= room:
+        return params
+    text = f"max_tokens is {params.max_tokens}, more than {limit} leaves: samples end there"
+    warnings.warn(text, M1Warning, stacklevel=2)
+    return replace(params, max_tokens=room)
 
 
 def requests_for(prompts: Iterable[list[int]], params: SamplingParams) -> list[Request]:

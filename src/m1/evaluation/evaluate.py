@@ -55,7 +55,8 @@ def run(stage: EvalStage, force: bool = False, progress: Progress = silent) -> d
 
 def local_sampler(stage: EvalStage, folder: str | Path) -> Sampler:
     """Loads the checkpoint `folder` into the kind of sampler that the stage names."""
-    return SAMPLERS[stage.sampler](*load_model(folder), stage.max_num_seqs, stage.quantize)
+    model = load_model(folder, dtype=stage.dtype or "auto")
+    return SAMPLERS[stage.sampler](*model, stage.max_num_seqs, stage.quantize)
 
 
 def load_problems(stage: EvalStage) -> list[Problem]:

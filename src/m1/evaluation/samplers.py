@@ -23,10 +23,11 @@ from transformers import (
 )
 
 from m1.engine import LLM, Request, SamplingParams, stop_tokens
+from m1.engine.sequence import shortened
 from m1.errors import UserError
 from m1.model.cache_layout import slot_bytes
 from m1.model.checkpoint import weights_hash
-from m1.model.tokenizer import encode_chat
+from m1.model.tokenizer import decode_text, encode_chat
 
 CONTEXT_FOR_CACHE = 4096
 
@@ -179,6 +180,13 @@ class TransformersSampler(LocalSampler):
     def generate(self, requests: Sequence[SampleRequest], params: SamplingParams) -> Samples:
         """Yields samples batch by batch. Raises UserError for a prompt that is too long for the model."""
         stop = stop_tokens(self.model, self.tokenizer)
+        jobs = [(request, round_) for request in requests for round_ in request.rounds]
+        prompts = {request.problem: encode_chat(self.tokenizer, request.prompt) for request in requests}
+        # A batch's rows end together, and a row mustn't depend on its batch: the longest of all prompts decides.
+        longest, context = max(map(len, prompts.values()), default=0), self.model.config.max_position_embeddings
+        if longest >= context:
+            raise UserError(f"a prompt has {longest} tokens, and the model's context is {context}: shorten it")
+        params = shortened(params, context - longest, f"the model's context of {context} tokens")
         config = GenerationConfig(
             max_new_tokens=params.max_tokens,
             do_sample=params.temperature > 0,
@@ -187,14 +195,6 @@ class TransformersSampler(LocalSampler):
             eos_token_id=stop or None,
             pad_token_id=next((token for token in (self.tokenizer.pad_token_id, *stop) if token is not None), 0),
         )
-        jobs = [(request, round_) for request in requests for round_ in request.rounds]
-        prompts = {request.problem: encode_chat(self.tokenizer, request.prompt) for request in requests}
-        context = self.model.config.max_position_embeddings
-        if (longest := max(map(len, prompts.values()), default=0)) + params.max_tokens > context:
-            raise UserError(
-                f"a prompt has {longest} tokens and max_tokens is {params.max_tokens}, together more than the model's "
-                f"context of {context}: shorten one of them"
-            )
         started = time.monotonic()
         for first in range(0, len(jobs), self.max_num_seqs):
             batch = jobs[first : first + self.max_num_seqs]
@@ -202,7 +202,7 @@ class TransformersSampler(LocalSampler):
             now = time.monotonic()
             for (request, round_), tokens, logprobs in zip(batch, *outputs, strict=True):
                 end = next((i for i, token in enumerate(tokens, start=1) if token in stop), None)
-                text = self.tokenizer.decode(tokens[:end], skip_special_tokens=True)
+                text = decode_text(self.tokenizer, tokens[:end], stop)
                 reason, logprob = "stop" if end else "length", sum(logprobs[:end])
                 yield Sample(request.problem, round_, text, end or len(tokens), logprob, reason, now - started)
             started += time.monotonic() - now
@@ -253,8 +253,9 @@ class _Logprobs(LogitsProcessor):
 
 
 def model_facts(model: PreTrainedModel) -> dict[str, Any]:
-    """The number of parameters, and the cache bytes of a sequence of CONTEXT_FOR_CACHE tokens."""
+    """The dtype, the number of parameters, and the cache bytes of a sequence of CONTEXT_FOR_CACHE tokens."""
     return {
+        "dtype": str(model.dtype).removeprefix("torch."),
         "parameters": sum(p.numel() for p in model.parameters()),
         "cache_bytes_per_sequence_at_4k": slot_bytes(model.config, CONTEXT_FOR_CACHE, next(model.parameters()).dtype),
     }

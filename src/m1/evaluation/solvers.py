@@ -68,7 +68,8 @@ class EngineSolver:
         """Solves a problem by voting without an early stop (see `Solver`)."""
         self.grader.start()
         budget = Budget(seconds=seconds, rule="none")
-        solution = solve(text, self.llm, self.grader, replace(self.params, seed=seed), budget)
+        params = replace(self.params, seed=seed)
+        solution = solve(text, self.llm, self.grader, params, budget, prompt_template="{problem}")
         return solution.seconds, [Ended(s.seconds, s.answer, s.tokens) for s in solution.samples]
 
 

@@ -42,7 +42,7 @@ Models = dict[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]]
 def run(stage: BudgetStage, force: bool = False, progress: Progress = silent) -> dict[str, Any]:
     """Runs the budget stage of a recipe, and `m1 budget`. Returns the content of budget.json."""
     problems = load_task(stage.task, stage.data, stage.limit, stage)
-    models = {name: load_model(folder) for name, folder in stage.models.items()}
+    models = {name: load_model(folder, dtype=stage.dtype or "auto") for name, folder in stage.models.items()}
     with progress("budget", "runs") as on_progress:
         return measure_budgets(models, problems, stage, Path(stage.out), stage.vllm, on_progress, force)
 
@@ -71,10 +71,12 @@ def measure_budgets(
         The content of OUT/budget.json.
 
     Raises:
-        UserError: a prompt the engine refuses, a model that vLLM can't run, or an `out` with runs of other settings.
+        UserError: a prompt the engine refuses, models of unlike dtypes without `settings.dtype`, a model that vLLM
+            can't run, or an `out` with runs of other settings.
     """
     if unknown := [name for name in vllm if name not in models]:
         raise UserError(f"vllm {unknown[0]!r}: give the name of one of the models, {', '.join(models)}")
+    _check_dtypes(models, settings, vllm)
     template = load_template(settings.task, settings.prompt_template)
     used = {field.name: getattr(settings, field.name) for field in fields(BudgetSettings)}
     depends = settings.settings() if isinstance(settings, BudgetStage) else used
@@ -104,6 +106,19 @@ def measure_budgets(
     return result
 
 
+def _check_dtypes(models: Models, settings: BudgetSettings, vllm: Sequence[str]) -> None:
+    """Refuses a comparison whose models differ in more than their layers, unless the settings ask for it."""
+    dtypes = {name: str(model.dtype).removeprefix("torch.") for name, (model, _) in models.items()}
+    if settings.dtype is None and len(set(dtypes.values())) > 1:
+        found = ", ".join(f"{name} in {dtype}" for name, dtype in dtypes.items())
+        raise UserError(
+            f"unlike dtypes: {found}; one of them would be faster for that alone. Give a dtype, e.g. "
+            "--dtype bfloat16, or --dtype auto to compare them as they are"
+        )
+    if settings.quantize and vllm:
+        raise UserError(f"quantize {settings.quantize}: vLLM samples without it; leave out one of the two")
+
+
 def _under_vllm(name: str) -> str:
     return f"{name}, vLLM"
 
@@ -127,7 +142,8 @@ def _solvers(
     solvers: dict[str, Solver] = {}
     for name, (model, tokenizer) in models.items():
         prompts = [encode_chat(tokenizer, text) for text in texts]
-        llm = LLM(model, tokenizer, max_num_seqs=settings.max_num_seqs, prefix_cache=0)
+        slots = settings.max_num_seqs
+        llm = LLM(model, tokenizer, max_num_seqs=slots, prefix_cache=0, quantize=settings.quantize)
         solvers[name] = EngineSolver(llm, prompts, params, grader)
         if name in vllm:
             peer = vllm_solver(llm, prompts, params, settings.max_num_seqs)

@@ -143,6 +143,15 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     raise UserError(f"no weights in {folder}: expected model.safetensors, {INDEX} or pytorch_model.bin")
 
 
+def saved_dtype(folder: str | Path) -> torch.dtype:
+    """The dtype of a checkpoint: that of its config.json, or else of its first floating-point tensor."""
+    config = read_json(Path(folder) / "config.json", CHECKPOINT)
+    named = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
+    if isinstance(named, torch.dtype):
+        return named
+    return next((t.dtype for t in read_weights(Path(folder)).values() if t.is_floating_point()), torch.float32)
+
+
 def check_shard_names(folder: Path) -> dict[str, str]:
     """Returns the file of each tensor of a sharded checkpoint, from its index. Empty without an index.
 

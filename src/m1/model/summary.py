@@ -16,6 +16,8 @@ from m1.model.checkpoint import load_config, model_without_weights
 from m1.model.configuration import ATTENTION, MAMBA, layer_kinds
 from m1.model.convert import TEACHERS
 
+DEFAULT_CONTEXT = 4096
+
 
 @dataclass(frozen=True)
 class LayerSummary:
@@ -64,6 +66,13 @@ class Summary:
         """Bytes of one sequence's cache in the teacher after `context` tokens."""
         return slot_bytes(self.teacher, context, self.dtype)
 
+    def contexts(self, first: int, factor: int) -> list[int]:
+        """The contexts first, first * factor, ... below the model's context, and that."""
+        longest, lengths = self.config.max_position_embeddings, [first]
+        while lengths[-1] * factor < longest:
+            lengths.append(lengths[-1] * factor)
+        return [*(length for length in lengths if length < longest), longest]
+
     @property
     def break_even(self) -> int | None:
         """The smallest context, in tokens, at which the cache is smaller than the teacher's; None without Mamba."""
@@ -74,19 +83,22 @@ class Summary:
         return mamba[0].cache_bytes // a_token + 1
 
 
-def summarize(folder: str | Path, context: int = 4096) -> Summary:
+def summarize(folder: str | Path, context: int | None = None) -> Summary:
     """Summarizes the M1 model or teacher described by FOLDER/config.json.
 
     Args:
-        context: number of tokens at which the layers' caches are given.
+        context: number of tokens at which the layers' caches are given. When None, the model's context, but at most
+            4096.
 
     Raises:
-        UserError: a context below 1; as `checkpoint.load_config`.
+        UserError: a context below 1 or longer than the model's; as `checkpoint.load_config`.
     """
     folder = Path(folder)
-    if context < 1:
-        raise UserError(f"a context of {context} tokens: expected at least 1")
     config = load_config(folder, ("m1", *TEACHERS))
+    longest = config.max_position_embeddings
+    context = min(longest, DEFAULT_CONTEXT) if context is None else context
+    if not 1 <= context <= longest:
+        raise UserError(f"a context of {context} tokens: expected 1 to {longest}, the model's context")
     teacher = copy.deepcopy(config)
     if config.model_type == "m1":
         teacher.layer_types = [ATTENTION] * config.num_hidden_layers
@@ -116,7 +128,7 @@ def plot_summary(summary: Summary, path: Path) -> None:
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot()
-    contexts = [2**i for i in range(7, 19)]
+    contexts = summary.contexts(128, 2)
     curves = {"attention in every layer": summary.teacher_cache_bytes}
     kept = sum(layer.kind == "attention" for layer in summary.layers)
     if kept < len(summary.layers):

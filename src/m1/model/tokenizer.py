@@ -1,4 +1,6 @@
-"""Chat messages to tokens, and a byte-level tokenizer that takes any text and needs no training."""
+"""Chat messages to tokens and back to text, and a byte-level tokenizer that takes any text and needs no training."""
+
+from collections.abc import Collection, Iterable
 
 from jinja2 import TemplateError
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -61,3 +63,11 @@ def encode_chat(
         )
     except TemplateError as error:
         raise UserError(f"the chat template of {tokenizer.name_or_path} fails on {messages}: {error}") from None
+
+
+def decode_text(
+    tokenizer: PreTrainedTokenizerBase, token_ids: Iterable[int], stop_token_ids: Collection[int] = ()
+) -> str:
+    """The text of generated tokens, without special tokens and without those that end a sequence."""
+    kept = [token for token in token_ids if token not in stop_token_ids]
+    return tokenizer.decode(kept, skip_special_tokens=True)

@@ -13,6 +13,7 @@ from m1.reasoning.budget import Budget, Timer, timed
 from m1.reasoning.solution import Solution, VotedSample
 from m1.reasoning.verifier import Weights, bound_of, weigh
 from m1.reasoning.voting import vote
+from m1.tasks.prompts import MATH_PROMPT
 
 
 def solve(
@@ -22,6 +23,7 @@ def solve(
     params: SamplingParams,
     budget: Budget,
     weights: Weights = "uniform",
+    prompt_template: str = MATH_PROMPT,
     on_step: Callable[[Solution], None] = lambda solution: None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Solution:
@@ -35,9 +37,11 @@ def solve(
     finish too late for a call get weight 0. The clock excludes making the engine.
 
     Args:
-        problem: a user message. The chat template gets it unchanged.
+        problem: the question, as a user would type it.
         params: of each sample. The budget sets the number of samples.
         weights: of the votes; see verifier.py.
+        prompt_template: the user message, with {problem} in it. The default asks for the answer in a \\boxed{}, which
+            is where votes are read from. A model trained on other prompts needs its own.
         on_step: called after every step with the solution so far. The clock includes it.
         clock: returns the current time in seconds; tests replace it.
 
@@ -45,7 +49,7 @@ def solve(
         UserError: the engine refuses the prompt, a verifier's score is invalid, or the rule is "decided" and the
             verifier's scores have no known bound.
     """
-    prompt = llm.encode([{"role": "user", "content": problem}])
+    prompt = llm.encode([{"role": "user", "content": prompt_template.replace("{problem}", problem)}])
     engine = llm.engine_for([prompt], params.max_tokens)
     timer, bound, solution = Timer(budget.seconds, clock), bound_of(weights), Solution()
     if budget.rule == "decided" and bound is None:

@@ -14,14 +14,23 @@ def load_template(task: str, own: str | None = None) -> str:
 
     Args:
         task: one of `benchmarks.TASKS`.
-        own: the user's template, which replaces the task's: a text, or @FILE to read it from a file.
+        own: the user's template, which replaces the task's; see `read_template`.
 
     Raises:
-        UserError: an unknown task, an unreadable file, a template without {problem}.
+        UserError: an unknown task; as `read_template`.
     """
     check_task(task)
     if own is None:
         return "{problem}" if task == "chain" else MATH_PROMPT
+    return read_template(own)
+
+
+def read_template(own: str) -> str:
+    """Returns the user's own template: a text, or @FILE to read it from a file.
+
+    Raises:
+        UserError: an unreadable file, a template without {problem}.
+    """
     if own.startswith("@"):
         try:
             own = Path(own[1:]).read_text(encoding="utf-8")

@@ -21,6 +21,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from m1.errors import UserError
 from m1.jsonl import to_jsonl, write_text
+from m1.model.checkpoint import saved_dtype
 from m1.options import check_keys
 from m1.recipe import Stage
 from m1.runs import Run
@@ -68,8 +69,8 @@ def trainer_arguments(cls: type[Arguments], out: str | Path, given: dict[str, An
 def model_options(given: dict[str, Any]) -> dict[str, Any]:
     """The arguments for loading the model: `[trainer] model_init_kwargs`. The stage loads it, not TRL.
 
-    Trained weights are float32 by default, as in TRL. At RL's learning rates, rounding would lose the updates of
-    bfloat16 weights.
+    Weights are float32 while they are trained, by default, as in TRL. At RL's learning rates, rounding would lose the
+    updates of bfloat16 weights.
     """
     return {"dtype": torch.float32, **given.get("model_init_kwargs", {})}
 
@@ -78,6 +79,8 @@ def run_training(
     stage: S, arguments: TrainingArguments, make_trainer: Callable[[S, Any], Trainer], resume: bool, force: bool
 ) -> None:
     """Trains a stage's model, from its last checkpoint if there is one, and saves it to the stage's folder.
+
+    The model is saved in the dtype of its teacher, or of the checkpoint that it began from, whatever it was trained in.
 
     A stage that has finished already is left alone. Ctrl-C finishes the current step, saves a checkpoint and raises
     KeyboardInterrupt.
@@ -101,6 +104,8 @@ def run_training(
                 run.clear(*MADE)
         if run.finished:
             return
+        source = getattr(stage, "teacher", None) or getattr(stage, "model", None)
+        dtype = saved_dtype(source) if source else torch.float32
         set_seed(arguments.seed)
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.folder / "tensorboard")  # the trainer reads it when it is made
         trainer, interrupt = make_trainer(stage, arguments), _InterruptCallback()
@@ -110,14 +115,15 @@ def run_training(
             trainer.train(resume_from_checkpoint=last)
         if interrupt.requested:
             raise KeyboardInterrupt
-        _save(trainer, run)
+        _save(trainer, run, dtype)
         run.finish()
         if run.writes:
             shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
 
 
-def _save(trainer: Trainer, run: Run) -> None:
+def _save(trainer: Trainer, run: Run, dtype: torch.dtype) -> None:
     """Saves the model into the run's folder, file by file when all are complete: a reader never sees half a file."""
+    trainer.accelerator.unwrap_model(trainer.model).to(dtype)
     draft = run.folder / "model.part"
     trainer.save_model(str(draft))
     if run.writes:
