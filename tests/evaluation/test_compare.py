@@ -75,12 +75,15 @@ def test_seeded(tmp_path):
 def test_compare(tmp_path):
     a = result(tmp_path / "a", {"x": (0.5, 1.0), "y": (0.0, 0.0), "z": (1.0, 1.0)}, temperature=0.7)
     b = result(tmp_path / "b", {"z": (0.0, 0.0), "y": (0.0, 0.0), "x": (0.75, 1.0)}, temperature=1.0)
+    for folder, dtype in ((a, "float32"), (b, "bfloat16")):
+        path = folder / "result.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": dtype, "sampler": "engine"}))
     found = compare(a, b)
     assert found["problems"] == 3 and found["resamples"] == 10_000
     assert found["measures"]["pass@1"]["difference"] == pytest.approx(-0.25)
     assert found["measures"]["maj@2"]["difference"] == pytest.approx(-1 / 3)
     assert found["most_different"] == [{"problem": "z", "a": 1.0, "b": 0.0}, {"problem": "x", "a": 0.5, "b": 0.75}]
-    assert found["settings_that_differ"] == {"temperature": [0.7, 1.0]}
+    assert found["settings_that_differ"] == {"temperature": [0.7, 1.0], "dtype": ["float32", "bfloat16"]}
 
 
 def test_other_numbers_of_samples_meet_at_the_largest_vote_of_both(tmp_path):

@@ -110,5 +110,7 @@ def _check_same_problems(a: Path, b: Path) -> None:
 
 
 def _differing(a: dict[str, Any], b: dict[str, Any]) -> dict[str, list[Any]]:
-    pairs = {name: [a["settings"].get(name), b["settings"].get(name)] for name in a["settings"] | b["settings"]}
+    loaded = ("sampler", "dtype")
+    used, others = ({**r["settings"], **{key: r.get(key) for key in loaded}} for r in (a, b))
+    pairs = {name: [used.get(name), others.get(name)] for name in used | others}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
