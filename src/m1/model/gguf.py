@@ -32,7 +32,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from m1.errors import UserError
 from m1.hub import checkpoint_folder
-from m1.model.checkpoint import IMPOSSIBLE, reason
+from m1.model.checkpoint import IMPOSSIBLE, model_without_weights, reason
 from m1.model.configuration import TEACHERS
 from m1.runs import finished, new_folder, refuse_foreign, sha256
 
@@ -138,15 +138,24 @@ def read_gguf(file: Path, dtype: Dtype) -> tuple[PreTrainedModel, PreTrainedToke
         raise
     except (OSError, RuntimeError, *IMPOSSIBLE) as error:
         raise UserError(f"transformers can't read {file}: {reason(error)}") from None
-    named = len(tensors) - (ROPE_FREQS in tensors)
-    expected = len({id(parameter) for parameter in model.parameters()})
-    if loaded["missing_keys"] or named != expected:
-        raise UserError(
-            f"{file} has {named} tensors where a {architecture} model has {expected}: biases or other parts would be lost"
-        )
+    _check(model, file, len(tensors) - (ROPE_FREQS in tensors), loaded["missing_keys"])
     ends = [facts[f"tokenizer.ggml.{kind}_token_id"] for kind in ("eos", "eot") if _has(facts, f"{kind}_token_id")]
-    model.generation_config.eos_token_id = ends if len(set(ends)) > 1 else model.config.eos_token_id
+    model.generation_config.eos_token_id = sorted(set(ends)) if len(set(ends)) > 1 else model.config.eos_token_id
+    model.generation_config._from_model_config = False  # or transformers would make it anew of the model's
     return model, tokenizer
+
+
+def _check(model: PreTrainedModel, file: Path, tensors: int, missing: set[str]) -> None:
+    """Raises UserError unless the file's tensors are the model's parameters, in number and shape."""
+    expected = dict(model_without_weights(model.config, file).named_parameters())
+    if missing or tensors != len(expected):
+        raise UserError(
+            f"{file} has {tensors} tensors, but a {model.config.model_type} model has {len(expected)}: biases or other "
+            "parts would be lost"
+        )
+    for name, parameter in expected.items():
+        if (shape := model.get_parameter(name).shape) != parameter.shape:
+            raise UserError(f"{file}: {name!r} is {list(shape)}, but its metadata implies {list(parameter.shape)}")
 
 
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
