@@ -56,7 +56,9 @@ def hub_commit(name: str | Path) -> str | None:
         return None
     folder = _fetch(str(name), named["repo"], named["revision"], ("config.json",))
     if not (folder / "config.json").exists():
-        raise UserError(f"{name} on the Hub has no config.json: give a model in transformers' format, or a local folder")
+        raise UserError(
+            f"{name} on the Hub has no config.json: give a model in transformers' format, or a local folder"
+        )
     return folder.name
 
 
@@ -68,7 +70,7 @@ def _fetch(name: str, repo: str, revision: str | None, patterns: tuple[str, ...]
 
     log_in = "log in with `hf auth login`, or set HF_TOKEN"
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, ignore_patterns="*/*"))
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns), ignore_patterns="*/*"))
     except GatedRepoError:
         raise UserError(f"{name} is gated: ask for access on its page on the Hub, and {log_in}") from None
     except RepositoryNotFoundError:

@@ -209,9 +209,7 @@ class SFTStage(TrainedStage):
 
     def __post_init__(self) -> None:
         if (self.model is None) == (not self.init):
-            raise UserError(
-                "an sft stage needs exactly one of `model` (a checkpoint) and `[init]` (a new model)"
-            )
+            raise UserError("an sft stage needs exactly one of `model` (a checkpoint) and `[init]` (a new model)")
 
 
 @dataclass(frozen=True, kw_only=True)

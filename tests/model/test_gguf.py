@@ -89,7 +89,9 @@ def test_text_is_split_by_the_rule_of_the_file(tmp_path):
     assert ids(tokenizer, "ab") == [TOKENS.index("a"), TOKENS.index("b")]
     assert ids(tokenizer, "a<think><|end|>") == [TOKENS.index("a"), THINK, END]
     assert tokenizer.decode([END, THINK, TOKENS.index("a")], skip_special_tokens=True) == "<think>a"
-    chat = tokenizer.apply_chat_template([{"role": "user", "content": "é1"}], add_generation_prompt=True, tokenize=False)
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "é1"}], add_generation_prompt=True, tokenize=False
+    )
     assert chat == "<|user|>é1<|end|><|assistant|>"
     assert tokenizer.decode(ids(tokenizer, chat)) == chat
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id) == (PAD, END, None)

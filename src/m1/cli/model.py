@@ -76,7 +76,9 @@ def inspect(
 def import_gguf(
     file: Annotated[Path, typer.Argument(help="GGUF file of a Llama, Qwen2 or Qwen3 model.")],
     out: Destination,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16. float32 keeps all values exactly.")] = "bfloat16",
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16 or float16. float32 keeps all values exactly.")
+    ] = "bfloat16",
     force: Force = False,
 ) -> None:
     """Make a checkpoint folder of a GGUF file, with its tokenizer and chat template."""

@@ -57,7 +57,7 @@ def load_model(path: str | Path, **options: Any) -> tuple[PreTrainedModel, PreTr
     """Loads a model, on the GPU if there is one, and its tokenizer.
 
     Args:
-        path: a checkpoint of M1 or of any causal LM that transformers knows: a folder or a Hub id (`checkpoint_folder`).
+        path: folder or Hub id (`checkpoint_folder`) of an M1 model or of any causal LM that transformers knows.
         options: arguments of `from_pretrained`, e.g. dtype or attn_implementation.
 
     Raises:
@@ -158,7 +158,8 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         UserError: no weights, a missing shard, a truncated or malformed file, integers in place of floats, or a tensor
             that only the index has.
     """
-    files, weights = weight_files(folder), {}
+    files = weight_files(folder)
+    weights: dict[str, Tensor] = {}
     if not files:
         raise UserError(f"no weights in {folder}: expected model.safetensors, {INDEX} or pytorch_model.bin")
     for file in files:

@@ -44,7 +44,8 @@ DAMAGED = (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryErr
 
 # How text is split before byte-level BPE, by tokenizer.ggml.pre.
 LLAMA3_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 QWEN2_WORDS = LLAMA3_WORDS.replace("{1,3}", "")
 SPLITS: dict[str, list[Any]] = {
@@ -225,7 +226,9 @@ def _tokenizer(facts: dict[str, Any], file: Path) -> PreTrainedTokenizerFast:
         if role in (CONTROL, USER_DEFINED):
             tokenizer.add_tokens([AddedToken(tokens[i], normalized=False, special=role == CONTROL)])
     named = {"bos": "bos", "eos": "eos", "pad": "padding"}
-    special = {f"{name}_token": tokens[own[f"{key}_token_id"]] for name, key in named.items() if f"{key}_token_id" in own}
+    special = {
+        f"{name}_token": tokens[own[f"{key}_token_id"]] for name, key in named.items() if f"{key}_token_id" in own
+    }
     if own.get("add_bos_token", kind == "llama-bpe"):
         bos = special["bos_token"]
         tokenizer.post_processor = processors.TemplateProcessing(
