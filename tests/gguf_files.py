@@ -27,7 +27,7 @@ def gguf_teacher(family="llama", **changes):
 
 
 def write_gguf(path, model, pre="smollm", kind="F32", facts=None, extra=None):
-    """Writes a model. `kind` is the type of its matrices, `facts` overrides metadata, `extra` adds tensors by name."""
+    """Writes a model, its matrices as `kind`. `facts` overrides metadata (None drops it), `extra` adds tensors."""
     config, writer = model.config, gguf.GGUFWriter(path, model.config.model_type)
     own = {
         "block_count": config.num_hidden_layers, "context_length": config.max_position_embeddings,
@@ -50,6 +50,8 @@ def write_gguf(path, model, pre="smollm", kind="F32", facts=None, extra=None):
     known |= {"general.name": "Somebody's model", "tokenizer.ggml.unknown_token_id": PAD}
     known |= {f"tokenizer.ggml.{name}": value for name, value in text.items()}
     for name, value in (known | {"tokenizer.chat_template": CHAT_TEMPLATE} | (facts or {})).items():
+        if value is None:
+            continue
         add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
         add.get(type(value), writer.add_array)(name, value)
     tensors = {name: t.detach().float().numpy() for name, t in model.state_dict().items()}

@@ -48,7 +48,10 @@ def test_damaged_gguf(run, tmp_path, content, words):
         ({"extra": {"rope_freqs.weight": np.linspace(1, 9, 16, dtype=np.float32)}}, "frequencies aren't Llama 3's"),
         ({"extra": {"blk.0.attn_q.bias": np.ones(128, dtype=np.float32)}}, "has 39 tensors, but a llama model has 38"),
         ({"facts": {"llama.feed_forward_length": 95}}, "is [96, 64], but its metadata implies [95, 64]"),
-        ({"facts": {"llama.attention.head_count": 0}}, "transformers can't read"),
+        ({"facts": {"llama.attention.head_count": 0}}, "can't be read as a llama model"),
+        ({"facts": {"tokenizer.ggml.tokens": None}}, "can't be read as a llama model: no 'tokens'"),
+        ({"facts": {"tokenizer.ggml.eos_token_id": 9999}}, "can't be read as a llama model"),
+        ({"facts": {"llama.context_length": None}}, "can't be read as a llama model"),
     ],
     ids=lambda value: "" if isinstance(value, dict) else value,
 )

@@ -6,7 +6,7 @@ transformers reads the weights and the configuration. What it reads wrongly or d
     attention.key_length    Qwen3's head size, for which it takes a default
     rms_norm_eps            a float32 printed as a float64, 9.999999747378752e-06
     tokenizer.ggml.pre      the rule that splits text; an unknown one becomes GPT-2's, and "\\n\\n1" other tokens
-    eot_token_id            a second token that ends an answer
+    eot_token_id            another token that ends an answer
     biases and the like     tensors that its model has no place for
 """
 
@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -106,8 +106,8 @@ def teacher_folder(name: str) -> Iterator[Path]:
 
 def read_gguf(file: Path, dtype: Dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """Reads a GGUF file's model and tokenizer. Raises UserError as `import_gguf`."""
-    if dtype not in Dtype.__args__:  # type: ignore[attr-defined]
-        raise UserError(f"dtype {dtype!r}: expected {', '.join(Dtype.__args__)}")  # type: ignore[attr-defined]
+    if dtype not in get_args(Dtype):
+        raise UserError(f"dtype {dtype!r}: expected {', '.join(get_args(Dtype))}")
     try:
         if file.open("rb").read(4) != b"GGUF":
             raise UserError(f"{file} isn't a GGUF file")
@@ -122,8 +122,8 @@ def read_gguf(file: Path, dtype: Dtype) -> tuple[PreTrainedModel, PreTrainedToke
         raise UserError(f"{file} is a {architecture!r} model; supported here: {', '.join(TEACHERS)}")
     if facts.get("split.count", 1) > 1:
         raise UserError(f"{file} is one of {facts['split.count']} parts: merge them with `llama-gguf-split --merge`")
-    tokenizer = _tokenizer(facts, file)
     try:
+        tokenizer = _tokenizer(facts, file)
         config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
         _mend(config, facts, tensors, file)
         model, loaded = AutoModelForCausalLM.from_pretrained(
@@ -137,11 +137,11 @@ def read_gguf(file: Path, dtype: Dtype) -> tuple[PreTrainedModel, PreTrainedToke
         )
     except UserError:
         raise
-    except (OSError, RuntimeError, *IMPOSSIBLE) as error:
-        raise UserError(f"transformers can't read {file}: {reason(error)}") from None
+    except (OSError, RuntimeError, IndexError, *IMPOSSIBLE) as error:
+        raise UserError(f"{file} can't be read as a {architecture} model: {reason(error)}") from None
     _check(model, file, len(tensors) - (ROPE_FREQS in tensors), loaded["missing_keys"])
-    ends = [facts[f"tokenizer.ggml.{kind}_token_id"] for kind in ("eos", "eot") if _has(facts, f"{kind}_token_id")]
-    model.generation_config.eos_token_id = sorted(set(ends)) if len(set(ends)) > 1 else model.config.eos_token_id
+    ends = {facts.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")} - {None}
+    model.generation_config.eos_token_id = sorted(ends) if len(ends) > 1 else model.config.eos_token_id
     model.generation_config._from_model_config = False  # or transformers would make it anew of the model's
     return model, tokenizer
 
@@ -166,10 +166,6 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     reader = GGUFReader(file)
     facts = {name: field.contents() for name, field in reader.fields.items()}
     return facts, {tensor.name: tensor.data for tensor in reader.tensors}
-
-
-def _has(facts: dict[str, Any], key: str) -> bool:
-    return facts.get(f"tokenizer.ggml.{key}") is not None
 
 
 def _mend(config: PreTrainedConfig, facts: dict[str, Any], tensors: dict[str, np.ndarray], file: Path) -> None:
@@ -208,28 +204,28 @@ def _llama3_scaling(config: PreTrainedConfig, divisors: Tensor, original: int, f
 def _tokenizer(facts: dict[str, Any], file: Path) -> PreTrainedTokenizerFast:
     """The tokenizer of the metadata: byte-level BPE, with the split rule that the file names."""
     own = {name.removeprefix("tokenizer.ggml."): value for name, value in facts.items()}
-    kind = own.get("pre") if own.get("model") == "gpt2" else own.get("model")
-    if kind not in SPLITS:
-        raise UserError(f"{file} splits text by the rule {kind!r}; known here: {', '.join(SPLITS)}")
+    rule = own.get("pre") if own.get("model") == "gpt2" else own.get("model")
+    if rule not in SPLITS:
+        raise UserError(f"{file} splits text by the rule {rule!r}; known here: {', '.join(SPLITS)}")
     tokens = own["tokens"]
     tokenizer = Tokenizer(
         models.BPE(
             vocab={token: i for i, token in enumerate(tokens)},
             merges=[tuple(merge.split(" ")) for merge in own["merges"]],
-            ignore_merges=kind == "llama-bpe",
+            ignore_merges=rule == "llama-bpe",
         )
     )
-    tokenizer.normalizer = normalizers.NFC() if kind == "qwen2" else None
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(SPLITS[kind])
+    tokenizer.normalizer = normalizers.NFC() if rule == "qwen2" else None
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(SPLITS[rule])
     tokenizer.decoder = decoders.ByteLevel()
-    for i, role in enumerate(own["token_type"]):
-        if role in (CONTROL, USER_DEFINED):
-            tokenizer.add_tokens([AddedToken(tokens[i], normalized=False, special=role == CONTROL)])
+    kinds = zip(tokens, own["token_type"], strict=True)
+    added = [(token, kind) for token, kind in kinds if kind in (CONTROL, USER_DEFINED)]
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=kind == CONTROL) for token, kind in added])
     named = {"bos": "bos", "eos": "eos", "pad": "padding"}
     special = {
         f"{name}_token": tokens[own[f"{key}_token_id"]] for name, key in named.items() if f"{key}_token_id" in own
     }
-    if own.get("add_bos_token", kind == "llama-bpe"):
+    if own.get("add_bos_token", rule == "llama-bpe"):
         bos = special["bos_token"]
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, own["bos_token_id"])]
