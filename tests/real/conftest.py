@@ -6,6 +6,7 @@ Without it and without a network these tests are skipped.
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -53,6 +54,8 @@ def smol_dir(gguf_file):
     made_by = Path(gguf.__file__).read_bytes() + transformers.__version__.encode()
     folder = CACHE / f"float32-{hashlib.sha256(made_by).hexdigest()[:12]}"
     with FileLock(CACHE / ".import.lock"):
+        for outdated in set(CACHE.glob("float32-*")) - {folder}:
+            shutil.rmtree(outdated)
         gguf.import_gguf(gguf_file, folder, "float32")
     return folder
 
