@@ -44,6 +44,7 @@ def test_damaged_gguf(run, tmp_path, content, words):
         ({"pre": "default"}, "splits text by the rule 'default'; known here: smollm, llama-bpe, qwen2"),
         ({"facts": {"tokenizer.ggml.model": "llama"}}, "splits text by the rule 'llama'"),
         ({"facts": {"llama.rope.scaling.type": "yarn"}}, "has rope scaling (yarn)"),
+        ({"facts": {"llama.rope.scale_linear": 4.0}}, "has rope scaling (linear)"),
         ({"facts": {"llama.rope.dimension_count": 16}}, "rotates 16 of 32 channels"),
         ({"extra": {"rope_freqs.weight": np.linspace(1, 9, 16, dtype=np.float32)}}, "frequencies aren't Llama 3's"),
         ({"extra": {"blk.0.attn_q.bias": np.ones(128, dtype=np.float32)}}, "has 39 tensors, but a llama model has 38"),

@@ -1,6 +1,7 @@
 """m1 import-gguf: the checkpoint is the model that the file was made of, its text rules and stop tokens included."""
 
 import json
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -145,8 +146,9 @@ def test_convert_takes_the_file_itself(tmp_path):
         convert(file, tmp_path / "b", [1])
 
 
-def test_the_same_import_is_done_once(tmp_path):
-    file = write_gguf(tmp_path / "tiny.gguf", gguf_teacher())
+def test_the_same_import_is_done_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = write_gguf(Path("tiny.gguf"), gguf_teacher())
     import_gguf(file, tmp_path / "out")
     before = (tmp_path / "out/model.safetensors").stat()
     import_gguf(file, tmp_path / "out")

@@ -109,8 +109,9 @@ def read_gguf(file: Path, dtype: Dtype) -> tuple[PreTrainedModel, PreTrainedToke
     if dtype not in get_args(Dtype):
         raise UserError(f"dtype {dtype!r}: expected {', '.join(get_args(Dtype))}")
     try:
-        if file.open("rb").read(4) != b"GGUF":
-            raise UserError(f"{file} isn't a GGUF file")
+        with file.open("rb") as opened:
+            if opened.read(4) != b"GGUF":
+                raise UserError(f"{file} isn't a GGUF file")
     except OSError as error:
         raise UserError(f"can't read {file}: {error.strerror}") from None
     try:
@@ -177,10 +178,11 @@ def _mend(config: PreTrainedConfig, facts: dict[str, Any], tensors: dict[str, np
         config.__dict__.pop(key, None)
     if own.get("rope.dimension_count", config.head_dim) != config.head_dim:
         raise UserError(f"{file} rotates {own['rope.dimension_count']} of {config.head_dim} channels, which M1 doesn't")
-    if own.get("rope.scaling.type", "none") != "none":
+    scaling = own.get("rope.scaling.type", "none" if own.get("rope.scale_linear", 1.0) == 1.0 else "linear")
+    if scaling != "none":
         raise UserError(
-            f"{file} has rope scaling ({own['rope.scaling.type']}), which transformers doesn't read from a GGUF file: "
-            "give the checkpoint it was made of"
+            f"{file} has rope scaling ({scaling}), which transformers doesn't read from a GGUF file: give the "
+            "checkpoint it was made of"
         )
     if ROPE_FREQS in tensors:
         original = own.get("rope.scaling.original_context_length", 8192)
