@@ -31,6 +31,7 @@ FLOORS = [
     {"grading", "runs"},
     {"outputs"},
     {"jsonl", "plots"},
+    {"hub"},
     {"options", "progress", "secrets"},
     {"errors"},
 ]

@@ -9,12 +9,14 @@ import dataclasses
 import importlib
 import math
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from m1 import runs
 from m1.errors import UserError
+from m1.hub import hub_commit
 from m1.layer_choice import check_choice, ranking_file
 from m1.options import build, option
 from m1.outputs import refuse_sources
@@ -103,21 +105,31 @@ class Stage:
     def sources(self) -> list[Path]:
         """The files and folders that the stage reads."""
         data = getattr(self, "data", None)
-        named = [getattr(self, name, None) for name in ("model", "teacher", "prompts")]
         template = getattr(self, "prompt_template", None) or ""
-        named += [template[1:] if template.startswith("@") else None]
+        paths = [data.path if isinstance(data, Data) else data, getattr(self, "prompts", None)]
+        paths += [template[1:] if template.startswith("@") else None, *self.checkpoints()]
         ranking = ranking_file(getattr(self, "keep_attention", None))
-        paths = [data.path if isinstance(data, Data) else data, *named, *getattr(self, "models", {}).values(), ranking]
-        return [Path(path) for path in paths if path]
+        return [Path(path) for path in [*paths, ranking] if path]
+
+    def checkpoints(self) -> list[str]:
+        """The checkpoints that the stage reads: folders and Hub ids."""
+        named = [getattr(self, name, None) for name in ("model", "teacher")]
+        return [name for name in [*named, *getattr(self, "models", {}).values()] if name]
 
     def settings(self) -> dict[str, Any]:
         """What the output depends on: the options that aren't `free`, and hashes of the files they name.
 
-        A checkpoint is identified by its configuration and, if M1 made it, by its manifest.
+        A checkpoint is identified by its configuration and, if M1 made it, by its manifest; one on the Hub by its
+        commit.
         """
         options = {key: value for key, value in dataclasses.asdict(self).items() if key not in self.free}
         files = [path / name for path in self.sources() for name in ("", runs.MANIFEST, "config.json")]
-        return options | {"inputs": {str(path): runs.sha256(path) for path in files if path.is_file()}}
+        inputs = {str(path): runs.sha256(path) for path in files if path.is_file()}
+        for name in self.checkpoints():
+            with suppress(UserError):  # loading it will report this
+                if commit := hub_commit(name):
+                    inputs[name] = commit
+        return options | {"inputs": inputs}
 
     def finished(self) -> bool:
         """Whether `out` holds this stage's complete output. Raises UserError if it was made with other settings."""
@@ -128,7 +140,7 @@ class Stage:
 class ConversionOptions:
     """Which transformer is converted, and into what kind of layers."""
 
-    teacher: str = option(help="Llama, Qwen2 or Qwen3 checkpoint folder.")
+    teacher: str = option(help="Llama, Qwen2 or Qwen3 checkpoint folder, Hub id or GGUF file.")
     mixer: Literal["mamba", "mamba2"] = option("mamba", '"mamba" (Mamba-1) or "mamba2".')
     head_alignment: Literal["official", "attention"] = option(
         "official", 'Order of the heads: "official" (as in the released code) or "attention".'
@@ -192,14 +204,12 @@ class SFTStage(TrainedStage):
     kind = "sft"
     function = "m1.train.sft:sft"
 
-    model: str | None = option(None, "Checkpoint folder.")
+    model: str | None = option(None, "Checkpoint folder or Hub id.")
     init: dict[str, Any] = option({}, "LlamaConfig arguments of a new model with a byte tokenizer.")
 
     def __post_init__(self) -> None:
         if (self.model is None) == (not self.init):
-            raise UserError(
-                "an sft stage needs exactly one of `model` (a checkpoint folder) and `[init]` (a new model)"
-            )
+            raise UserError("an sft stage needs exactly one of `model` (a checkpoint) and `[init]` (a new model)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,8 +219,8 @@ class DistillStage(TrainedStage):
     kind = "distill"
     function = "m1.train.distill:distill"
 
-    model: str = option(help="The student's checkpoint folder.")
-    teacher: str = option(help="The teacher's checkpoint folder.")
+    model: str = option(help="The student's checkpoint folder or Hub id.")
+    teacher: str = option(help="The teacher's checkpoint folder or Hub id.")
     divergence: Literal["reverse_kl", "forward_kl", "jsd"] = option("reverse_kl", "The loss per assistant token.")
     forward_kl_steps: int = option(0, "Optimizer steps under forward KL before `divergence` takes over.")
 
@@ -222,7 +232,7 @@ class GRPOStage(TrainedStage):
     kind = "grpo"
     function = "m1.train.grpo:grpo"
 
-    model: str = option(help="Checkpoint folder.")
+    model: str = option(help="Checkpoint folder or Hub id.")
     max_num_seqs: int = option(256, "Maximum number of rollouts decoded in parallel.")
 
 
@@ -244,7 +254,7 @@ class GenerateStage(Stage, LoadOptions):
     function = "m1.engine.generate:run"
     is_file = True
 
-    model: str = option(help="Checkpoint folder.")
+    model: str = option(help="Checkpoint folder or Hub id.")
     prompts: str = option(help='JSONL of {"prompt"}, {"problem"} or {"messages"}, each with an optional "id".')
     out: str = option(help="JSONL file, one line per finished sample. Run again to resume.")
     n: int = option(1, "Number of samples per prompt.")
@@ -315,7 +325,7 @@ class BudgetSettings(TaskOptions, LoadOptions):
 class MeasuredStage(Stage):
     """A stage that measures every model of `models` on the same problems, the first `limit` of a task."""
 
-    models: dict[str, str] = option(help="Checkpoint folders by name.")
+    models: dict[str, str] = option(help="Checkpoint folders or Hub ids by name.")
     data: str | None = option(
         None,
         'JSONL of {"problem", "answer"}, or a data set: a folder, or ORG/NAME or ORG/NAME/CONFIG:SPLIT on the Hub. '

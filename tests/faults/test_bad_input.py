@@ -273,7 +273,8 @@ def test_options_reach_the_conversion(run, copy_of_teacher, tmp_path):
 
 def test_inspect(run, copy_of_teacher, tmp_path):
     assert run("inspect", copy_of_teacher)[0] == 0
-    check(run("inspect", tmp_path / "nowhere"), "config.json is missing")
+    check(run("inspect", tmp_path / "nowhere"), "nowhere is not a folder")
+    check(run("inspect", tmp_path), "config.json is missing")
     check(run("inspect", copy_of_teacher, "--context", 0), "context of 0 tokens")
     check(run("inspect", copy_of_teacher, "--plot", "/dev/null/where.png"), "can't write")
     path = copy_of_teacher / "config.json"

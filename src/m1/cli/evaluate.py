@@ -35,7 +35,7 @@ app = typer.Typer(
 @app.command("run")
 @options_of(EvalStage)
 def evaluate(
-    model: Annotated[str, typer.Option(help="Checkpoint folder; with --endpoint, the model's name there.")],
+    model: Annotated[str, typer.Option(help="Checkpoint folder or Hub id; with --endpoint, the model's name there.")],
     task: Annotated[str, typer.Option(help="chain, math500, aime24, aime25, amc23, olympiadbench, minerva or gsm8k.")],
     out: Annotated[Path | None, typer.Option(help="Result folder. Default: MODEL/eval/TASK.")] = None,
     endpoint: Annotated[

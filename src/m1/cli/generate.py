@@ -28,7 +28,7 @@ def generate(force: Force = False, **options: Any) -> None:
 @app.command()
 @options_of(LoadOptions)
 def chat(
-    model: Annotated[str, typer.Argument(help="Checkpoint folder.")],
+    model: Annotated[str, typer.Argument(help="Checkpoint folder or Hub id.")],
     system: Annotated[str | None, typer.Option(help="System message. Default: the chat template's own.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Maximum number of new tokens per answer.")] = 1024,
     temperature: Annotated[float, typer.Option(help="Divides the logits; 0 is greedy.")] = 0.7,
@@ -68,7 +68,7 @@ def chat(
 @options_of(LoadOptions)
 def solve(
     problem: Annotated[str, typer.Argument(help="The question, as a user would type it.")],
-    model: Annotated[Path, typer.Option(help="Checkpoint folder.")],
+    model: Annotated[str, typer.Option(help="Checkpoint folder or Hub id.")],
     n: Annotated[
         int | None,
         typer.Option(help="Number of samples. Default: as many as fit into --seconds; 16 without --seconds."),

@@ -1,4 +1,4 @@
-"""Commands on checkpoints: convert, rank-layers, inspect, import-official, export-official."""
+"""Commands on checkpoints: convert, rank-layers, inspect, import-gguf, import-official, export-official."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +12,7 @@ from m1.recipe import ConvertStage, Data, RankLayersStage
 
 app = typer.Typer()
 
-Source = Annotated[Path, typer.Argument(help="Checkpoint folder.")]
+Source = Annotated[str, typer.Argument(help="Checkpoint folder or Hub id.")]
 Destination = Annotated[Path, typer.Argument(help="Folder for the result.")]
 
 
@@ -47,7 +47,9 @@ def rank_layers(
 
 @app.command()
 def inspect(
-    model: Annotated[Path, typer.Argument(help="Folder of an M1 model or a teacher; its config.json is enough.")],
+    model: Annotated[
+        str, typer.Argument(help="Folder or Hub id of an M1 model or a teacher; its config.json is enough.")
+    ],
     context: Annotated[
         int | None,
         typer.Option(
@@ -73,6 +75,23 @@ def inspect(
     if plot:
         plot_summary(summary, plot)
         render.line(f"plot written to {plot}")
+
+
+@app.command("import-gguf")
+def import_gguf(
+    file: Annotated[Path, typer.Argument(help="GGUF file of a Llama, Qwen2 or Qwen3 model.")],
+    out: Destination,
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16 or float16. float32 keeps all values exactly.")
+    ] = "bfloat16",
+    force: Force = False,
+) -> None:
+    """Make a checkpoint folder of a GGUF file, with its tokenizer and chat template."""
+    from m1.cli import render
+    from m1.model.gguf import import_gguf
+
+    import_gguf(file, out, dtype, force)  # type: ignore[arg-type]  # other dtypes are refused
+    render.line(f"{file} -> {out}, dequantized to {dtype}")
 
 
 @app.command("import-official")

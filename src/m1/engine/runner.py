@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from m1.engine.slots import Slots, used
 from m1.errors import UserError
 from m1.model.cache_layout import AttentionCache, MambaState
+from m1.model.checkpoint import refuse_quantized_model
 from m1.ops import PackedLinear, add_rms_norm, decode_attention, swiglu
 
 MODELS = ("m1", "llama", "qwen2", "qwen3")
@@ -49,7 +50,7 @@ class Runner:
         int8: rounds the weights of all linear layers (`PackedLinear`).
 
     Raises:
-        UserError: another architecture, another activation than silu, or sliding-window attention.
+        UserError: another architecture, a quantized model, another activation than silu, or sliding-window attention.
     """
 
     def __init__(self, model: PreTrainedModel, slots: Slots, int8: bool = False):
@@ -57,6 +58,7 @@ class Runner:
         network: Any = model.model
         if config.model_type not in MODELS:
             raise UserError(f"the engine runs {', '.join(MODELS)} models, not {config.model_type!r}")
+        refuse_quantized_model(model)
         if config.hidden_act != "silu":
             raise UserError(f"the engine's MLPs are SwiGLU, with hidden_act 'silu', not {config.hidden_act!r}")
         if getattr(config, "use_sliding_window", False):

@@ -4,15 +4,16 @@ import hashlib
 import pickle
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,6 +24,7 @@ from transformers import (
 )
 
 from m1.errors import UserError
+from m1.hub import checkpoint_folder
 from m1.jsonl import read_json
 from m1.model.configuration import check_sizes, layer_kinds
 from m1.ops.backend import default_device
@@ -30,6 +32,8 @@ from m1.ops.backend import default_device
 INDEX, PICKLE_INDEX = "model.safetensors.index.json", "pytorch_model.bin.index.json"
 CHECKPOINT = "give the folder of a Hugging Face checkpoint"
 MORE_THAN_TENSORS = "its pickle is damaged, or holds more than tensors, which M1 never reads: copy or convert it again"
+NOT_QUANTIZED = "give the unquantized checkpoint, or dequantize it; `--quantize int8` is M1's own rounding"
+FLOATS = ("F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16")  # safetensors' names, then torch's
 PLAIN_NAME = re.compile(r"[\w-][\w.-]*")  # no folders, no ".."
 # Raised by transformers for a configuration with missing or impossible values, when it is read or a model is built.
 IMPOSSIBLE = (
@@ -53,19 +57,22 @@ def load_model(path: str | Path, **options: Any) -> tuple[PreTrainedModel, PreTr
     """Loads a model, on the GPU if there is one, and its tokenizer.
 
     Args:
-        path: a checkpoint folder of M1 or of any causal LM that transformers knows.
+        path: folder or Hub id (`checkpoint_folder`) of an M1 model or of any causal LM that transformers knows.
         options: arguments of `from_pretrained`, e.g. dtype or attn_implementation.
 
     Raises:
-        UserError: no checkpoint, a damaged one, missing or misshapen tensors, or an impossible configuration.
+        UserError: no checkpoint, a damaged or quantized one, missing or misshapen tensors, or an impossible
+            configuration.
     """
-    path = Path(path)
+    path = checkpoint_folder(path)
     config = read_json(path / "config.json", CHECKPOINT)
+    refuse_quantized(config, path)
     for key in ("attn_implementation", "_attn_implementation"):
         if "/" in str(config.get(key, "")):  # transformers would fetch that kernel from the Hub and run it
             raise UserError(f"{path}/config.json: {key} names code on the Hub, which M1 doesn't run: remove the key")
-    check_shard_names(path)
     try:
+        for file in weight_files(path):
+            _refuse_integers(_dtypes(file), file)
         model, loaded = AutoModelForCausalLM.from_pretrained(
             path, output_loading_info=True, trust_remote_code=False, **options
         )
@@ -96,9 +103,12 @@ def load_config(folder: Path, kinds: Iterable[str]) -> PreTrainedConfig:
         kinds: the model types that are accepted.
 
     Raises:
-        UserError: no such file, another model type, an impossible configuration, or attention in sliding windows.
+        UserError: no such file, another model type, a quantized model, an impossible configuration, or attention in
+            sliding windows.
     """
-    kind = read_json(folder / "config.json", CHECKPOINT).get("model_type")
+    content = read_json(folder / "config.json", CHECKPOINT)
+    refuse_quantized(content, folder)
+    kind = content.get("model_type")
     if kind not in kinds:
         raise UserError(f"{folder} is a {kind!r} model; supported here: {', '.join(kinds)}")
     try:
@@ -120,36 +130,69 @@ def model_without_weights(config: PreTrainedConfig, source: Path) -> PreTrainedM
         raise UserError(f"{source}/config.json is impossible: {reason(error)}") from None
 
 
+def refuse_quantized(config: Mapping[str, Any], where: str | Path) -> None:
+    """Raises UserError if a config.json is that of a quantized model. The message names the method."""
+    if table := config.get("quantization_config") or config.get("compression_config"):
+        method = (table.get("quant_method") if isinstance(table, Mapping) else None) or "an unnamed method"
+        raise UserError(f"{where} is quantized ({method}), which M1 doesn't read: {NOT_QUANTIZED}")
+
+
+def refuse_quantized_model(model: PreTrainedModel) -> None:
+    """Raises UserError for a model whose weights aren't plain floats, such as bitsandbytes' or torchao's."""
+    table = getattr(model.config, "quantization_config", None)
+    if table is not None and not isinstance(table, Mapping):
+        table = {"quant_method": getattr(table.quant_method, "value", table.quant_method)}
+    refuse_quantized({"quantization_config": table}, "the model")
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        plain = weight is None or (isinstance(weight, Tensor) and _name(weight) in FLOATS)
+        wrapped = is_traceable_wrapper_subclass(weight) and not type(weight).__module__.startswith("torch.")
+        if not plain or wrapped:
+            raise UserError(f"the model is quantized ({type(module).__name__} {name!r}): {NOT_QUANTIZED}")
+
+
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """Reads all tensors of a checkpoint, from model.safetensors, its shards, or pytorch_model.bin.
 
     Raises:
-        UserError: no weights, a missing shard, a truncated or malformed file, or a tensor that only the index has.
+        UserError: no weights, a missing shard, a truncated or malformed file, integers in place of floats, or a tensor
+            that only the index has.
     """
-    index_path, weight_map = folder / INDEX, check_shard_names(folder)
-    if (folder / "model.safetensors").exists():
-        return _load_safetensors(folder / "model.safetensors")
-    if index_path.exists():
-        weights: dict[str, Tensor] = {}
-        for shard in sorted(set(weight_map.values())):
-            weights |= _load_safetensors(folder / shard)
-        if missing := sorted(set(weight_map) - set(weights)):
-            raise UserError(
-                f"{index_path} names {missing[0]!r}, which is in none of its shards: copy the checkpoint again"
-            )
-        return weights
-    if (folder / "pytorch_model.bin").exists():
-        return _load_pickle(folder / "pytorch_model.bin")
-    raise UserError(f"no weights in {folder}: expected model.safetensors, {INDEX} or pytorch_model.bin")
+    files = weight_files(folder)
+    weights: dict[str, Tensor] = {}
+    if not files:
+        raise UserError(f"no weights in {folder}: expected model.safetensors, {INDEX} or pytorch_model.bin")
+    for file in files:
+        weights |= _load_safetensors(file) if file.suffix == ".safetensors" else _load_pickle(file)
+    if len(files) > 1 and (missing := sorted(set(check_shard_names(folder)) - set(weights))):
+        raise UserError(
+            f"{folder}'s index names {missing[0]!r}, which is in none of its shards: copy the checkpoint again"
+        )
+    _refuse_integers({name: _name(tensor) for name, tensor in weights.items()}, folder)
+    return weights
 
 
-def saved_dtype(folder: str | Path) -> torch.dtype:
-    """The dtype of a checkpoint: that of its config.json, or else of its first floating-point tensor."""
-    config = read_json(Path(folder) / "config.json", CHECKPOINT)
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a checkpoint's weights, in transformers' order of preference. Raises as check_shard_names."""
+    shards = sorted(set(check_shard_names(folder).values()))
+    for names in (["model.safetensors"], shards, ["pytorch_model.bin"]):
+        if names and (names is shards or (folder / names[0]).exists()):
+            return [folder / name for name in names]
+    return []
+
+
+def saved_dtype(name: str | Path) -> torch.dtype:
+    """The dtype of a checkpoint: that of its config.json, or else of its first floating-point tensor.
+
+    Args:
+        name: a folder or Hub id (`checkpoint_folder`).
+    """
+    folder = checkpoint_folder(name)
+    config = read_json(folder / "config.json", CHECKPOINT)
     named = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
     if isinstance(named, torch.dtype):
         return named
-    return next((t.dtype for t in read_weights(Path(folder)).values() if t.is_floating_point()), torch.float32)
+    return next((t.dtype for t in read_weights(folder).values() if t.is_floating_point()), torch.float32)
 
 
 def check_shard_names(folder: Path) -> dict[str, str]:
@@ -196,9 +239,27 @@ def reason(error: BaseException) -> str:
     return f"no {text}" if isinstance(error, KeyError) else text
 
 
-def _load_pickle(path: Path) -> dict[str, Tensor]:
+def _refuse_integers(dtypes: Mapping[str, str], where: Path) -> None:
+    for name, dtype in dtypes.items():
+        if name.endswith("weight") and dtype not in FLOATS:
+            raise UserError(f"{where} is quantized ({name!r} is {dtype}): {NOT_QUANTIZED}")
+
+
+def _dtypes(file: Path) -> dict[str, str]:
+    """The name of each tensor's dtype in a file of weights. Their values aren't read."""
+    if file.suffix != ".safetensors":
+        return {name: _name(tensor) for name, tensor in _load_pickle(file, "meta").items()}
+    with safe_open(file, "pt") as tensors:
+        return {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118  # no dict
+
+
+def _name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _load_pickle(path: Path, device: str = "cpu") -> dict[str, Tensor]:
     try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
+        weights = torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(f"{path}: {MORE_THAN_TENSORS}") from None
     except (OSError, RuntimeError, EOFError) as error:

@@ -1,11 +1,19 @@
 """M1Config: a Llama-style decoder whose layers are full attention or Mamba."""
 
 from math import ceil
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 ATTENTION, MAMBA = "full_attention", "linear_attention"  # the names in transformers' caches and masks
+
+# Supported teachers, with the settings that their architecture implies but their config.json leaves out.
+TEACHERS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {"attention_bias": True, "attention_out_bias": False},
+    "qwen3": {"qk_norm": True},
+}
 
 SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",

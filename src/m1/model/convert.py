@@ -15,7 +15,8 @@ from transformers import PreTrainedConfig
 from m1.errors import UserError
 from m1.layer_choice import choose_layers
 from m1.model.checkpoint import copy_tokenizer, load_config, model_without_weights, read_weights, reason
-from m1.model.configuration import ATTENTION, MAMBA, M1Config
+from m1.model.configuration import ATTENTION, MAMBA, TEACHERS, M1Config
+from m1.model.gguf import teacher_folder
 from m1.model.mixer import Mixer
 from m1.model.modeling import M1ForCausalLM, new_mixer
 from m1.options import build
@@ -23,12 +24,6 @@ from m1.progress import Progress, silent
 from m1.recipe import ConvertStage
 from m1.runs import new_folder
 
-# Supported teachers, with the settings that their architecture implies but their config.json leaves out.
-TEACHERS: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "qwen2": {"attention_bias": True, "attention_out_bias": False},
-    "qwen3": {"qk_norm": True},
-}
 # Fields with the same meaning in the teacher's configuration.
 SHARED_FIELDS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -52,7 +47,7 @@ def convert(
     with the same settings, that model is loaded and returned.
 
     Args:
-        teacher: a Llama, Qwen2 or Qwen3 checkpoint folder.
+        teacher: a Llama, Qwen2 or Qwen3 checkpoint: a folder, a Hub id or a GGUF file (`gguf.teacher_folder`).
         out: the folder for the hybrid.
         keep_attention, attention_ratio: which layers stay attention, as in `layer_choice.choose_layers`. Give one.
         force: move existing output aside.
@@ -72,10 +67,15 @@ def convert(
 
 def run(stage: ConvertStage, force: bool = False, progress: Progress = silent) -> M1ForCausalLM:
     """Runs the convert stage of a recipe, and `m1 convert`. See `convert`."""
-    teacher, out = Path(stage.teacher), Path(stage.out)
     if not force and stage.finished():
-        return M1ForCausalLM.from_pretrained(out)
-    teacher_config = read_teacher_config(teacher)
+        return M1ForCausalLM.from_pretrained(stage.out)
+    with teacher_folder(stage.teacher) as teacher:
+        return _convert(stage, teacher, force)
+
+
+def _convert(stage: ConvertStage, teacher: Path, force: bool) -> M1ForCausalLM:
+    """`run` with the folder of the teacher's checkpoint."""
+    teacher_config = load_config(teacher, TEACHERS)
     kept = choose_layers(teacher_config.num_hidden_layers, stage.keep_attention, stage.attention_ratio)
     config = hybrid_config(
         teacher_config, kept, mixer=stage.mixer, head_alignment=stage.head_alignment, state_size=stage.state_size
@@ -88,21 +88,10 @@ def run(stage: ConvertStage, force: bool = False, progress: Progress = silent) -
         mamba = mixer_from_attention(attention, config, i).state_dict()
         weights |= {f"model.layers.{i}.mamba.{name}": tensor for name, tensor in mamba.items()}
     model = model_from_weights(config, weights, source=teacher)
-    with new_folder(stage.kind, out, stage.settings(), stage.sources(), force) as folder:
+    with new_folder(stage.kind, stage.out, stage.settings(), stage.sources(), force) as folder:
         model.save_pretrained(folder)
         copy_tokenizer(teacher, folder)
     return model
-
-
-def read_teacher_config(folder: Path) -> PreTrainedConfig:
-    """The configuration of a teacher's checkpoint folder.
-
-    Raises:
-        UserError: the folder is no checkpoint, or its architecture isn't supported.
-    """
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder: give a downloaded Hugging Face checkpoint")
-    return load_config(folder, TEACHERS)
 
 
 def hybrid_config(

@@ -11,10 +11,10 @@ import torch
 from transformers import PreTrainedConfig
 
 from m1.errors import UserError
+from m1.hub import checkpoint_folder
 from m1.model.cache_layout import layer_bytes, slot_bytes
 from m1.model.checkpoint import load_config, model_without_weights
-from m1.model.configuration import ATTENTION, MAMBA, layer_kinds
-from m1.model.convert import TEACHERS
+from m1.model.configuration import ATTENTION, MAMBA, TEACHERS, layer_kinds
 
 DEFAULT_CONTEXT = 4096
 
@@ -87,13 +87,14 @@ def summarize(folder: str | Path, context: int | None = None) -> Summary:
     """Summarizes the M1 model or teacher described by FOLDER/config.json.
 
     Args:
+        folder: a checkpoint's folder or Hub id (`checkpoint_folder`); its config.json is enough.
         context: number of tokens at which the layers' caches are given. When None, the model's context, but at most
             4096.
 
     Raises:
-        UserError: a context below 1 or longer than the model's; as `checkpoint.load_config`.
+        UserError: a context below 1 or longer than the model's; as `checkpoint_folder` and `checkpoint.load_config`.
     """
-    folder = Path(folder)
+    folder = checkpoint_folder(folder, config_only=True)
     config = load_config(folder, ("m1", *TEACHERS))
     longest = config.max_position_embeddings
     context = min(longest, DEFAULT_CONTEXT) if context is None else context

@@ -3,7 +3,6 @@
 import math
 import pickle
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -11,6 +10,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from m1.errors import UserError
+from m1.hub import checkpoint_folder
 from m1.model.checkpoint import (
     IMPOSSIBLE,
     MORE_THAN_TENSORS,
@@ -99,18 +99,19 @@ class RewardModel:
 
     @classmethod
     def from_pretrained(cls, name: str) -> "RewardModel":
-        """Loads a reward model from a folder or hub id, onto the accelerator if there is one. Raises UserError."""
-        check_shard_names(Path(name))
+        """Loads a reward model from a folder or Hub id, onto the accelerator if there is one. Raises UserError."""
+        folder = checkpoint_folder(name)
+        check_shard_names(folder)
         load = AutoModelForSequenceClassification.from_pretrained
         try:
-            model, loaded = load(name, output_loading_info=True, trust_remote_code=False)
+            model, loaded = load(folder, output_loading_info=True, trust_remote_code=False)
         except pickle.UnpicklingError:
             raise UserError(f"{name}: {MORE_THAN_TENSORS}") from None
         except (OSError, RuntimeError, SafetensorError, *IMPOSSIBLE) as error:
             raise UserError(f"can't load {name} as a reward model: {reason(error)}") from None
         if missing := sorted(loaded["missing_keys"]):
             raise UserError(f"{name} is not a reward model: it has no tensor {missing[0]!r}")
-        return cls(model.to(default_device()), load_tokenizer(Path(name)))
+        return cls(model.to(default_device()), load_tokenizer(folder))
 
     @torch.inference_mode()
     def __call__(self, problem: str, texts: Sequence[str]) -> list[float]:

@@ -13,9 +13,10 @@ from transformers import PreTrainedTokenizerBase
 
 from m1.errors import UserError
 from m1.jsonl import read_json, write_json
-from m1.model.checkpoint import load_tokenizer, read_weights
-from m1.model.configuration import ATTENTION, MAMBA
-from m1.model.convert import hybrid_config, mixer_from_attention, model_from_weights, read_teacher_config
+from m1.model.checkpoint import load_config, load_tokenizer, read_weights
+from m1.model.configuration import ATTENTION, MAMBA, TEACHERS
+from m1.model.convert import hybrid_config, mixer_from_attention, model_from_weights
+from m1.model.gguf import teacher_folder
 from m1.model.modeling import M1ForCausalLM
 from m1.model.tokenizer import encode_chat
 from m1.ops.backend import default_device
@@ -40,8 +41,13 @@ def run(stage: RankLayersStage, force: bool = False, progress: Progress = silent
         UserError: a bad checkpoint or data file, a tokenizer that doesn't fit the model, or an `out` that holds
             anything but this ranking.
     """
-    teacher = Path(stage.teacher)
-    config = read_teacher_config(teacher)
+    with teacher_folder(stage.teacher) as teacher:
+        return _rank(stage, teacher, force, progress)
+
+
+def _rank(stage: RankLayersStage, teacher: Path, force: bool, progress: Progress) -> dict[str, Any]:
+    """`run` with the folder of the teacher's checkpoint."""
+    config = load_config(teacher, TEACHERS)
     layers = config.num_hidden_layers
     settings = stage.settings() | {"weights": _fingerprint(teacher)}
     with Run(stage.kind, stage.out, settings, is_file=True, force=force) as folder:
