@@ -198,7 +198,7 @@ class Mixer(nn.Module):
             last = joined[..., inputs.shape[-1] :]
         else:
             window = real.sum(dim=1, keepdim=True) + torch.arange(K1, device=real.device)
-            last = joined.take_along_dim(window.unsqueeze(1), dim=-1)
+            last = joined.gather(-1, window.unsqueeze(1).expand(-1, joined.shape[1], -1))
         cache.update_conv_state(last, self.layer_idx, conv_kernel_size=K1)
         return joined[..., :K1]
 

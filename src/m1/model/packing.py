@@ -41,11 +41,11 @@ class Padding(NamedTuple):
 
     def compact(self, t: Tensor) -> Tensor:
         """[b, T, H] -> [b, T, H], each row's real tokens in front."""
-        return t.take_along_dim(self.order.unsqueeze(-1), dim=1)
+        return t.gather(1, self.order.unsqueeze(-1).expand_as(t))
 
     def restore(self, t: Tensor) -> Tensor:
         """[b, T, H] -> [b, T, H], the inverse of `compact`."""
-        return t.take_along_dim(self.places.unsqueeze(-1), dim=1)
+        return t.gather(1, self.places.unsqueeze(-1).expand_as(t))
 
 
 class Packing(NamedTuple):
