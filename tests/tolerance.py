@@ -1,4 +1,4 @@
-"""Comparing kernels and gradients: errors in proportion to the tensor's size, as single elements may be sums that cancel."""
+"""Comparing tensors: errors in proportion to the tensor's size, as single elements may be sums that cancel."""
 
 
 def assert_rms_close(actual, expected, tolerance, names=None):

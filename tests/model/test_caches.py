@@ -38,7 +38,7 @@ def test_cropping_is_refused(hybrid, tokens, kind):
     with pytest.raises(RuntimeError, match="does not track past states"):
         cache.crop(-3)
     cache.activate_past_recording()
-    with pytest.raises(ValueError, match=r"copy.deepcopy of the cache in place of Cache.crop"):
+    with pytest.raises(ValueError, match=r"copy\.deepcopy of the cache in place of Cache\.crop"):
         hybrid(tokens[:, :1], past_key_values=cache)
 
 
@@ -55,7 +55,7 @@ def test_a_copy_rolls_back(hybrid, tokens):
 
 @pytest.mark.parametrize("config", [None, "teacher"])
 def test_a_cache_of_other_layers_is_refused(hybrid, teacher, tokens, config):
-    with pytest.raises(ValueError, match="make it with config=model.config"):
+    with pytest.raises(ValueError, match=r"make it with config=model\.config"):
         hybrid(tokens, past_key_values=DynamicCache(config=teacher.config if config else None))
 
 

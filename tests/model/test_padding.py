@@ -5,6 +5,8 @@ import torch
 from tolerance import assert_rms_close, gradients_of
 from transformers import DynamicCache, StaticCache
 
+VARIANTS = ["llama-mamba", "qwen3-mamba-attention", "qwen2-mamba2", "qwen3-mamba2"]
+pytestmark = pytest.mark.parametrize("variant_dir", VARIANTS, indirect=True)
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 CACHES = {
     "dynamic": lambda config: DynamicCache(config=config),
