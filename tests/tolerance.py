@@ -1,4 +1,4 @@
-"""Comparing kernels: errors in proportion to the tensor's size, as single elements may be sums that cancel."""
+"""Comparing tensors: errors in proportion to the tensor's size, as single elements may be sums that cancel."""
 
 
 def assert_rms_close(actual, expected, tolerance, names=None):
@@ -10,3 +10,10 @@ def assert_rms_close(actual, expected, tolerance, names=None):
         error = (a.float() - e.float()).square().mean().sqrt()
         scale = e.float().square().mean().sqrt() + 1e-6
         assert error / scale <= tolerance, f"{names[i] if names else i}: RMS ratio {error / scale:.2e}"
+
+
+def gradients_of(model, logits):
+    """The gradients of all parameters, for the sum of the squared logits of all rows."""
+    model.zero_grad()
+    sum(rows.square().sum() for rows in logits).backward()
+    return [parameter.grad.clone() for parameter in model.parameters()]

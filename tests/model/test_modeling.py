@@ -1,11 +1,11 @@
-"""Invariants 3 and 4: full = step by step = chunked; packed = separate; left-padded = unpadded, with gradients."""
+"""Invariants 3 and 4: full = step by step = chunked; packed = separate, with gradients. Padding: test_padding.py."""
 
 from itertools import pairwise
 
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from tolerance import assert_rms_close
+from tolerance import assert_rms_close, gradients_of
 from transformers import DynamicCache
 
 from m1.model import M1Config
@@ -66,50 +66,6 @@ def test_what_packing_excludes(hybrid, tokens):
     hybrid.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="batches of one"):
         hybrid(tokens, seq_idx=seq_idx)
-
-
-def gradients_of(model, logits):
-    model.zero_grad()
-    sum(rows.square().sum() for rows in logits).backward()
-    return [parameter.grad.clone() for parameter in model.parameters()]
-
-
-def test_left_padded_equals_unpadded_with_gradients(hybrid, tokens):
-    lengths = [37, 21, 2]
-    tokens = torch.cat([tokens, tokens[:1].flip(1)])
-    padded = torch.zeros(3, 37, dtype=torch.long)
-    mask = torch.zeros(3, 37, dtype=torch.long)
-    for row, length in enumerate(lengths):
-        padded[row, 37 - length :] = tokens[row, :length]
-        mask[row, 37 - length :] = 1
-    logits = hybrid(padded, attention_mask=mask).logits
-    together = [logits[row, 37 - length :] for row, length in enumerate(lengths)]
-    alone = [hybrid(tokens[row : row + 1, :length]).logits[0] for row, length in enumerate(lengths)]
-    for ours, expected in zip(together, alone, strict=True):
-        torch.testing.assert_close(ours, expected, **TOLERANCE)
-    assert_rms_close(gradients_of(hybrid, together), gradients_of(hybrid, alone), 1e-4)
-
-
-@torch.no_grad()
-def test_right_padded_equals_unpadded(hybrid, tokens):
-    mask = torch.ones_like(tokens)
-    mask[0, 20:] = 0
-    logits = hybrid(tokens, attention_mask=mask).logits
-    torch.testing.assert_close(logits[:1, :20], hybrid(tokens[:1, :20]).logits, **TOLERANCE)
-
-
-@torch.no_grad()
-def test_chunked_prefill_of_a_left_padded_batch(hybrid, tokens):
-    """A row whose first chunk is all padding must start its state in the second."""
-    mask = torch.ones_like(tokens)
-    mask[0, :22] = 0
-    cache = DynamicCache(config=hybrid.config)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    for a, b in ((0, 15), (15, 37)):
-        logits = hybrid(
-            tokens[:, a:b], attention_mask=mask[:, :b], position_ids=positions[:, a:b], past_key_values=cache
-        ).logits
-    torch.testing.assert_close(logits[0, 7:], hybrid(tokens[:1, 22:]).logits[0], **TOLERANCE)
 
 
 def test_slot_bytes_is_what_the_cache_holds(hybrid, tokens):

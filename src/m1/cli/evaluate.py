@@ -91,7 +91,9 @@ def compare(
 
 @options_of(BudgetStage)
 def budget(
-    model: Annotated[list[str], typer.Option(help="NAME=FOLDER. Repeatable; the others are compared with the first.")],
+    model: Annotated[
+        list[str], typer.Option(help="NAME=FOLDER or NAME=HUB_ID. Repeatable; the others are compared with the first.")
+    ],
     force: Force = False,
     **options: Any,
 ) -> None:

@@ -128,7 +128,7 @@ def solve(
             solution = run(problem, llm, grader, params, budget, scores, template, on_step)
     render.solution(solution)
     if json_file:
-        settings = {"problem": problem, "model": str(model), "budget": asdict(budget), "weights": weights}
+        settings = {"problem": problem, "model": model, "budget": asdict(budget), "weights": weights}
         settings |= {"prompt_template": template, "sampling": asdict(params), "grading": dict(grader.counts)}
         settings |= asdict(load)
         write_json(json_file, {"command": "solve"} | settings | solution.as_json())

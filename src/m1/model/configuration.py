@@ -47,7 +47,7 @@ class M1Config(PreTrainedConfig):
     """
 
     model_type = "m1"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012
 
     vocab_size: int = 32000
     hidden_size: int = 4096

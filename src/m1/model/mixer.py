@@ -19,6 +19,7 @@ from transformers import initialization as init
 
 from m1.model.cache_layout import MambaState
 from m1.model.configuration import M1Config
+from m1.model.packing import Padding
 
 PastState = MambaState[Tensor | None]  # state of whole sequences before their first token; None is zero
 SlotStates = MambaState[Tensor]  # states of all slots
@@ -137,59 +138,79 @@ class Mixer(nn.Module):
         self,
         hidden_states: Tensor,
         seq_idx: Tensor | None = None,
-        padding_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        padding: Padding | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         """hidden_states [b, T, H] -> [b, T, H].
 
         Args:
             seq_idx: [b, T] integers, the document of each token in packed rows.
-            padding_mask: [b, T], zero at padding. Padding on the left leaves both states unchanged.
-            past_key_values: holds this layer's convolution and recurrent states, which are continued and updated.
+            padding: which tokens are padding. It leaves both states unchanged, wherever it is.
+            cache: holds this layer's convolution and recurrent states, which are continued and updated.
         """
-        activations, constants = self.activations(hidden_states, padding_mask), self.constants()
+        if padding is None:
+            return self.out_proj(self.mix(hidden_states, seq_idx, padding, cache))
+        return padding.restore(self.out_proj(self.mix(padding.compact(hidden_states), seq_idx, padding, cache)))
+
+    def mix(
+        self, hidden_states: Tensor, seq_idx: Tensor | None, padding: Padding | None, cache: Cache | None
+    ) -> Tensor:
+        """`forward` without the output projection, for rows with padding at their end only: [b, T, H] -> [b, T, D]."""
+        real, slots = (None, None) if padding is None else (padding.real, padding.slots)
+        activations, constants = self.activations(hidden_states, real), self.constants()
         inputs = self.conv_inputs(activations)
-        state = self.state_to_update(inputs, past_key_values)
+        state = self.state_to_update(inputs, cache)
         if state is not None:
-            y = self.step(activations._make(t[:, 0] for t in activations), constants, state)
-            return self.out_proj(y.unsqueeze(1))
-        if past_key_values is None:
-            y, _ = self.scan(activations, constants, seq_idx, MambaState(None, None))
-            return self.out_proj(y)
-        ssm_state = self.ssm_state(past_key_values)  # read before the next line updates the cache
-        conv_state = self.conv_state(inputs, past_key_values)
-        y, ssm_state = self.scan(activations, constants, seq_idx, MambaState(conv_state, ssm_state))
-        past_key_values.update_recurrent_state(ssm_state, self.layer_idx)
-        return self.out_proj(y)
+            y = self.step(activations._make(t[:, 0] for t in activations), constants, state, slots)
+            return y.unsqueeze(1)
+        if cache is None:
+            return self.scan(activations, constants, seq_idx, MambaState(None, None))[0]
+        past = self.past_state(cache)
+        conv_state = self.update_conv_state(inputs, real, past.conv, cache)
+        y, ssm_state = self.scan(activations, constants, seq_idx, MambaState(conv_state, past.ssm))
+        cache.update_recurrent_state(ssm_state, self.layer_idx)
+        return y
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """hidden_states [..., H] -> z, x, B, C, dt, with B and C normed."""
         z, x, B, C, dt = self.in_proj(hidden_states).split(self.widths, dim=-1)
         return z, x, self.B_norm(B), self.C_norm(C), dt
 
-    def conv_state(self, inputs: Tensor, cache: Cache) -> Tensor:
-        """Returns the K-1 convolution inputs [b, channels, K-1] before `inputs` [b, T, channels]; updates the cache."""
-        K1 = self.conv_kernel - 1
-        inputs = inputs.transpose(1, 2)
-        held = cache.update_conv_state(inputs, self.layer_idx, conv_kernel_size=K1)
-        past = held[..., : -inputs.shape[2]][..., -K1:] if K1 else inputs[..., :0]
-        return F.pad(past, (K1 - past.shape[2], 0))
-
-    def ssm_state(self, cache: Cache) -> Tensor | None:
-        """This layer's float32 recurrent state in the cache; None before the first token."""
+    def past_state(self, cache: Cache) -> PastState:
+        """This layer's states in the cache, the cache's own tensors; None before the first token."""
         layer = cache.layers[self.layer_idx] if self.layer_idx < len(cache.layers) else None
-        return layer.recurrent_states[0] if layer is not None and layer.has_previous_state[0] else None
+        if layer is None or not layer.has_previous_state[0]:
+            return MambaState(None, None)
+        return MambaState(layer.conv_states[0], layer.recurrent_states[0])
+
+    def update_conv_state(self, inputs: Tensor, real: Tensor | None, past: Tensor | None, cache: Cache) -> Tensor:
+        """Stores each row's last K-1 real inputs in the cache. Returns those before `inputs`, [b, channels, K-1].
+
+        Args:
+            inputs: [b, T, channels].
+            real: [b, T], False at padding, which ends a row; None if there is none.
+            past: the cache's [b, channels, K-1]; None before the first token.
+        """
+        K1 = self.conv_kernel - 1
+        inputs = inputs.mT
+        joined = F.pad(inputs, (K1, 0)) if past is None else torch.cat([past, inputs], dim=-1)
+        if real is None:
+            last = joined[..., inputs.shape[-1] :]
+        else:
+            window = real.sum(dim=1, keepdim=True) + torch.arange(K1, device=real.device)
+            last = joined.gather(-1, window.unsqueeze(1).expand(-1, joined.shape[1], -1))
+        cache.update_conv_state(last, self.layer_idx, conv_kernel_size=K1)
+        return joined[..., :K1]
 
     def state_to_update(self, inputs: Tensor, cache: Cache | None) -> SlotStates | None:
         """The cache's own tensors, if one more token per row can update them in place.
 
-        None if there is no cache or state yet, for several tokens, with gradients, or if the cache records its past.
+        None if there is no cache or state yet, for several tokens, or with gradients.
         """
         if cache is None or inputs.shape[1] != 1 or torch.is_grad_enabled():
             return None
-        ssm_state = self.ssm_state(cache)
-        layer = cache.layers[self.layer_idx] if ssm_state is not None else None
-        return None if layer is None or layer.record_past else MambaState(layer.conv_states[0], ssm_state)
+        state = self.past_state(cache)
+        return None if state.ssm is None else state
 
 
 class ConvTaps(nn.Conv1d):

@@ -4,6 +4,7 @@ Norms, rotary attention and MLPs are transformers' modules, so a model with atte
 This file adds a mixer per layer. packing.py makes packed and padded batches exact.
 """
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -21,7 +22,9 @@ from m1.model.configuration import ATTENTION, M1Config
 from m1.model.mamba import MambaMixer
 from m1.model.mamba2 import Mamba2Mixer
 from m1.model.mixer import Mixer
-from m1.model.packing import prepare
+from m1.model.packing import Padding, prepare
+
+CACHE = fields(BaseModelOutputWithPast)[1].name  # transformers calls it past_key_values, newer ones cache
 
 
 def new_mixer(config: M1Config, layer_idx: int) -> Mixer:
@@ -69,22 +72,20 @@ class M1DecoderLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: Tensor,
-        masks: dict[str, Tensor | None],
+        attention_mask: Tensor | None,
+        padding: Padding | None,
         position_embeddings: tuple[Tensor, Tensor],
         seq_idx: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """hidden_states [b, T, H] -> [b, T, H]. `masks` has the mask for each type of layer."""
+        """hidden_states [b, T, H] -> [b, T, H]. The other arguments are those of `packing.Packing`."""
         residual = hidden_states
         hidden_states = self.input_layernorm(hidden_states)
-        mask = masks[self.layer_type]
         if self.layer_type == ATTENTION:
-            hidden_states, _ = self.self_attn(
-                hidden_states, position_embeddings, mask, past_key_values=past_key_values, **kwargs
-            )
+            hidden_states, _ = self.self_attn(hidden_states, position_embeddings, attention_mask, cache, **kwargs)
         else:
-            hidden_states = self.mamba(hidden_states, seq_idx, mask, past_key_values)
+            hidden_states = self.mamba(hidden_states, seq_idx, padding, cache)
         hidden_states = residual + hidden_states
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
@@ -97,11 +98,13 @@ class M1PreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["M1DecoderLayer"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _is_stateful = True  # a recurrent state can't be rolled back: transformers then refuses assisted generation
     _can_record_outputs = {"hidden_states": M1DecoderLayer, "attentions": M1Attention}  # noqa: RUF012
 
     @torch.no_grad()
@@ -138,6 +141,7 @@ class M1Model(M1PreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         seq_idx: Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Returns the last hidden states [b, T, H]. Packing, padding and caches work as `packing.prepare` says.
@@ -150,23 +154,26 @@ class M1Model(M1PreTrainedModel):
             inputs_embeds: [b, T, H] embeddings, in place of input_ids.
             use_cache: makes a cache if none is given.
             seq_idx: [b, T] integers, the document of each token in packed rows.
+            cache: the newer name of past_key_values.
 
         Raises:
-            ValueError: both or neither of input_ids and inputs_embeds; as `packing.prepare`.
+            ValueError: both or neither of input_ids and inputs_embeds; a cache with gradient checkpointing; as
+                `packing.prepare`.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        cache = past_key_values if cache is None else cache
+        if cache is not None and self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            raise ValueError("gradient checkpointing would update the cache twice: disable it, or give no cache")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        packing = prepare(
-            self.config, inputs_embeds, attention_mask, position_ids, past_key_values, seq_idx, bool(use_cache)
-        )
+        packing = prepare(self.config, inputs_embeds, attention_mask, position_ids, cache, seq_idx, bool(use_cache))
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids=packing.position_ids)
         hidden_states = inputs_embeds
         for layer in self.layers:
             hidden_states = layer(hidden_states, position_embeddings=position_embeddings, **packing._asdict(), **kwargs)
         hidden_states = self.norm(hidden_states)
-        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=packing.past_key_values)
+        return BaseModelOutputWithPast(hidden_states, packing.cache)
 
 
 class M1ForCausalLM(M1PreTrainedModel, GenerationMixin):
@@ -200,6 +207,7 @@ class M1ForCausalLM(M1PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         seq_idx: Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Returns the logits and, if labels are given, the next-token loss. Other arguments are those of `M1Model`.
@@ -217,6 +225,7 @@ class M1ForCausalLM(M1PreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             seq_idx=seq_idx,
+            cache=cache,
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -225,9 +234,5 @@ class M1ForCausalLM(M1PreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            loss, logits, getattr(outputs, CACHE), hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

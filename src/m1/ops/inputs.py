@@ -72,13 +72,14 @@ class ScanOutputs(NamedTuple):
     Attributes:
         y: [b, T, D] outputs, in z's dtype.
         ssm_state: [b, D, N] float32, the state after the last token.
-        saved: [b, chunks, D, N] float32, the state before each chunk, for the backward pass. Empty (no chunks) when no
-            gradient is needed. The order of its elements is the backend's own.
+        saved: [b, chunks * D * N] float32, the state before each chunk, for the backward pass. Empty (no chunks) if no
+            gradient is needed. The order of its elements is the backend's own. It is flat because a dimension of
+            chunks would make an exported graph depend on whether there is more than one.
     """
 
     y: Annotated[Tensor, "b T D"]
     ssm_state: Annotated[Tensor, "b D N: float32"]
-    saved: Annotated[Tensor, "b chunks D N: float32"]
+    saved: Annotated[Tensor, "b chunks*D*N: float32"]
 
 
 class StepInputs(NamedTuple):

@@ -108,7 +108,7 @@ def _forward_outputs(*arguments: Any) -> ScanOutputs:
     z, A = inputs.z, inputs.A
     b, T, _ = z.shape
     chunks = -(-T // CHUNK[backend]) if save else 0
-    return ScanOutputs(z.new_empty(z.shape), A.new_empty(b, *A.shape), A.new_empty(b, chunks, *A.shape))
+    return ScanOutputs(z.new_empty(z.shape), A.new_empty(b, *A.shape), A.new_empty(b, chunks * A.numel()))
 
 
 @torch.library.custom_op("m1::selective_scan_backward", mutates_args=(), schema=_BACKWARD)

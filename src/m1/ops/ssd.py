@@ -40,6 +40,14 @@ def ssd(
         ValueError: a tensor that doesn't fit.
     """
     CHECK(x, dt, A, B, C, D, seq_idx, ssm_state)
+    run = _as_one_operator if torch.compiler.is_exporting() else _ssd
+    return run(x, dt, A, B, C, D, seq_idx, ssm_state)
+
+
+def _ssd(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, seq_idx: Tensor | None, ssm_state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`ssd`, without its checks."""
     b, T, G, P = x.shape
     heads, N = C.shape[2:]
     with torch.autocast(x.device.type, enabled=False):  # autocast would run the products in bfloat16
@@ -96,3 +104,17 @@ def _within_documents(
     in_front = torch.cat([documents[:, :1, :1], documents[:, :-1, -1:]], dim=1)
     same = documents.unsqueeze(3) == documents.unsqueeze(2)
     return documents == in_front, documents == documents[:, :, -1:], same & causal
+
+
+@torch.library.custom_op("m1::ssd", mutates_args=())
+def _as_one_operator(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, seq_idx: Tensor | None, ssm_state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`ssd` for exported graphs, not differentiable. Their length is unknown, and so is the number of chunks."""
+    return _ssd(x, dt, A, B, C, D, seq_idx, ssm_state)
+
+
+@_as_one_operator.register_fake
+def _outputs(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *_: Tensor | None) -> tuple[Tensor, Tensor]:
+    (b, T, heads, N), P = C.shape, x.shape[3]
+    return x.new_empty(b, T, heads, P), x.new_empty(b, heads, P, N, dtype=torch.float32)

@@ -54,7 +54,7 @@ SHARED = (32, 32)  # tile of `shared_gradients`
 
 
 def forward(inputs: ScanInputs, outputs: ScanOutputs) -> None:
-    """Fills y and the final state, and saved [b, spans, D, N] with the state before each span unless it is empty."""
+    """Fills y and the final state, and saved [b, spans * D * N] with the state before each span unless it is empty."""
     z, x, B, C, _, A, D, _, _, seq_idx, _, ssm_state = inputs
     (b, T, d), n = z.shape, A.shape[1]
     rep, spans, blocks = d // x.shape[2], triton.cdiv(T, SPAN), triton.cdiv(d, BLOCK)
@@ -87,7 +87,7 @@ def backward(inputs: ScanInputs, saved: Tensor, dy: Tensor, dssm_state: Tensor, 
     carried = (dstates, steps, A, dssm_state, gradients.ssm_state)
     carry[triton.cdiv(d * n, CARRIED), b](*carried, spans, d * n, n, True, CARRIED)
 
-    dA_parts, dD_parts = torch.empty_like(saved), A.new_empty(b, spans, d)
+    dA_parts, dD_parts = A.new_empty(b, spans, d, n), A.new_empty(b, spans, d)
     dlog, dlog_end = torch.empty_like(step), torch.empty_like(steps)
     read_gradients[blocks, spans, b](
         z, step, conv, B, C, A, D, seq_idx, saved, dy, dstates, gradients.z, gradients.C, dA_parts, dD_parts, dlog,
