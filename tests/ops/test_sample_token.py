@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels import BACKENDS, interpreted, to_backend
+from kernels import BACKENDS, DTYPES, interpreted, to_backend
 
 from m1.ops import sample_token
 
@@ -31,7 +31,7 @@ def run(backend, *arguments):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", SIZES)
 def test_kernel_equals_reference(backend, dtype, size):
     arguments = make(12 if interpreted(backend) else 300, size, seed=size, dtype=dtype)
