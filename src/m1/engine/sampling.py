@@ -118,13 +118,14 @@ class SamplingBatch:
     def truncate(self, logits: Tensor) -> Tensor:
         """Sets logits [b, V] to -inf where top-k, top-p or min-p exclude a token. The likeliest always stays.
 
-        The filters apply in this order. Each sees the distribution that the previous one left. A row's tokens are
-        ordered by their logits, and equal ones by their ids, as at temperature 0:
+        The filters apply in this order, as in transformers. Each sees the distribution that the previous one left. A
+        row's tokens are ordered by their logits, and equal ones by their ids, as at temperature 0:
 
         - top-k keeps the first k. transformers and vLLM also keep every token equal to the k-th.
         - top-p keeps the fewest of the first whose probability reaches top_p. transformers and vLLM keep as many, but
-          of equal tokens those with the highest ids.
-        - min-p keeps a token that is exactly `min_p` times as likely as the likeliest, as transformers and vLLM do.
+          which of several equal ones is up to torch.sort.
+        - min-p keeps a token that is exactly `min_p` times as likely as the likeliest, as in transformers and vLLM. In
+          vLLM it comes first.
         """
         logits = logits.float()
         kept = torch.ones_like(logits, dtype=torch.bool)
