@@ -70,9 +70,21 @@ def test_a_low_dtype_is_near_float32(checkpoint):
 
 def test_other_weights_are_refused(checkpoint):
     model, _ = load_model(checkpoint("llama", None), dtype=torch.float64)
-    with pytest.raises(UserError, match=r"float32, bfloat16 and float16 weights, not Parameter of torch.float64"):
+    with pytest.raises(UserError, match=r"plain float32, bfloat16 or float16 weights, not Parameter of torch.float64"):
         Engine(model)
-    model, _ = load_model(checkpoint("llama", None), dtype=torch.float32)
-    model.config.quantization_config = {"quant_method": "gptq"}
-    with pytest.raises(UserError, match="not quantized ones"):
-        Engine(model)
+
+
+def test_quantized_layers_and_adapters_are_refused(hybrid):
+    """A layer that computes more than its `weight` says would be packed without the rest."""
+
+    class Adapted(torch.nn.Linear):
+        pass
+
+    mlp = hybrid.model.layers[0].mlp
+    plain, mlp.up_proj = mlp.up_proj, Adapted(64, 96, bias=False)
+    with pytest.raises(UserError, match="weights, not Adapted: merge adapters"):
+        Engine(hybrid)
+    mlp.up_proj = plain
+    plain.weight = torch.nn.Parameter(plain.weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(UserError, match=r"not Parameter of torch\.int8: merge adapters and load the model unquantized"):
+        Engine(hybrid)

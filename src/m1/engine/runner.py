@@ -51,8 +51,8 @@ class Runner:
         int8: rounds the weights of all linear layers (`PackedLinear`).
 
     Raises:
-        UserError: another architecture, another activation than silu, sliding-window attention, or weights that are
-            quantized or of another dtype than float32, bfloat16 and float16.
+        UserError: another architecture, another activation than silu, sliding-window attention, or weights that aren't
+            plain float32, bfloat16 or float16: quantized ones, or adapters.
     """
 
     def __init__(self, model: PreTrainedModel, slots: Slots, int8: bool = False):
@@ -66,13 +66,9 @@ class Runner:
             raise UserError(
                 "the engine has no sliding-window attention: set use_sliding_window to false, or use generate"
             )
-        other = [p for p in model.parameters() if type(p) is not nn.Parameter or p.dtype not in DTYPES]
-        if other or getattr(config, "quantization_config", None):
-            found = f"{type(other[0]).__name__} of {other[0].dtype}" if other else "quantized ones"
-            raise UserError(
-                f"the engine runs float32, bfloat16 and float16 weights, not {found}: load the model in one of these "
-                "dtypes and unquantized, or use generate"
-            )
+        for parameter in model.parameters():
+            if type(parameter) is not nn.Parameter or parameter.dtype not in DTYPES:
+                raise _other_weights(f"{type(parameter).__name__} of {parameter.dtype}")
         self.device = model.device
         self.slots = slots
         self.eps = config.rms_norm_eps
@@ -215,12 +211,26 @@ class MambaLayer(DecoderLayer):
 
 
 def packed(*linears: nn.Linear, int8: bool) -> PackedLinear:
-    """Packs linear layers that share an input into one, whose outputs are theirs in order."""
+    """Packs linear layers that share an input into one, whose outputs are theirs in order.
+
+    Raises:
+        UserError: another kind of layer, such as a quantized one or one with an adapter.
+    """
+    for linear in linears:
+        if type(linear) is not nn.Linear:
+            raise _other_weights(type(linear).__name__)
     weights = [linear.weight.detach() for linear in linears]
     biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
     # don't copy a single weight: GPU products use it without packing
     weight = weights[0] if len(weights) == 1 else torch.cat(weights)
     return PackedLinear(weight, torch.cat(biases) if biases else None, int8=int8)
+
+
+def _other_weights(found: str) -> UserError:
+    return UserError(
+        f"the engine runs plain float32, bfloat16 or float16 weights, not {found}: merge adapters and load the model "
+        "unquantized in one of these dtypes, or use generate"
+    )
 
 
 def with_packed_linears(module: nn.Module, pack: Pack) -> nn.Module:

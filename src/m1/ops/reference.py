@@ -164,10 +164,9 @@ def sample_token(logits: Tensor, uniform: Tensor, temperature: Tensor) -> tuple[
     """The token at which the running sum of probabilities passes uniform, and its log-probability."""
     greedy = temperature == 0
     heat = temperature.float().masked_fill(greedy, 1.0)[:, None]
-    logits = logits.float() - logits.float().amax(dim=-1, keepdim=True)  # <= 0: a low temperature overflows to -inf
-    logprobs = (logits / heat).log_softmax(dim=-1)
-    sums = logprobs.double().exp().cumsum(dim=-1)
-    possible = logprobs > -torch.inf
+    scaled = (logits.float() - logits.float().amax(dim=-1, keepdim=True)) / heat  # overflows to -inf at most
+    weights, logprobs = scaled.exp(), scaled.log_softmax(dim=-1)
+    sums, possible = weights.double().cumsum(dim=-1), weights > 0
     passed = (sums > uniform[:, None] * sums[:, -1:]) & possible
     # if rounding leaves no token past the target, draw the last one with any probability
     last = (possible * torch.arange(logits.shape[1], device=logits.device)).argmax(dim=-1)
