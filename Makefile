@@ -6,7 +6,7 @@ TEST_INSTALLED := .venv/.test-installed
 
 PEERS_INSTALLED := .venv-peers/.installed
 
-.PHONY: install demo test test-long peers sanitize lint format clean
+.PHONY: install demo test test-long mutants peers sanitize lint format clean
 
 install: $(INSTALLED)
 
@@ -33,6 +33,10 @@ test: $(TEST_INSTALLED)
 # Tests that take minutes: processes killed at random moments.
 test-long: $(TEST_INSTALLED)
 	$(BIN)/pytest -m long
+
+# Faults that the tests must notice (tests/mutants.py), one after another; some half an hour on two cores.
+mutants: $(TEST_INSTALLED)
+	$(BIN)/python tests/mutants.py
 
 # vLLM for CPUs, which `m1 bench decode` and `m1 budget` measure beside our engine. The list is complete, and --no-deps
 # keeps out the CUDA builds of torchvision and others that text doesn't need.

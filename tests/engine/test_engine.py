@@ -66,6 +66,24 @@ def test_same_seed_same_samples(model):
     assert len({tuple(t) for t in runs[0][:4]}) > 1
 
 
+def test_prompts_of_one_call_have_streams_of_their_own(model):
+    first, second, alone = Engine(model, []).generate([[5, 6]] * 2, SamplingParams(max_tokens=12, seed=3)) + Engine(
+        model, []
+    ).generate([[5, 6]], SamplingParams(max_tokens=12, seed=3))
+    assert first.token_ids == alone.token_ids != second.token_ids
+
+
+def test_no_slot_is_free_while_requests_wait(model):
+    """A prompt whose prefill takes several steps waits for its sequences' slots."""
+    engine = Engine(model, [], max_num_seqs=4, prefill_chunk=8)
+    assert engine.free_slots == 4
+    engine.submit(Request([3] * 20, replace(GREEDY, n=2)))
+    engine.step()
+    assert engine.scheduler.free and engine.free_slots == 0
+    engine.step(), engine.step()
+    assert engine.free_slots == 2
+
+
 def requests(params):
     return [Request(prompt, params, i) for i, prompt in enumerate(PROMPTS)]
 
@@ -118,6 +136,8 @@ def test_bad_requests_are_refused(model):
         engine.generate([[1] * 512], GREEDY)
     with pytest.raises(UserError, match=r"max_model_len of 20 tokens: shorten it, or raise max_model_len up to 512"):
         Engine(model, max_model_len=20).generate([[1] * 20], GREEDY)
+    with pytest.raises(UserError, match="prompt 0 has token -1; the vocabulary is 0 to"):
+        engine.generate([[200, -1, 3]], GREEDY)
     for options, words in [({"top_p": 0}, "top_p=0"), ({"n": 0}, "n=0"), ({"stop": ("a", "")}, "empty string")]:
         with pytest.raises(UserError, match=words):
             SamplingParams(**options)

@@ -202,7 +202,7 @@ def test_the_least_recently_used_entry_goes():
     machine = Machine(scheduler)
     for prompt in ([1], [2], [1], [3]):  # [1] is used again, so [3] takes the entry of [2]
         run(scheduler, Request(prompt, SamplingParams(max_tokens=1)), machine=machine)
-    assert list(scheduler.cached) == [(1,), (3,)]
+    assert list(scheduler.cached) == [(False, (1,)), (False, (3,))]
     assert scheduler.stats.prefix_hits == 1
 
 

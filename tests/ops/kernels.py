@@ -8,6 +8,7 @@ TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LENGTHS = [1, 2, 3, 15, 16, 17, 63, 500, 1025]
 
 BACKENDS = ["cpu", "triton"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def interpreted(backend):

@@ -5,12 +5,12 @@ import typing
 
 import pytest
 import torch
+from kernels import BACKENDS, DTYPES, to_backend
+from tolerance import assert_rms_close
 from torch import Tensor
 
 from m1 import ops
 from m1.ops import PackedLinear
-
-FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def normal(*shape):
@@ -83,8 +83,8 @@ NUMBERS = {ops.add_rms_norm: {"eps": 1e-6}}  # further arguments without a defau
 ONLY = {  # arguments that must have this very dtype; the others take any of their kind
     (ops.state_update, "ssm_state"): [torch.float32],
     (ops.ssd_update, "ssm_state"): [torch.float32],
-    (PackedLinear, "weight"): [torch.float32, torch.bfloat16],
-    (multiply, "x"): [torch.float32, torch.bfloat16],
+    (PackedLinear, "weight"): DTYPES,
+    (multiply, "x"): DTYPES,
     **{(ops.add_rms_norm, name): [torch.float32] for name in ("hidden", "update", "weight")},  # one dtype for all
 }
 # Mutations that give other valid arguments: nothing else fixes this size.
@@ -130,7 +130,7 @@ def mutations(op, name, tensor):
     yield "bool", tensor.bool()
     allowed = ONLY.get((op, name))
     if allowed:
-        for dtype in [d for d in (*FLOATS, torch.float64) if d not in allowed]:
+        for dtype in [d for d in (*DTYPES, torch.float64) if d not in allowed]:
             yield str(dtype), tensor.to(dtype)
     yield "meta", tensor.to("meta")
 
@@ -196,21 +196,33 @@ RESULTS = {
 }
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def backends(op):
+    """The names that the op's `backend` takes; None if it has no such parameter."""
+    return [*BACKENDS, "reference"] if "backend" in inspect.signature(op).parameters else [None]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("parameters", ["alike", "float32"])
-@pytest.mark.parametrize("op", RESULTS, ids=lambda op: op.__name__)
-def test_valid_calls_keep_their_promise(op, dtype, parameters):
-    """The first argument in the dtype, the others, where they may differ, in the same or in float32."""
+@pytest.mark.parametrize(
+    ("op", "backend"), [pytest.param(op, b, id=f"{op.__name__}-{b}") for op in RESULTS for b in backends(op)]
+)
+def test_valid_calls_keep_their_promise(op, backend, dtype, parameters):
+    """The first argument in the dtype, the others, where they may differ, in the same or in float32.
+
+    The results have the promised dtypes, and the values of a float32 call with the same numbers.
+    """
     arguments = {name: t.clone() for name, t in OPS[op].items()}
-    if op is multiply and dtype not in ONLY[op, "x"]:
-        pytest.skip("there is no float16")
     same = ("weight", "update") if op is ops.add_rms_norm else ()
     for i, (name, t) in enumerate(arguments.items()):
-        exact = (op, name) in ONLY and ONLY[op, name] == [torch.float32] and op is not ops.add_rms_norm
+        exact = ONLY.get((op, name)) == [torch.float32] and op is not ops.add_rms_norm
         if t.is_floating_point() and not exact and (i == 0 or name in same or parameters == "alike"):
             arguments[name] = t.to(dtype)
-    results = call(op, arguments)
-    for result, promise in zip(results if isinstance(results, tuple) else [results], RESULTS[op], strict=True):
+    exact = {name: t.clone().float() if t.is_floating_point() else t for name, t in arguments.items()}
+    choice, reference = ({"backend": b} if backend else {} for b in (backend, "reference"))
+    moved = dict(zip(arguments, to_backend(backend, *arguments.values()), strict=True))
+    results, expected = call(op, moved | choice), call(op, exact | reference)
+    as_tuple = lambda value: value if isinstance(value, tuple) else (value,)  # noqa: E731
+    for result, exact, promise in zip(as_tuple(results), as_tuple(expected), RESULTS[op], strict=True):
         shape, promised = promise if isinstance(promise[0], tuple) else (promise, dtype)
         assert result.shape == shape and result.dtype == promised
-        assert not result.is_floating_point() or result.isfinite().all()
+        assert_rms_close([result.cpu()], [exact], 1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels import BACKENDS, interpreted, to_backend
+from kernels import BACKENDS, DTYPES, interpreted, to_backend
 from tolerance import assert_rms_close
 
 from m1.ops import decode_attention
@@ -41,7 +41,7 @@ def shapes():
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("backend", "group", "head_dim"), shapes())
 def test_kernel_equals_reference(backend, dtype, group, head_dim):
     arguments = make([1, 2, 17, 128, 129, 400], group=group, head_dim=head_dim, dtype=dtype)

@@ -3,12 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from kernels import BACKENDS, to_backend
+from kernels import BACKENDS, DTYPES, to_backend
 from tolerance import assert_rms_close
 
 from m1.ops import add_rms_norm, swiglu
 
-DTYPES = [torch.float32, torch.bfloat16]
 SHAPES = [(1, 16), (2, 48), (3, 512), (65, 1040), (0, 32)]
 pytestmark = pytest.mark.filterwarnings("error:no C.. compiler", "error:compiling")
 

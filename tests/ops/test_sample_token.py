@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels import BACKENDS, interpreted, to_backend
+from kernels import BACKENDS, DTYPES, interpreted, to_backend
 
 from m1.ops import sample_token
 
@@ -31,7 +31,7 @@ def run(backend, *arguments):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", SIZES)
 def test_kernel_equals_reference(backend, dtype, size):
     arguments = make(12 if interpreted(backend) else 300, size, seed=size, dtype=dtype)
@@ -60,6 +60,28 @@ def test_tokens_of_probability_0_are_never_drawn(backend, size, uniform, seed):
     logits[:, seed % size] = -2.0
     tokens, logprobs = run(backend, logits, torch.full((4,), uniform).double(), temperature)
     assert (logits.gather(1, tokens[:, None]) > -torch.inf).all() and (logprobs > -torch.inf).all()
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_a_sum_that_is_the_target_has_not_passed_it(backend):
+    """Of 4,096 equal tokens a draw of k / 4,096 takes number k, also where a kernel's block begins."""
+    drawn = torch.tensor([0, 1, 127, 128, 129, 1023, 1024, 2048, 4095])
+    logits = torch.full((len(drawn), 4096), -3.0)
+    tokens, logprobs = run(backend, logits, drawn / 4096, torch.full((len(drawn),), 0.5))
+    assert torch.equal(tokens, drawn)
+    torch.testing.assert_close(logprobs, torch.full((len(drawn),), 4096.0).log().neg())
+
+
+@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("temperature", [1.2e-38, 1e-37, 1e-30, 3.4e38])
+def test_extreme_temperatures(backend, temperature):
+    """A logit divided by a low temperature is infinite, but its distance from the highest has a meaning."""
+    logits, uniform, _ = make(8, 1500)
+    tokens, logprobs = run(backend, 40 + logits, uniform, torch.full((8,), temperature))
+    if temperature < 1:
+        assert torch.equal(tokens, logits.argmax(dim=-1)) and (logprobs == 0).all()
+    else:
+        torch.testing.assert_close(logprobs, logits.isfinite().sum(dim=-1).log().neg())
 
 
 @pytest.mark.parametrize("backend", ALL)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels import BACKENDS, cases, interpreted, to_backend
+from kernels import BACKENDS, DTYPES, cases, interpreted, to_backend
 from tolerance import assert_rms_close
 
 from m1.ops import reference, selective_scan
@@ -90,8 +90,9 @@ def test_training_path_without_states(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_bfloat16_inputs(backend):
-    inputs, seq_idx = make_for(backend, 2, 63, torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_inputs(backend, dtype):
+    inputs, seq_idx = make_for(backend, 2, 63, dtype)
     assert_equals_reference(backend, inputs, seq_idx, 0.005)
 
 
@@ -111,14 +112,12 @@ def test_shorter_convolutions(backend, taps):
     T=st.integers(1, 40),
     kv_groups=st.integers(1, 3),
     rep=st.integers(1, 3),
-    bfloat16=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 99),
 )
-def test_any_shape(b, T, kv_groups, rep, bfloat16, seed):
-    inputs, seq_idx = make(
-        b, T, 16 * kv_groups * rep, 16 * kv_groups, seed, torch.bfloat16 if bfloat16 else torch.float32
-    )
-    assert_equals_reference("cpu", inputs, seq_idx, 0.005 if bfloat16 else 1e-4)
+def test_any_shape(b, T, kv_groups, rep, dtype, seed):
+    inputs, seq_idx = make(b, T, 16 * kv_groups * rep, 16 * kv_groups, seed, dtype)
+    assert_equals_reference("cpu", inputs, seq_idx, 1e-4 if dtype == torch.float32 else 0.005)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

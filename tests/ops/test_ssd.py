@@ -55,11 +55,12 @@ def test_strong_decay_stays_finite():
     assert all(t.grad.isfinite().all() for t in arguments)
 
 
-def test_bfloat16():
-    arguments, _ = inputs(100, dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    arguments, _ = inputs(100, dtype=dtype)
     y, state = ssd(*arguments)
     expected, expected_state = reference.ssd(*arguments)
-    assert y.dtype == torch.bfloat16 and state.dtype == torch.float32
+    assert y.dtype == dtype and state.dtype == torch.float32
     assert_rms_close([y, state], [expected, expected_state], 0.005)
 
 

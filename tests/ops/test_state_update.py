@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels import BACKENDS, to_backend
+from kernels import BACKENDS, DTYPES, to_backend
 from tolerance import assert_rms_close
 
 from m1.ops import causal_conv, selective_scan, ssd, ssd_update, state_update
@@ -47,7 +47,7 @@ def step(op, backend, activations, parameters, states, slots=None):
 
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("op", "make"), [(state_update, mamba), (ssd_update, mamba2)])
 def test_kernel_equals_reference(backend, dtype, op, make):
     """Slots out of order, one row without any; slots that no row names stay untouched."""
@@ -61,8 +61,8 @@ def test_kernel_equals_reference(backend, dtype, op, make):
         assert (after[[0, 3, 6, 7]] != before[[0, 3, 6, 7]]).any()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("held", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("held", DTYPES)
 @pytest.mark.parametrize(("op", "make"), [(state_update, mamba), (ssd_update, mamba2)])
 def test_conv_states_of_any_dtype(op, make, dtype, held):
     """A kernel that takes one dtype for another reads and writes outside its slot."""

@@ -4,6 +4,7 @@ The scheduler decides a step on integers (scheduler.py). The executor runs it on
 `LLM` (llm.py).
 """
 
+import math
 from collections.abc import Generator, Iterable
 
 import torch
@@ -82,7 +83,8 @@ class Engine:
         self.num_slots = min(max_num_seqs, room)
         self.executor = Executor(model, self.num_slots, self.max_model_len, quantize == "int8")
         stop = stop_tokens(model) if stop_token_ids is None else stop_token_ids
-        self.scheduler = Scheduler(self.num_slots, prefill_chunk, prefix_cache, frozenset(stop))
+        long_prompt = self.executor.runner.rotary.switch or math.inf
+        self.scheduler = Scheduler(self.num_slots, prefill_chunk, prefix_cache, frozenset(stop), long_prompt)
         self.stats = self.scheduler.stats
 
     @property
@@ -161,7 +163,8 @@ class Engine:
         if not tokens:
             raise UserError(f"{name} is empty")
         if not (min(tokens) >= 0 and max(tokens) < self.vocab_size):
-            raise UserError(f"{name} has token {max(tokens, key=abs)}; the vocabulary is 0 to {self.vocab_size - 1}")
+            unknown = next(token for token in tokens if not 0 <= token < self.vocab_size)
+            raise UserError(f"{name} has token {unknown}; the vocabulary is 0 to {self.vocab_size - 1}")
         if len(tokens) >= self.max_model_len:
             fix = "shorten it"
             if self.max_model_len < self.context:

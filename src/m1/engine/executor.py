@@ -61,7 +61,7 @@ class Executor:
         if chunk.start == 0:
             self.slots.clear(chunk.slot)
         tokens = torch.tensor(chunk.tokens, device=self.device)
-        logits = self.prompt_logits[chunk.slot] = self.runner.prefill(tokens, chunk.slot, chunk.start)
+        logits = self.prompt_logits[chunk.slot] = self.runner.prefill(tokens, chunk.slot, chunk.start, chunk.total)
         if chunk.entry is not None:
             snapshot = self.slots.snapshot(chunk.slot, chunk.start + len(chunk.tokens))
             self.prefix_cache[chunk.entry] = snapshot, logits

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from m1.engine.rotary import Rotary
 from m1.engine.slots import Slots, used
 from m1.errors import UserError
 from m1.model.cache_layout import AttentionCache, MambaState
@@ -21,6 +22,7 @@ from m1.model.checkpoint import refuse_quantized_model
 from m1.ops import PackedLinear, add_rms_norm, decode_attention, swiglu
 
 MODELS = ("m1", "llama", "qwen2", "qwen3")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 Pack = Callable[..., PackedLinear]
 
@@ -50,7 +52,8 @@ class Runner:
         int8: rounds the weights of all linear layers (`PackedLinear`).
 
     Raises:
-        UserError: another architecture, a quantized model, another activation than silu, or sliding-window attention.
+        UserError: another architecture, another activation than silu, sliding-window attention, or weights that aren't
+            plain float32, bfloat16 or float16: quantized ones, or adapters.
     """
 
     def __init__(self, model: PreTrainedModel, slots: Slots, int8: bool = False):
@@ -65,11 +68,13 @@ class Runner:
             raise UserError(
                 "the engine has no sliding-window attention: set use_sliding_window to false, or use generate"
             )
+        if other := {p.dtype for p in model.parameters()} - set(DTYPES):
+            raise _other_weights(str(other.pop()))
         self.device = model.device
         self.slots = slots
         self.eps = config.rms_norm_eps
         self.embedding: Tensor = network.embed_tokens.weight
-        self.rotary = network.rotary_emb
+        self.rotary = Rotary(network.rotary_emb)
         pack = partial(packed, int8=int8)
         self.layers: list[AttentionLayer | MambaLayer] = [
             AttentionLayer(layer, cache, config, pack)
@@ -80,24 +85,28 @@ class Runner:
         self.norm: Tensor = network.norm.weight
         self.head = pack(model.get_output_embeddings())
 
-    def prefill(self, tokens: Tensor, slot: int, start: int) -> Tensor:
-        """Runs tokens [T] of one prompt after the slot's first `start` tokens. Returns the last one's logits [V]."""
+    def prefill(self, tokens: Tensor, slot: int, start: int, total: int) -> Tensor:
+        """Runs a chunk, tokens [T], of a prompt of `total` tokens after the slot's first `start` tokens.
+
+        Returns the logits [V] after the last token.
+        """
         positions = torch.arange(start, start + len(tokens), device=self.device)
-        hidden = self._stack(tokens, positions, lambda layer, *inputs: layer.prefill(*inputs, slot, start))
+        rotation = self.rotary(positions, positions.new_full((1,), total), self.embedding.dtype)
+        hidden = self._stack(tokens, lambda layer, hidden: layer.prefill(hidden, *rotation, slot, start))
         return self.head(hidden[-1:])[0]
 
     def decode(self, rows: DecodeBatch) -> Tensor:
         """Runs one token per row. Returns the logits [b, V] after it."""
-        hidden = self._stack(rows.tokens, rows.lengths, lambda layer, *inputs: layer.decode(*inputs, rows))
+        rotation = self.rotary(rows.lengths, rows.lengths + 1, self.embedding.dtype)
+        hidden = self._stack(rows.tokens, lambda layer, hidden: layer.decode(hidden, *rotation, rows))
         return self.head(hidden)
 
-    def _stack(self, tokens: Tensor, positions: Tensor, mix: Any) -> Tensor:
+    def _stack(self, tokens: Tensor, mix: Any) -> Tensor:
         """Runs all layers and the final norm on tokens [rows]. Returns hidden states [rows, H]."""
         hidden = F.embedding(tokens, self.embedding)
-        cos, sin = (t[0, :, None] for t in self.rotary(hidden[None], positions[None]))  # [rows, 1, head_dim]
         update = None
         for layer in self.layers:
-            update = mix(layer, add_rms_norm(hidden, update, layer.mixer_norm, self.eps), cos, sin)
+            update = mix(layer, add_rms_norm(hidden, update, layer.mixer_norm, self.eps))
             update = layer.mlp(add_rms_norm(hidden, update, layer.mlp_norm, self.eps))
         return add_rms_norm(hidden, update, self.norm, self.eps)
 
@@ -203,12 +212,26 @@ class MambaLayer(DecoderLayer):
 
 
 def packed(*linears: nn.Linear, int8: bool) -> PackedLinear:
-    """Packs linear layers that share an input into one, whose outputs are theirs in order."""
+    """Packs linear layers that share an input into one, whose outputs are theirs in order.
+
+    Raises:
+        UserError: another kind of layer, such as a quantized one or one with an adapter.
+    """
+    for linear in linears:
+        if type(linear) is not nn.Linear:
+            raise _other_weights(type(linear).__name__)
     weights = [linear.weight.detach() for linear in linears]
     biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
     # don't copy a single weight: GPU products use it without packing
     weight = weights[0] if len(weights) == 1 else torch.cat(weights)
     return PackedLinear(weight, torch.cat(biases) if biases else None, int8=int8)
+
+
+def _other_weights(found: str) -> UserError:
+    return UserError(
+        f"the engine runs plain float32, bfloat16 or float16 weights, not {found}: merge adapters and load the model "
+        "unquantized in one of these dtypes, or use generate"
+    )
 
 
 def with_packed_linears(module: nn.Module, pack: Pack) -> nn.Module:

@@ -2,13 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from m1.errors import UserError
 from m1.ops import sample_token
+
+FLOAT32 = torch.finfo(torch.float32)
+MAX = 2**63 - 1  # int64
 
 
 @dataclass(frozen=True)
@@ -19,7 +24,7 @@ class SamplingParams:
         n: number of sequences sampled from the prompt.
         max_tokens: maximum number of new tokens per sequence.
         temperature: divides the logits; 0 is greedy.
-        top_k: samples from the k likeliest tokens only; 0 for all.
+        top_k: samples from the k likeliest tokens only, of equal ones those with the lowest ids; 0 for all.
         top_p: samples from the smallest set of likeliest tokens that has this probability; 1 for all.
         min_p: samples from tokens at least `min_p` times as likely as the likeliest; 0 for all.
         seed: seed of the random draws. The draws of sequence j depend only on seed and j.
@@ -29,7 +34,7 @@ class SamplingParams:
         ignore_eos: ignores the engine's own stop tokens, such as end-of-sequence tokens.
 
     Raises:
-        UserError: a value out of range, or an empty stop string.
+        UserError: a value out of range or of the wrong type, or an empty stop string.
     """
 
     n: int = 1
@@ -44,17 +49,23 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("n", "max_tokens", "top_k", "seed"):
+            if not isinstance(getattr(self, name), Integral):
+                raise UserError(f"{name}={getattr(self, name)}: must be an integer")
         checks = {
-            "n": self.n >= 1,
-            "max_tokens": self.max_tokens >= 1,
-            "temperature": 0 <= self.temperature < float("inf"),
-            "top_k": self.top_k >= 0,
-            "top_p": 0 < self.top_p <= 1,
-            "min_p": 0 <= self.min_p <= 1,
+            "n": (self.n >= 1, "at least 1"),
+            "max_tokens": (self.max_tokens >= 1, "at least 1"),
+            "temperature": (
+                self.temperature == 0 or FLOAT32.tiny <= self.temperature <= FLOAT32.max,
+                f"0 (greedy) or a number that float32 holds, {FLOAT32.tiny:.2g} to {FLOAT32.max:.2g}",
+            ),
+            "top_k": (0 <= self.top_k <= MAX, f"0 (all tokens) to {MAX}"),
+            "top_p": (0 < self.top_p <= 1, "above 0, and 1 at most"),
+            "min_p": (0 <= self.min_p <= 1, "0 to 1"),
         }
-        for name, fits in checks.items():
+        for name, (fits, range_) in checks.items():
             if not fits:
-                raise UserError(f"{name}={getattr(self, name)} is out of range")
+                raise UserError(f"{name}={getattr(self, name)} is out of range: must be {range_}")
         if not all(self.stop):
             raise UserError("stop: an empty string would end every sequence at once")
 
@@ -76,17 +87,17 @@ class SamplingBatch:
 
         self.streams = np.array(streams, dtype=np.uint64)
         self.temperature = column("temperature")
+        self.heat = self.temperature.masked_fill(self.temperature == 0, 1.0)
         self.top_k, self.max_k = column("top_k", torch.long), max((p.top_k for p in params), default=0)
         self.top_p, self.any_top_p = column("top_p"), any(p.top_p < 1 for p in params)
         self.min_p, self.any_min_p = column("min_p"), any(p.min_p > 0 for p in params)
-        truncated = [p.top_k > 0 or p.top_p < 1 or p.min_p > 0 for p in params]
-        self.truncated, self.any_truncated = torch.tensor(truncated, device=device), any(truncated)
+        self.ranked = (self.top_k > 0) | (self.top_p < 1)
 
     def sample(self, logits: Tensor, drawn: np.ndarray) -> tuple[Tensor, Tensor]:
         """Draws one token per row.
 
         Args:
-            logits: [b, V], float32 or bfloat16.
+            logits: [b, V] float32, bfloat16 or float16.
             drawn: [b] integers, the number of tokens that each row has drawn before.
 
         Returns:
@@ -96,48 +107,65 @@ class SamplingBatch:
         """
         uniform = torch.from_numpy(uniforms(self.streams, drawn)).to(logits.device, non_blocking=True)
         tokens, logprobs = sample_token(logits, uniform, self.temperature[:, 0])
-        if self.any_truncated:
-            greedy = self.temperature == 0
-            scaled = (logits.float() / self.temperature.masked_fill(greedy, 1.0)).log_softmax(dim=-1)
-            likely, _ = sample_token(self.truncate(scaled), uniform, (~greedy[:, 0]).float())
-            tokens = torch.where(self.truncated, likely, tokens)
-            logprobs = torch.where(self.truncated, scaled.gather(1, likely[:, None])[:, 0], logprobs)
+        if self.max_k or self.any_top_p or self.any_min_p:
+            whole = tokens
+            tokens, _ = sample_token(self.truncate(logits), uniform, self.temperature[:, 0])
+            # under the whole distribution: from the log-probability of a token drawn from it
+            step = logits.gather(1, tokens[:, None]).float() - logits.gather(1, whole[:, None]).float()
+            logprobs = logprobs + (step / self.heat)[:, 0]
         return tokens, logprobs
 
-    def truncate(self, logprobs: Tensor) -> Tensor:
-        """Sets logprobs [b, V] to -inf where top-k, top-p or min-p exclude a token. The likeliest always stays.
+    def truncate(self, logits: Tensor) -> Tensor:
+        """Sets logits [b, V] to -inf where top-k, top-p or min-p exclude a token. The likeliest always stays.
 
-        The filters apply in this order. Each sees the distribution that the previous one left, as in transformers.
+        The filters apply in this order, as in transformers. Each sees the distribution that the previous one left. A
+        row's tokens are ordered by their logits, and equal ones by their ids, as at temperature 0:
+
+        - top-k keeps the first k. transformers and vLLM also keep every token equal to the k-th.
+        - top-p keeps the fewest of the first whose probability reaches top_p. transformers and vLLM keep as many, but
+          which of several equal ones is up to torch.sort.
+        - min-p keeps a token that is exactly `min_p` times as likely as the likeliest, as in transformers and vLLM. In
+          vLLM it comes first.
         """
-        size = logprobs.shape[-1]
-        if self.max_k:
-            likeliest = logprobs.topk(min(self.max_k, size)).values
-            kth = likeliest.gather(1, (self.top_k.clamp(1, size) - 1))
-            logprobs = logprobs.masked_fill((logprobs < kth) & (self.top_k > 0), -torch.inf)
-            if self.any_top_p or self.any_min_p:
-                logprobs = logprobs.log_softmax(dim=-1)
-        if self.any_top_p:
-            logprobs = logprobs.masked_fill(logprobs < self._nucleus_threshold(logprobs), -torch.inf)
+        logits = logits.float()
+        kept = torch.ones_like(logits, dtype=torch.bool)
+        if self.max_k or self.any_top_p:
+            ids, inside = self._ranking(logits)
+            kept = torch.zeros_like(kept).scatter(1, ids, inside) | ~self.ranked
         if self.any_min_p:
-            floor = logprobs.amax(dim=-1, keepdim=True) + self.min_p.log()
-            logprobs = logprobs.masked_fill(logprobs < floor, -torch.inf)
-        return logprobs
+            likeliest = logits.amax(dim=-1, keepdim=True)
+            kept &= ((logits - likeliest) / self.heat).exp() >= self.min_p
+        return logits.masked_fill(~kept, -torch.inf)
 
-    def _nucleus_threshold(self, logprobs: Tensor) -> Tensor:
-        """[b, 1] log-probability of the last token inside top-p.
+    def _ranking(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The likeliest tokens [b, c] of each row in order, and which of them top-k and top-p keep (bool).
 
-        Looks at the 64 likeliest tokens first, then at four times as many until they suffice. A full sort is rare.
+        It looks at the 64 likeliest first, then at four times as many until they suffice. A full sort is rare.
         """
-        size, count = logprobs.shape[-1], 64
+        size, count = logits.shape[-1], max(64, self.max_k + 1)
         while True:
-            likeliest = logprobs.topk(min(count, size)).values
-            mass = likeliest.exp().cumsum(dim=-1)
-            inside = mass - likeliest.exp() < self.top_p  # the likelier tokens have less than top_p
-            if count >= size or not (inside[:, -1:] & (self.top_p < 1)).any():
-                last = inside.sum(dim=-1, keepdim=True).clamp(min=1) - 1
-                threshold = likeliest.gather(1, last)
-                return threshold.masked_fill(self.top_p >= 1, -torch.inf)
+            values, ids = logits.topk(min(count, size))
+            inside = self._inside(logits, values)
+            last = values.gather(1, inside.sum(dim=-1, keepdim=True) - 1)
+            if count >= size or not (self.ranked & (values[:, -1:] >= last)).any():
+                break  # no token beyond these is as likely as the last one inside
             count *= 4
+        ids, order = ids.sort(dim=-1)  # topk orders equal values as it likes
+        order = values.gather(1, order).sort(dim=-1, descending=True, stable=True).indices
+        return ids.gather(1, order), inside
+
+    def _inside(self, logits: Tensor, likeliest: Tensor) -> Tensor:
+        """Which of a row's likeliest logits [b, c], in order, top-k and top-p keep (bool)."""
+        inside = torch.arange(likeliest.shape[-1], device=logits.device) < self.top_k.masked_fill(self.top_k == 0, MAX)
+        if self.any_top_p:
+            # probabilities as multiples of the likeliest token's
+            weights = ((likeliest - likeliest[:, :1]) / self.heat).exp()
+            mass = F.pad(weights.cumsum(dim=-1), (1, 0))
+            whole = 1 / ((logits - likeliest[:, :1]) / self.heat).softmax(dim=-1).amax(dim=-1, keepdim=True)
+            whole = torch.where(self.top_k > 0, mass.gather(1, self.top_k.clamp(max=likeliest.shape[-1])), whole)
+            inside &= (mass[:, :-1] < self.top_p * whole) | (self.top_p >= 1)
+        inside[:, 0] = True
+        return inside
 
 
 def fold_in(seed: int, i: int) -> int:

@@ -4,6 +4,7 @@ Requests are admitted in order. A prompt is prefilled once, in chunks, and forke
 no token values: a plan can be made before the previous plan's tokens are known, so `update` may come one plan late.
 """
 
+import math
 from collections import OrderedDict, deque
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -11,6 +12,8 @@ from typing import NamedTuple
 
 from m1.engine.sampling import SamplingParams, fold_in
 from m1.engine.sequence import Request, Sequence
+
+Prefix = tuple[bool, tuple[int, ...]]  # whether the prompt is long, and its first tokens
 
 
 class Restore(NamedTuple):
@@ -34,12 +37,14 @@ class Chunk(NamedTuple):
         slot: the prompt's slot.
         start: number of prompt tokens that the slot has seen. The slot is cleared first when 0.
         tokens: the token ids to prefill.
+        total: number of tokens in the prompt.
         entry: the entry of the prefix cache that takes the state; None to keep nothing.
     """
 
     slot: int
     start: int
     tokens: list[int]
+    total: int
     entry: int | None
 
 
@@ -125,13 +130,22 @@ class Scheduler:
         prefix_cache: number of entries in the prefix cache. An entry is the state after a whole prompt, or after the
             beginning of one at a multiple of `prefill_chunk`. It is used only where a prefill would pass through it.
         stop_token_ids: tokens that end a sequence, unless its request has `ignore_eos`.
+        long_prompt: prompts with more tokens share no prefix with shorter ones: they are rotated otherwise (`Rotary`).
     """
 
-    def __init__(self, num_slots: int, prefill_chunk: int, prefix_cache: int, stop_token_ids: Collection[int] = ()):
+    def __init__(
+        self,
+        num_slots: int,
+        prefill_chunk: int,
+        prefix_cache: int,
+        stop_token_ids: Collection[int] = (),
+        long_prompt: float = math.inf,
+    ):
         self.free = list(reversed(range(num_slots)))
         self.prefill_chunk = prefill_chunk
         self.prefix_cache = prefix_cache
-        self.cached: OrderedDict[tuple[int, ...], int] = OrderedDict()  # tokens -> entry, least recently used first
+        self.long_prompt = long_prompt
+        self.cached: OrderedDict[Prefix, int] = OrderedDict()  # by prefix: its entry, least recently used first
         self.stop_token_ids = frozenset(stop_token_ids)
         self.waiting: deque[Request] = deque()
         self.running: dict[int, Sequence] = {}
@@ -233,7 +247,7 @@ class Scheduler:
             return False
         size, step = len(request.tokens), self.prefill_chunk
         for length in [size, *range((size - 1) // step * step, 0, -step)]:
-            entry = self.cached.get(key := tuple(request.tokens[:length]))
+            entry = self.cached.get(key := self._prefix(request, length))
             if entry is None:
                 continue
             if any(chunk.entry == entry for chunk in plan.prefill):
@@ -252,7 +266,7 @@ class Scheduler:
         start = request.computed
         tokens = request.tokens[start : start + self.prefill_chunk]
         request.computed += len(tokens)
-        plan.prefill.append(Chunk(request.slot, start, tokens, self._entry(request)))
+        plan.prefill.append(Chunk(request.slot, start, tokens, len(request.tokens), self._entry(request)))
         self.stats.prefilled += len(tokens)
         return len(tokens)
 
@@ -262,8 +276,11 @@ class Scheduler:
             return None
         full = len(self.cached) == self.prefix_cache
         entry = self.cached.popitem(last=False)[1] if full else len(self.cached)
-        self.cached[tuple(request.tokens[: request.computed])] = entry
+        self.cached[self._prefix(request, request.computed)] = entry
         return entry
+
+    def _prefix(self, request: Request, length: int) -> Prefix:
+        return len(request.tokens) > self.long_prompt, tuple(request.tokens[:length])
 
     def _start(self, request: Request, plan: Plan) -> bool:
         """Starts the request's next sequence in a free slot or in the prompt's. Returns False if it has to wait."""

@@ -92,7 +92,7 @@ class Mamba2Mixer(Mixer):
         xBC = F.silu(causal_conv(xBC, conv_weight, conv_bias, seq_idx, state.conv))
         x, B, C = (t.unflatten(-1, (-1, self.head_dim)) for t in xBC.split(self.conv_widths, dim=-1))
         y, ssm_state = ssd(x, F.softplus(dt), A, B, C, D, seq_idx, state.ssm)
-        return self.norm(y.flatten(-2) * F.silu(z)), ssm_state
+        return self.norm(y.flatten(-2) * F.silu(z)).to(z.dtype), ssm_state
 
     def step(
         self, activations: Mamba2Activations, constants: Constants, state: SlotStates, slots: Tensor | None = None

@@ -50,7 +50,7 @@ def decode_attention(
     backend = choose("decode_attention", backend, q, limits)
     if backend == "reference":
         return reference.decode_attention(q, k_cache, v_cache, lengths, slots, scale)
-    dtype = kernel_dtype(backend, q, k_cache, v_cache)  # slow if dtypes differ: converts the caches
+    dtype = kernel_dtype(q, k_cache, v_cache)  # slow if dtypes differ: converts the caches
     arguments = (q.to(dtype), k_cache.to(dtype), v_cache.to(dtype), lengths.long().contiguous(), slots, scale, backend)
     return _decode_attention(*arguments).to(q.dtype)
 

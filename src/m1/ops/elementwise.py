@@ -5,7 +5,7 @@ from torch import Tensor
 
 from m1.ops import reference
 from m1.ops.backend import Backend, choose, decode_operator
-from m1.ops.shapes import Shapes
+from m1.ops.shapes import KERNEL_FLOATS, Shapes
 
 CHECK = Shapes("add_rms_norm", hidden="rows H", update="rows H: as hidden or None", weight="H: as hidden")
 CHECK_SWIGLU = Shapes("swiglu", gate_up="rows width", where={"width must be even": lambda width: width % 2 == 0})
@@ -56,8 +56,7 @@ def swiglu(gate_up: Tensor, backend: Backend = "auto") -> Tensor:
 
 
 def _limits(rows: Tensor, width: int) -> dict[str, bool]:
-    known = rows.dtype in (torch.float32, torch.bfloat16)
-    limits = {"float32 or bfloat16": known, "contiguous rows": rows.is_contiguous()}
+    limits = {"float32, bfloat16 or float16": rows.dtype in KERNEL_FLOATS, "contiguous rows": rows.is_contiguous()}
     return limits | {f"a width that is a multiple of {LANES}": width % LANES == 0}
 
 

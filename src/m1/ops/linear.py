@@ -8,14 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m1.ops import reference
-from m1.ops.backend import Backend, choose, kernels
-from m1.ops.shapes import DTYPES, Shapes
+from m1.ops.backend import Backend, choose, kernels, own_backend
+from m1.ops.shapes import KERNEL_FLOATS, Shapes
 
 CHECK = Shapes(
     "PackedLinear", where={"weight must not be empty": lambda outputs, inputs: outputs * inputs > 0},
-    weight="outputs inputs: float32 or bfloat16", bias="outputs or None",
+    weight="outputs inputs: float32, bfloat16 or float16", bias="outputs or None",
 )  # fmt: skip
-ROWS = DTYPES["float32 or bfloat16"]
 
 
 class PackedLinear(nn.Module):
@@ -36,7 +35,7 @@ class PackedLinear(nn.Module):
         """Packs the weights in their own dtype. They must not change afterwards.
 
         Args:
-            weight: [out, in] float32 or bfloat16.
+            weight: [out, in] float32, bfloat16 or float16.
             bias: [out], or None.
             backend: "cpu" or "reference" (torch's matrix product); "auto" picks "cpu" where it can run.
             int8: rounds each output's weights to integers from -127 to 127, with one scale per output. A product of few
@@ -49,7 +48,8 @@ class PackedLinear(nn.Module):
         CHECK(weight, bias)
         self.out_features, self.in_features = weight.shape
         self.dtype, self.device = weight.dtype, weight.device
-        limits = {"CPU tensors, as there is no Triton kernel": self.device.type == "cpu" and backend != "triton"}
+        own = own_backend(self.device.type) if backend == "auto" else backend
+        limits = {"a Triton kernel, and there is none: choose 'auto'": own != "triton"}
         weight, bias = weight.detach(), None if bias is None else bias.detach()
         scale = None
         if int8:
@@ -65,7 +65,7 @@ class PackedLinear(nn.Module):
         """Applies the layer.
 
         Args:
-            x: [rows, in] float32 or bfloat16.
+            x: [rows, in] float32, bfloat16 or float16.
 
         Returns:
             [rows, out] in x's dtype.
@@ -74,9 +74,9 @@ class PackedLinear(nn.Module):
             ValueError: x doesn't fit.
         """
         shape = x.shape
-        if len(shape) != 2 or shape[1] != self.in_features or x.dtype not in ROWS or x.device != self.device:
+        if len(shape) != 2 or shape[1] != self.in_features or x.dtype not in KERNEL_FLOATS or x.device != self.device:
             # writes the error message; the test above takes a third of its time, and a decode step has many calls
-            Shapes("PackedLinear", x=f"rows {self.in_features}: float32 or bfloat16")(x, device=self.device)
+            Shapes("PackedLinear", x=f"rows {self.in_features}: float32, bfloat16 or float16")(x, device=self.device)
         return self._multiply(x) if shape[0] else x.new_empty(0, self.out_features)
 
     __call__ = forward  # skips nn.Module's search for hooks, which takes a third of a small product's time

@@ -92,7 +92,7 @@ def causal_conv(
                 past = past * (seq_idx[:, max(t - k, 0)] == seq_idx[:, t])[:, None]
             y = y + weight[:, K - 1 - k] * past
         ys.append(y)
-    return torch.stack(ys, dim=1)
+    return torch.stack(ys, dim=1).to(x.dtype)
 
 
 def state_update(inputs: StepInputs) -> Tensor:
@@ -163,9 +163,10 @@ def swiglu(gate_up: Tensor) -> Tensor:
 def sample_token(logits: Tensor, uniform: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
     """The token at which the running sum of probabilities passes uniform, and its log-probability."""
     greedy = temperature == 0
-    logprobs = (logits.float() / temperature.float().masked_fill(greedy, 1.0)[:, None]).log_softmax(dim=-1)
-    sums = logprobs.double().exp().cumsum(dim=-1)
-    possible = logprobs > -torch.inf
+    heat = temperature.float().masked_fill(greedy, 1.0)[:, None]
+    scaled = (logits.float() - logits.float().amax(dim=-1, keepdim=True)) / heat  # overflows to -inf at most
+    weights, logprobs = scaled.exp(), scaled.log_softmax(dim=-1)
+    sums, possible = weights.double().cumsum(dim=-1), weights > 0
     passed = (sums > uniform[:, None] * sums[:, -1:]) & possible
     # if rounding leaves no token past the target, draw the last one with any probability
     last = (possible * torch.arange(logits.shape[1], device=logits.device)).argmax(dim=-1)

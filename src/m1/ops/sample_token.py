@@ -5,7 +5,7 @@ from torch import Tensor
 
 from m1.ops import reference
 from m1.ops.backend import Backend, choose, decode_operator
-from m1.ops.shapes import Shapes
+from m1.ops.shapes import KERNEL_FLOATS, Shapes
 
 CHECK = Shapes(
     "sample_token", logits="b V", uniform="b", temperature="b", where={"V must be at least 1": lambda V: V > 0}
@@ -34,7 +34,7 @@ def sample_token(
         ValueError: a tensor that doesn't fit, or a backend that can't run this.
     """
     CHECK(logits, uniform, temperature)
-    known = {"float32 or bfloat16": logits.dtype in (torch.float32, torch.bfloat16)}
+    known = {"float32, bfloat16 or float16": logits.dtype in KERNEL_FLOATS}
     backend = choose("sample_token", backend, logits, known)
     if backend == "reference":
         return reference.sample_token(logits, uniform, temperature)

@@ -8,7 +8,7 @@ from torch import Tensor
 from m1.ops import reference
 from m1.ops.backend import Backend, choose, kernels, schema_of
 from m1.ops.inputs import ScanGradients, ScanInputs, ScanOutputs
-from m1.ops.shapes import Rule, Shapes, declared
+from m1.ops.shapes import KERNEL_FLOATS, Rule, Shapes, declared
 
 GROUPS: dict[str, Rule] = {
     "X must be a multiple of N that divides D": lambda X, N, D: N > 0 and X > 0 and X % N == D % X == 0
@@ -58,7 +58,7 @@ def selective_scan(
     backend = choose("selective_scan", backend, z, limits)
     if backend == "reference":
         return reference.selective_scan(inputs)
-    inputs = _converted(inputs, kernel_dtype(backend, z, x, B, C, dt))
+    inputs = _converted(inputs, kernel_dtype(z, x, B, C, dt))
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     y, state, _ = _forward(*inputs, backend, save)
     return y.to(z.dtype), state
@@ -80,11 +80,10 @@ def channels_last(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-def kernel_dtype(backend: Backend, *activations: Tensor) -> torch.dtype:
-    """The dtype in which a kernel reads the activations: their common one if the kernel supports it, else float32."""
+def kernel_dtype(*activations: Tensor) -> torch.dtype:
+    """The dtype in which a kernel reads the activations: their common one if kernels know it, else float32."""
     dtypes = {t.dtype for t in activations}
-    known = {torch.float32, torch.bfloat16} | ({torch.float16} if backend == "triton" else set())
-    return dtypes.pop() if len(dtypes) == 1 and dtypes <= known else torch.float32
+    return dtypes.pop() if len(dtypes) == 1 and dtypes <= {*KERNEL_FLOATS} else torch.float32
 
 
 # The schemas of the kernels as PyTorch operators.

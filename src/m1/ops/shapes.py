@@ -13,11 +13,12 @@ from torch import Tensor
 
 Rule = Callable[..., bool]  # a relation between the sizes that its parameters name
 
+KERNEL_FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what kernels read and write; they compute in float32
 DTYPES = {  # the most frequent first, as the check searches in order
-    "float": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
+    "float": (*KERNEL_FLOATS, torch.float64),
     "int": (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
     "float32": (torch.float32,),
-    "float32 or bfloat16": (torch.float32, torch.bfloat16),
+    "float32, bfloat16 or float16": KERNEL_FLOATS,
 }
 
 

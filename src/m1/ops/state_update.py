@@ -51,7 +51,7 @@ def state_update(
     if backend == "reference":
         inputs = StepInputs(z, x, B, C, dt, A, D, conv_weight, conv_bias, conv_state, ssm_state, slots)
         return reference.state_update(inputs)
-    dtype = kernel_dtype(backend, z, x, B, C, dt, conv_state)
+    dtype = kernel_dtype(z, x, B, C, dt, conv_state)
     activations = [channels_last(t.to(dtype)) for t in (z, x, B, C, dt)]
     parameters = [t.float().contiguous() for t in (A, D, conv_weight, conv_bias)]
     return _state_update(*activations, *parameters, conv_state, ssm_state, slots, backend).to(z.dtype)
@@ -91,7 +91,7 @@ def ssd_update(
     if backend == "reference":
         inputs = SSDStepInputs(xBC, dt, A, D, conv_weight, conv_bias, conv_state, ssm_state, slots)
         return reference.ssd_update(inputs)
-    rows = channels_last(xBC.to(kernel_dtype(backend, xBC, conv_state)))
+    rows = channels_last(xBC.to(kernel_dtype(xBC, conv_state)))
     parameters = [t.float().contiguous() for t in (dt, A, D, conv_weight, conv_bias)]
     return _ssd_update(rows, *parameters, conv_state, ssm_state, slots, backend).to(xBC.dtype)
 

@@ -6,6 +6,7 @@
 // They are merged in order, so the result depends only on the row itself.
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "vector.h"
@@ -23,7 +24,7 @@ struct Cache {  // element (slot, head, token, i) is at slot * slot_stride + hea
 };
 
 struct Attention {
-  int64_t rows, slot_count, capacity, heads, kv_heads, head_dim, bfloat16;
+  int64_t rows, slot_count, capacity, heads, kv_heads, head_dim, dtype;
   const int64_t *slots, *lengths;  // [rows]
   const float* q;                  // [rows, heads, head_dim], scaled by log2(e) and the softmax scale
   Cache k, v;
@@ -36,7 +37,8 @@ struct Part {
 
 // Widens 16 channels of a key or value to float32. AVX2 is fastest if it puts the even bfloat16 channels first and then
 // the odd ones, as these are already in the upper half of 32 bits. Queries are permuted to this order, outputs back.
-inline void widen(const float* p, vec (&v)[BLOCKS]) {
+template <class T>
+inline void widen(const T* p, vec (&v)[BLOCKS]) {
   for (int b = 0; b < BLOCKS; ++b) v[b] = load(p + b * W);
 }
 
@@ -53,7 +55,7 @@ inline void widen(const bf16* p, vec (&v)[BLOCKS]) {
 
 template <class T>
 int64_t place(int64_t channel) {  // the position of a channel in that order
-  const bool apart = sizeof(T) == sizeof(bf16) && BLOCKS == 2;
+  const bool apart = std::is_same_v<T, bf16> && BLOCKS == 2;
   return apart ? channel / N * N + channel % 2 * W + channel % N / 2 : channel;
 }
 
@@ -208,6 +210,6 @@ void decode(const Attention& p) {
 extern "C" int64_t m1_decode_attention(const Attention* p) {
   for (int64_t i = 0; i < p->rows; ++i)
     if (p->slots[i] >= p->slot_count || p->lengths[i] < 0 || p->lengths[i] > p->capacity) return i;
-  p->bfloat16 ? decode<bf16>(*p) : decode<float>(*p);
+  with_type(p->dtype, [&](auto t) { decode<decltype(t)>(*p); });
   return -1;
 }

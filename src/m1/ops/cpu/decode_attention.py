@@ -2,10 +2,10 @@
 
 import math
 
-import torch
 from torch import Tensor
 
 from m1.ops.build import call
+from m1.ops.cpu import ELEMENTS
 
 
 def decode_attention(
@@ -14,7 +14,7 @@ def decode_attention(
     """Fills out. Raises IndexError, before any change, if a slot or a length is out of range."""
     S, kv_heads, L, _ = k_cache.shape
     scaled = (q.float() * (scale * math.log2(math.e))).contiguous()
-    sizes = [q.shape[0], S, L, q.shape[1], kv_heads, q.shape[2], q.dtype == torch.bfloat16]
+    sizes = [q.shape[0], S, L, q.shape[1], kv_heads, q.shape[2], ELEMENTS[q.dtype]]
     caches = [*_cache(k_cache), *_cache(v_cache)]
     bad_row = call("m1_decode_attention", *sizes, slots, lengths, scaled, *caches, out)
     if bad_row >= 0:

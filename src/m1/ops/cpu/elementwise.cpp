@@ -13,7 +13,7 @@ constexpr int64_t PARALLEL = 1 << 14;  // elements above which a second thread p
 constexpr int SUMS = N / W;            // independent sums, so that additions don't wait for each other
 
 struct Norm {
-  int64_t rows, width, bfloat16;
+  int64_t rows, width, dtype;
   double eps;
   void* hidden;        // [rows, width], updated
   const void* update;  // as hidden, or null
@@ -22,7 +22,7 @@ struct Norm {
 };
 
 struct Gate {
-  int64_t rows, width, bfloat16;
+  int64_t rows, width, dtype;
   const void* gate_up;  // [rows, 2 width]
   void* out;            // [rows, width]
 };
@@ -68,11 +68,11 @@ void swiglu(const Gate& p) {
 }  // namespace
 
 extern "C" int64_t m1_add_rms_norm(const Norm* p) {
-  p->bfloat16 ? add_rms_norm<bf16>(*p) : add_rms_norm<float>(*p);
+  with_type(p->dtype, [&](auto t) { add_rms_norm<decltype(t)>(*p); });
   return 0;
 }
 
 extern "C" int64_t m1_swiglu(const Gate* p) {
-  p->bfloat16 ? swiglu<bf16>(*p) : swiglu<float>(*p);
+  with_type(p->dtype, [&](auto t) { swiglu<decltype(t)>(*p); });
   return 0;
 }

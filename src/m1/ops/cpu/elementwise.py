@@ -2,18 +2,18 @@
 
 import struct
 
-import torch
 from torch import Tensor
 
 from m1.ops.build import call
+from m1.ops.cpu import ELEMENTS
 
 
 def add_rms_norm(hidden: Tensor, update: Tensor | None, weight: Tensor, eps: float, out: Tensor) -> None:
     """Updates hidden and fills out."""
     bits = struct.unpack("q", struct.pack("d", eps))[0]  # the struct's fields are passed as int64
-    call("m1_add_rms_norm", *hidden.shape, hidden.dtype == torch.bfloat16, bits, hidden, update, weight, out)
+    call("m1_add_rms_norm", *hidden.shape, ELEMENTS[hidden.dtype], bits, hidden, update, weight, out)
 
 
 def swiglu(gate_up: Tensor, out: Tensor) -> None:
     """Fills out."""
-    call("m1_swiglu", *out.shape, out.dtype == torch.bfloat16, gate_up, out)
+    call("m1_swiglu", *out.shape, ELEMENTS[out.dtype], gate_up, out)

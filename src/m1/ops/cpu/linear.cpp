@@ -20,23 +20,24 @@ constexpr int DEPTH = 4096 / WIDTH;                  // inputs; 16 KB of float32
 constexpr int BLOCK = 96;                            // maximum number of rows
 constexpr int64_t SMALL = 1 << 16;                   // multiplications up to which one thread is faster
 
-enum Kind : int64_t { FLOAT32, BFLOAT16, INT8 };
+constexpr int64_t INT8 = 3;  // a kind of weight beside those of `with_type`
 
 struct Layer {
   int64_t inputs, outputs;
-  Kind kind;
+  int64_t kind;
   const void* weight;  // [panels, inputs, WIDTH]; bfloat16 in the order of `widen`
   const float* bias;   // [panels, WIDTH], divided by the scale
   const float* scale;  // [panels, WIDTH], for int8 weights
 };
 
 struct Rows {
-  int64_t count, stride, bfloat16;
+  int64_t count, stride, dtype;
   const void* x;       // [count, inputs], rows `stride` elements apart
   void* out;           // [count, outputs]
 };
 
-inline void widen(const float* p, vec (&v)[2]) {
+template <class T>
+inline void widen(const T* p, vec (&v)[2]) {
   for (int i = 0; i < 2; ++i) v[i] = load(p + i * W);
 }
 
@@ -134,33 +135,40 @@ void block(const Layer& p, const Rows& rows, const float* x, int64_t stride, int
         for (int c = 0; c < WIDTH; c += W) store(sum + c, load(sum + c) * load(p.scale + (panel + i) * WIDTH + c));
       const int64_t column = (panel + i) * WIDTH, at = (row + r) * p.outputs + column;
       const int64_t some = std::min<int64_t>(WIDTH, p.outputs - column);
-      rows.bfloat16 ? write(sum, (bf16*)rows.out + at, some) : write(sum, (float*)rows.out + at, some);
+      with_type(rows.dtype, [&](auto t) { write(sum, (decltype(t)*)rows.out + at, some); });
     }
 }
 
-void to_float(const bf16* from, float* to, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
-    const uint32_t bits = (uint32_t)from[i].bits << 16;
-    std::memcpy(to + i, &bits, sizeof bits);
-  }
+template <class T>
+void to_float(const T* from, float* to, int64_t count) {
+  int64_t i = 0;
+  for (; i + W <= count; i += W) store(to + i, load(from + i));
+  if (i == count) return;
+  T rest[W] = {};
+  std::memcpy(rest, from + i, (count - i) * sizeof(T));
+  const vec v = load(rest);
+  std::memcpy(to + i, &v, (count - i) * sizeof(float));
 }
 
 template <class T>
 void linear(const Layer& p, const Rows& rows) {
   // Reused by later calls: allocating memory would take longer than writing to it.
   static thread_local std::vector<float> kept;
-  if (rows.bfloat16) kept.resize(std::max<size_t>(kept.size(), rows.count * p.inputs));
+  const bool convert = rows.dtype != 0;
+  if (convert) kept.resize(std::max<size_t>(kept.size(), rows.count * p.inputs));
   float* converted = kept.data();
-  const float* x = rows.bfloat16 ? converted : (const float*)rows.x;
-  const int64_t stride = rows.bfloat16 ? p.inputs : rows.stride;
+  const float* x = convert ? converted : (const float*)rows.x;
+  const int64_t stride = convert ? p.inputs : rows.stride;
   const int64_t blocks = (rows.count + BLOCK - 1) / BLOCK, panels = (p.outputs + WIDTH - 1) / WIDTH;
   const int64_t together = panels_for(rows.count), groups = (panels + together - 1) / together;
 #pragma omp parallel if (rows.count * p.inputs * p.outputs > SMALL)
   {
-    if (rows.bfloat16) {
+    if (convert) {
 #pragma omp for schedule(static)
       for (int64_t r = 0; r < rows.count; ++r)
-        to_float((const bf16*)rows.x + r * rows.stride, converted + r * stride, p.inputs);
+        with_type(rows.dtype, [&](auto t) {
+          to_float((const decltype(t)*)rows.x + r * rows.stride, converted + r * stride, p.inputs);
+        });
     }
 #pragma omp for collapse(2) schedule(static) nowait
     for (int64_t group = 0; group < groups; ++group)
@@ -184,9 +192,6 @@ void linear(const Layer& p, const Rows& rows) {
 extern "C" int64_t m1_linear_width() { return WIDTH; }
 
 extern "C" void m1_linear(const Layer* p, const Rows* rows) {
-  switch (p->kind) {
-    case FLOAT32: return linear<float>(*p, *rows);
-    case BFLOAT16: return linear<bf16>(*p, *rows);
-    case INT8: return linear<int8_t>(*p, *rows);
-  }
+  if (p->kind == INT8) return linear<int8_t>(*p, *rows);
+  with_type(p->kind, [&](auto t) { linear<decltype(t)>(*p, *rows); });
 }

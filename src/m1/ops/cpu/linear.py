@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from m1.ops.build import load_cpu_kernels
+from m1.ops.cpu import ELEMENTS
 
 Layer, Rows = ctypes.c_int64 * 6, ctypes.c_int64 * 5  # the C++ structs of these names
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+KINDS = ELEMENTS | {torch.int8: 3}
 
 
 @functools.cache
@@ -24,10 +25,10 @@ def multiplies_bfloat16() -> bool:
 class Panels:
     """A linear layer whose weights are packed for the kernel in linear.cpp.
 
-    Call it with rows [rows, in], float32 or bfloat16; it returns [rows, out] in the same dtype.
+    Call it with rows [rows, in] of a dtype in `ELEMENTS`; it returns [rows, out] in the same dtype.
 
     Args:
-        weight: [out, in] float32, bfloat16 or int8.
+        weight: [out, in] of a dtype in `ELEMENTS`, or int8.
         bias: [out], or None.
         scale: [out] float32, for int8 weights, which stand for weight * scale[:, None].
     """
@@ -56,15 +57,15 @@ class Panels:
             x = x.contiguous()
             stride = x.stride(0)
         out = x.new_empty(count, self._outputs)
-        self._kernel(self._layer, Rows(count, stride, x.dtype is torch.bfloat16, x.data_ptr(), out.data_ptr()))
+        self._kernel(self._layer, Rows(count, stride, ELEMENTS[x.dtype], x.data_ptr(), out.data_ptr()))
         return out
 
 
 class OneDNN:
     """A linear layer whose bfloat16 weights are packed for oneDNN's bfloat16 product.
 
-    Call it with rows [rows, in], float32 or bfloat16; it returns [rows, out] in the same dtype. float32 rows use
-    `Panels`, packed on the first such call.
+    Call it with rows [rows, in] of a dtype in `ELEMENTS`; it returns [rows, out] in the same dtype. Rows of another
+    dtype than bfloat16 use `Panels`, packed on the first such call.
 
     Args:
         weight: [out, in] bfloat16.

@@ -15,7 +15,7 @@ constexpr int64_t BLOCK = 128;  // tokens per partial sum, so that no running su
 constexpr float NONE = -std::numeric_limits<float>::infinity();
 
 struct Sample {
-  int64_t rows, tokens, bfloat16;
+  int64_t rows, tokens, dtype;
   const void* logits;        // [rows, tokens]
   const double* uniform;     // [rows]
   const float* temperature;  // [rows]; 0 takes the most likely token
@@ -116,6 +116,6 @@ void sample(const Sample& p) {
 }  // namespace
 
 extern "C" int64_t m1_sample_token(const Sample* p) {
-  p->bfloat16 ? sample<bf16>(*p) : sample<float>(*p);
+  with_type(p->dtype, [&](auto t) { sample<decltype(t)>(*p); });
   return 0;
 }

@@ -29,7 +29,7 @@ struct Activation {  // [b, T, ...]: channels contiguous, tokens `stride` elemen
 };
 
 struct Inputs {
-  int64_t batch, length, groups, kv_groups, bfloat16;
+  int64_t batch, length, groups, kv_groups, dtype;
   Activation z, x, B, C, dt;       // D channels, or 16 kv_groups for x and B
   const float *A, *D;              // [D, 16], [D]
   const float *taps, *bias;        // [TAPS, D] oldest first, [D]
@@ -334,9 +334,9 @@ void backward(const Backward& p) {
 }  // namespace
 
 extern "C" void m1_selective_scan_forward(const Forward* p) {
-  p->in.bfloat16 ? forward<bf16>(*p) : forward<float>(*p);
+  with_type(p->in.dtype, [&](auto t) { forward<decltype(t)>(*p); });
 }
 
 extern "C" void m1_selective_scan_backward(const Backward* p) {
-  p->in.bfloat16 ? backward<bf16>(*p) : backward<float>(*p);
+  with_type(p->in.dtype, [&](auto t) { backward<decltype(t)>(*p); });
 }

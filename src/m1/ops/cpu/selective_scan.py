@@ -1,10 +1,10 @@
 """Calls selective_scan.cpp. The inputs are converted already, as described in ops/inputs.py."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from m1.ops.build import call
+from m1.ops.cpu import ELEMENTS
 from m1.ops.inputs import ScanGradients, ScanInputs, ScanOutputs
 
 TAPS = 4  # the kernel's number of taps; a shorter convolution is padded with leading taps of 0
@@ -39,7 +39,7 @@ def _fields(inputs: ScanInputs) -> list[Tensor | int | None]:
     if conv_state is not None:
         conv_state = F.pad(conv_state, (missing, 0))
     n = A.shape[1]
-    fields: list[Tensor | int | None] = [*z.shape[:2], z.shape[2] // n, x.shape[2] // n, z.dtype == torch.bfloat16]
+    fields: list[Tensor | int | None] = [*z.shape[:2], z.shape[2] // n, x.shape[2] // n, ELEMENTS[z.dtype]]
     for t in map(rows, (z, x, B, C, dt)):
         fields += [t, t.stride(1)]
     return [*fields, A, D, taps, conv_bias, seq_idx, conv_state]

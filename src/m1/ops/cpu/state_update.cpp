@@ -17,7 +17,7 @@ constexpr int TAPS = 4;
 constexpr int HELD = TAPS - 1;  // convolution inputs in the conv_state of a channel
 
 struct Step {
-  int64_t rows, slot_count, bfloat16;
+  int64_t rows, slot_count, dtype;
   const int64_t* slots;         // [rows]; a negative slot means none
   const float *taps, *bias;     // [TAPS, channels of the convolution] oldest first, [channels]
   void* conv_state;             // [slots, channels, HELD] oldest first
@@ -174,12 +174,12 @@ int64_t bad_row(const Step& p) {
 // Both return -1, or the first row whose slot is out of range, in which case nothing was written.
 extern "C" int64_t m1_state_update(const MambaStep* p) {
   const int64_t bad = bad_row(p->step);
-  if (bad < 0) p->step.bfloat16 ? mamba_step<bf16>(*p) : mamba_step<float>(*p);
+  if (bad < 0) with_type(p->step.dtype, [&](auto t) { mamba_step<decltype(t)>(*p); });
   return bad;
 }
 
 extern "C" int64_t m1_ssd_update(const SsdStep* p) {
   const int64_t bad = bad_row(p->step);
-  if (bad < 0) p->step.bfloat16 ? ssd_step<bf16>(*p) : ssd_step<float>(*p);
+  if (bad < 0) with_type(p->step.dtype, [&](auto t) { ssd_step<decltype(t)>(*p); });
   return bad;
 }

@@ -1,9 +1,9 @@
 """Calls state_update.cpp. The inputs are converted already, as described in ops/inputs.py."""
 
-import torch
 from torch import Tensor
 
 from m1.ops.build import call
+from m1.ops.cpu import ELEMENTS
 from m1.ops.inputs import SSDStepInputs, StepInputs
 
 
@@ -26,7 +26,7 @@ def _step(kernel: str, inputs: StepInputs | SSDStepInputs, y: Tensor, *own: Tens
     """Calls a kernel with the fields of the C++ struct Step, the kernel's own fields, and y."""
     rows, slots, ssm_state = inputs[0], inputs.slots, inputs.ssm_state
     conv_state = inputs.conv_state.to(rows.dtype)  # a copy if the dtype isn't the rows'
-    sizes = [len(rows), len(ssm_state), rows.dtype == torch.bfloat16]
+    sizes = [len(rows), len(ssm_state), ELEMENTS[rows.dtype]]
     taps = inputs.conv_weight.T.contiguous()
     bad_row = call(kernel, *sizes, slots, taps, inputs.conv_bias, conv_state, ssm_state, *own, y)
     if bad_row >= 0:

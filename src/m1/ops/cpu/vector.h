@@ -1,5 +1,5 @@
 // Float vectors of the processor's width, with GCC/Clang vector extensions: the same source compiles to AVX-512, AVX2,
-// NEON or plain C. On them, what the kernels share: 16-channel blocks, bfloat16, exponentials, activations, lane sums.
+// NEON or plain C. On them, what the kernels share: 16-channel blocks, half precision, exponentials, activations, sums.
 
 #pragma once
 
@@ -34,6 +34,10 @@ struct bf16 {
   uint16_t bits;
 };
 
+struct f16 {
+  uint16_t bits;
+};
+
 inline vec load(const float* p) { vec v; std::memcpy(&v, p, sizeof v); return v; }
 inline void store(float* p, vec v) { std::memcpy(p, &v, sizeof v); }
 
@@ -50,6 +54,50 @@ inline void store(bf16* p, vec v) {
   rounded = v == v ? rounded : uvec{} + 0x7fc0u;
   const halves h = __builtin_convertvector(rounded, halves);
   std::memcpy(p, &h, sizeof h);
+}
+
+// float16 has no vector type, so processors without the instruction shift its bits into a float's. A power of 2 then
+// corrects the exponent, for subnormal numbers too; infinity and NaN get the float's own.
+inline vec load(const f16* p) {
+  halves h;
+  std::memcpy(&h, p, sizeof h);
+#if defined(__AVX512F__)
+  return (vec)_mm512_cvtph_ps((__m256i)h);
+#elif defined(__F16C__)
+  return (vec)_mm256_cvtph_ps((__m128i)h);
+#else
+  const uvec bits = __builtin_convertvector(h, uvec);
+  const uvec size = (uvec)((vec)((bits & 0x7fffu) << 13) * 0x1p112f);
+  return (vec)(size | ((bits & 0x7c00u) == 0x7c00u ? uvec{} + 0x7f800000u : uvec{}) | (bits & 0x8000u) << 16);
+#endif
+}
+
+// Rounds to nearest, ties to even; beyond 65519 to infinity. NaN stays NaN.
+inline void store(f16* p, vec v) {
+#if defined(__AVX512F__)
+  const halves h = (halves)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__F16C__)
+  const halves h = (halves)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+#else
+  const uvec bits = (uvec)v, size = bits & 0x7fffffffu;
+  const uvec normal = (size - 0x38000000u + 0xfffu + ((size >> 13) & 1u)) >> 13;
+  const uvec subnormal = (uvec)((vec)size + 0.5f) - 0x3f000000u;  // the addition rounds to multiples of 2^-24
+  uvec rounded = size < 0x38800000u ? subnormal : normal;
+  rounded = size >= 0x47800000u ? uvec{} + 0x7c00u : rounded;
+  rounded = v == v ? rounded : uvec{} + 0x7e00u;
+  const halves h = __builtin_convertvector(rounded | (bits >> 16 & 0x8000u), halves);
+#endif
+  std::memcpy(p, &h, sizeof h);
+}
+
+// Calls f with a value of the element type that `dtype` names (ops/cpu/__init__.py).
+template <class F>
+inline void with_type(int64_t dtype, F f) {
+  switch (dtype) {
+    case 0: return f(float{});
+    case 1: return f(bf16{});
+    case 2: return f(f16{});
+  }
 }
 
 // The maximum; b where either is NaN. GCC doesn't find this instruction by itself for vectors.

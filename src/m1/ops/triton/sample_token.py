@@ -2,7 +2,7 @@
 
 In `_sum_blocks`, one program handles BLOCK logits of a row. It finds the highest logit and the sum of
 e^((logit - highest) / temperature). `_draw` finds the block, and in it the token, at which the running sum passes the
-target.
+target. Logits are subtracted before the division, in which a low temperature could make them infinite.
 """
 
 # ruff: noqa: ANN001, ANN202 (inside kernels everything is a tensor, a pointer or a constexpr)
@@ -30,20 +30,25 @@ def sample_token(logits: Tensor, uniform: Tensor, temperature: Tensor, tokens: T
 
 
 @triton.jit
-def _exponents(logits, temperature, row, block, V, BLOCK: tl.constexpr):
-    """The block's logits / temperature as exponents of 2, padded with -inf after the last."""
-    heat = tl.load(temperature + row)
+def _load(logits, row, block, V, BLOCK: tl.constexpr):
+    """The block's logits, padded with -inf after the last."""
     at = block * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(logits + row * V + at, mask=at < V, other=float("-inf")).to(tl.float32)
-    return x * (LOG2_E / tl.where(heat > 0, heat, 1.0))
+    return tl.load(logits + row * V + at, mask=at < V, other=float("-inf")).to(tl.float32)
+
+
+@triton.jit
+def _exponents(x, top, temperature, row):
+    """(x - top) / temperature as exponents of 2; -inf where x is, even if top is, too."""
+    heat = tl.load(temperature + row)
+    return tl.where(x == float("-inf"), x, (x - top) * (LOG2_E / tl.where(heat > 0, heat, 1.0)))
 
 
 @triton.jit
 def _sum_blocks(logits, temperature, highest, sums, V, BLOCK: tl.constexpr):
     block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    x = _exponents(logits, temperature, row, block, V, BLOCK)
+    x = _load(logits, row, block, V, BLOCK)
     top = tl.max(x, axis=0)
-    weights = tl.where(x == float("-inf"), 0.0, tl.exp2(x - top))  # a block may be all -inf
+    weights = tl.exp2(_exponents(x, top, temperature, row))
     tl.store(highest + row * tl.num_programs(0) + block, top)
     tl.store(sums + row * tl.num_programs(0) + block, tl.sum(weights, axis=0))
 
@@ -57,7 +62,7 @@ def _draw(
     block, offset = tl.arange(0, WIDTH), tl.arange(0, BLOCK)
     tops = tl.load(highest + row * blocks + block, mask=block < blocks, other=float("-inf"))
     top = tl.max(tops, axis=0)
-    weights = tl.where(tops == float("-inf"), 0.0, tl.exp2(tops - top))
+    weights = tl.exp2(_exponents(tops, top, temperature, row))
     weights *= tl.load(sums + row * blocks + block, mask=block < blocks, other=0.0)
     running = tl.cumsum(weights, axis=0)
     total = tl.sum(weights, axis=0)
@@ -69,11 +74,12 @@ def _draw(
     chosen = tl.minimum(first, last)
     before = tl.sum(tl.where(block < chosen, weights, 0.0), axis=0)
 
-    x = _exponents(logits, temperature, row, chosen, V, BLOCK)
-    inside = tl.where(x == float("-inf"), 0.0, tl.exp2(x - top))
+    x = _load(logits, row, chosen, V, BLOCK)
+    exponents = _exponents(x, top, temperature, row)
+    inside = tl.exp2(exponents)
     passes = (inside > 0) & (tl.where(greedy, x == top, before + tl.cumsum(inside, axis=0) > target))
     first, last = tl.min(tl.where(passes, offset, BLOCK), axis=0), tl.max(tl.where(inside > 0, offset, 0), axis=0)
     at = tl.minimum(first, last)
-    own = tl.sum(tl.where(offset == at, x, 0.0), axis=0)
+    own = tl.sum(tl.where(offset == at, exponents, 0.0), axis=0)
     tl.store(tokens + row, chosen * BLOCK + at)
-    tl.store(logprobs + row, (own - top - tl.log2(total)) / LOG2_E)
+    tl.store(logprobs + row, (own - tl.log2(total)) / LOG2_E)

@@ -1,0 +1,215 @@
+"""Mutations that the tests must notice: `make mutants` applies each to a copy of the tree and prints the survivors.
+
+    python tests/mutants.py           all
+    python tests/mutants.py top_p     those whose file, change or reason contains this word
+
+Each entry is a fault that tests have let through once, or one of its kind. Add yours when you mend a fault. The list is
+written by hand: mutmut and cosmic-ray make every possible mutation, which would take days here, keep no list of chosen
+ones, and know no C++.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+
+
+class Mutant(NamedTuple):
+    """A one-line mutation of a file in src/m1, and the test files that must fail with it.
+
+    Attributes:
+        file: path below src/m1.
+        original: text that occurs once in the file.
+        mutated: its replacement.
+        tests: space-separated paths below tests.
+        why: what would go wrong.
+    """
+
+    file: str
+    original: str
+    mutated: str
+    tests: str
+    why: str
+
+
+SAMPLING, SCHEDULER = "engine/test_sampling.py", "engine/test_scheduler.py"
+MUTANTS = [
+    # the prefix cache and admission
+    Mutant("engine/scheduler.py", "self.cached.move_to_end(key)", "pass", SCHEDULER, "FIFO instead of LRU"),
+    Mutant(
+        "engine/scheduler.py", "full = len(self.cached) == self.prefix_cache",
+        "full = len(self.cached) >= self.prefix_cache - 1 > 0", SCHEDULER, "one prefix entry too few",
+    ),
+    Mutant("engine/scheduler.py", "if budget <= 0:", "if budget < 0:", SCHEDULER, "one prefill chunk too many a step"),
+    Mutant(
+        "engine/scheduler.py", "return len(request.tokens) > self.long_prompt, tuple", "return False, tuple",
+        "engine/test_rotary.py", "a long prompt restores a short one's keys",
+    ),
+    Mutant(
+        "engine/scheduler.py", "own.union(request.params.stop_token_ids)",
+        "own.union(() if request.params.ignore_eos else request.params.stop_token_ids)", SCHEDULER,
+        "ignore_eos drops stop_token_ids",
+    ),
+    Mutant(
+        "engine/engine.py", "return 0 if self.scheduler.waiting else len(self.scheduler.free)",
+        "return len(self.scheduler.free)", "engine/test_engine.py", "a new wave while requests wait",
+    ),
+    Mutant(
+        "engine/engine.py", "next(token for token in tokens if not 0 <= token < self.vocab_size)", 
+        "max(tokens, key=abs)", "engine/test_engine.py", "a valid token is blamed",
+    ),
+    # seeds
+    Mutant(
+        "engine/sequence.py", "seed=fold_in(params.seed, i)", "seed=params.seed", "engine/test_engine.py",
+        "prompts of one call share a seed",
+    ),
+    Mutant(
+        "engine/scheduler.py", "fold_in(params.seed, sequence.index)", "params.seed", SCHEDULER,
+        "samples of one prompt share a seed",
+    ),
+    # top-k, top-p, min-p
+    Mutant(
+        "engine/sampling.py", "mass[:, :-1] < self.top_p * whole", "mass[:, :-1] <= self.top_p * whole", SAMPLING,
+        "top_p keeps one token too many at its boundary",
+    ),
+    Mutant(
+        "engine/sampling.py", "whole = torch.where(self.top_k > 0, mass", "torch.where(self.top_k > 0, mass",
+        SAMPLING, "top_p of what top_k has excluded",
+    ),
+    Mutant(
+        "engine/sampling.py", ".exp() >= self.min_p", ".exp() > self.min_p", SAMPLING,
+        "min_p drops a token on its boundary",
+    ),
+    Mutant(
+        "engine/sampling.py", "device=logits.device) < self.top_k.masked", "device=logits.device) <= self.top_k.masked",
+        SAMPLING, "top_k keeps one token too many",
+    ),
+    Mutant(
+        "engine/sampling.py", "(values[:, -1:] >= last)", "(values[:, -1:] > last)", SAMPLING,
+        "of equal tokens, those that topk happens to return",
+    ),
+    Mutant(
+        "engine/sampling.py", "order = values.gather(1, order).sort(dim=-1, descending=True, stable=True).indices",
+        "order = order.argsort()", SAMPLING, "equal tokens in topk's order",
+    ),
+    Mutant(
+        "engine/sampling.py", "((likeliest - likeliest[:, :1]) / self.heat).exp()",
+        "(likeliest - likeliest[:, :1]).exp()", SAMPLING, "top_p before the temperature",
+    ),
+    Mutant(
+        "engine/sampling.py", "FLOAT32.tiny <= self.temperature", "0 < self.temperature", SAMPLING,
+        "a temperature that is 0 in float32",
+    ),
+    # drawing a token
+    Mutant(
+        "ops/cpu/sample_token.cpp", "if (passed + sums[b] > target) break;", "if (passed + sums[b] >= target) break;",
+        "ops/test_sample_token.py", "a draw on a block's boundary",
+    ),
+    Mutant(
+        "ops/cpu/sample_token.cpp", "if (passed > target) break;", "if (passed >= target) break;",
+        "ops/test_sample_token.py", "a draw on a token's boundary",
+    ),
+    Mutant(
+        "ops/reference.py", "(sums > uniform[:, None] * sums[:, -1:])", "(sums >= uniform[:, None] * sums[:, -1:])",
+        "ops/test_sample_token.py", "a draw on a token's boundary",
+    ),
+    Mutant(
+        "ops/reference.py", "(logits.float() - logits.float().amax(dim=-1, keepdim=True)) / heat",
+        "logits.float() / heat", "ops/test_sample_token.py", "a low temperature overflows",
+    ),
+    # text
+    Mutant(
+        "engine/llm.py", "known - len(stop) + 1)", "known - len(stop) + 2)", "engine/test_llm.py",
+        "a stop string is searched one character late",
+    ),
+    Mutant(
+        "engine/llm.py", "min((position for position in found", "max((position for position in found",
+        "engine/test_llm.py", "the latest stop string instead of the earliest",
+    ),
+    # dtypes
+    Mutant(
+        "model/mamba2.py", "F.silu(z)).to(z.dtype), ssm_state", "F.silu(z)), ssm_state", "engine/test_dtypes.py",
+        "Mamba-2 returns float32 for bfloat16",
+    ),
+    Mutant(
+        "ops/cpu/vector.h", "case 2: return f(f16{});", "case 2: return f(bf16{});", "ops/test_elementwise.py",
+        "float16 read as bfloat16",
+    ),
+    Mutant(
+        "ops/selective_scan.py", "dtypes.pop() if len(dtypes) == 1 and dtypes <= {*KERNEL_FLOATS}",
+        "dtypes.pop() if True", "ops/test_arguments.py ops/test_state_update.py",
+        "a kernel takes one dtype for another",
+    ),
+    # rotary frequencies
+    Mutant(
+        "engine/rotary.py", "lengths[:, None] > self.switch", "lengths[:, None] >= self.switch",
+        "engine/test_rotary.py", "longrope switches one token early",
+    ),
+    Mutant(
+        "engine/rotary.py", "lengths[:, None] > self.switch", "lengths.amax() > self.switch", "engine/test_rotary.py",
+        "the longest row chooses every row's frequencies",
+    ),
+    Mutant(
+        "engine/runner.py", "positions.new_full((1,), total)", "positions[-1:] + 1", "engine/test_rotary.py",
+        "a chunk has the frequencies of its own end",
+    ),
+    Mutant(
+        "engine/rotary.py", "rotary.original_inv_freq.float()", "rotary.inv_freq.float()", "engine/test_rotary.py",
+        "frequencies of what the model has seen before",
+    ),
+    Mutant(
+        "engine/runner.py", "if type(linear) is not nn.Linear:", "if not isinstance(linear, nn.Linear):",
+        "engine/test_dtypes.py", "adapters are left out in silence",
+    ),
+]  # fmt: skip
+
+
+def notices(tree: Path, tests: list[str]) -> bool:
+    """Whether a test fails in the tree."""
+    environment = os.environ | {"PYTHONPATH": str(tree / "src"), "M1_CACHE": str(tree / "cache")}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    done = subprocess.run(command, cwd=tree / "tests", env=environment, capture_output=True, text=True)
+    if done.returncode not in (0, 1):
+        raise SystemExit(f"pytest {' '.join(tests)} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
+    return done.returncode == 1
+
+
+def survivors(mutants: list[Mutant], root: Path = ROOT) -> list[Mutant]:
+    """The mutants that no test notices. Nothing in `root` is changed.
+
+    Raises:
+        SystemExit: a text is not in its file exactly once, or a test fails without any mutation.
+    """
+    survived = []
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder)
+        for name in ("src", "tests"):
+            shutil.copytree(root / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(root / "pyproject.toml", tree)
+        if notices(tree, sorted({test for mutant in mutants for test in mutant.tests.split()})):
+            raise SystemExit("the tests fail without any mutation")
+        for mutant in mutants:
+            path = tree / "src" / "m1" / mutant.file
+            text = path.read_text()
+            if text.count(mutant.original) != 1:
+                raise SystemExit(f"{mutant.file} has {mutant.original!r} {text.count(mutant.original)} times, not once")
+            path.write_text(text.replace(mutant.original, mutant.mutated))
+            noticed = notices(tree, mutant.tests.split())
+            path.write_text(text)
+            print("killed  " if noticed else "SURVIVED", f"{mutant.file}: {mutant.why}", flush=True)
+            if not noticed:
+                survived.append(mutant)
+    return survived
+
+
+if __name__ == "__main__":
+    words = sys.argv[1:]
+    chosen = [m for m in MUTANTS if all(word in " ".join(m) for word in words)]
+    left = survivors(chosen)
+    print(f"{len(chosen) - len(left)} of {len(chosen)} mutants killed")
+    sys.exit(bool(left) or not chosen)
