@@ -6,6 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
+from m1.model.convert import convert
+
 pytestmark = pytest.mark.parametrize("variant_dir", ["llama-mamba", "qwen2-mamba2"], indirect=True)
 GREEDY = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
 
@@ -29,6 +31,17 @@ def test_assistants_are_refused(hybrid, teacher, tokens):
     assert hybrid.config.num_hidden_layers == len(hybrid.model.layers)
     with pytest.raises(ValueError, match="records its past to be rolled back, which Mamba layers can't"):
         teacher.generate(tokens[:1], assistant_model=hybrid, **GREEDY)
+
+
+@pytest.mark.parametrize(
+    "options", [{"prompt_lookup_num_tokens": 3}, {"assistant_early_exit": 2}, {"assistant_model": "teacher"}]
+)
+def test_without_mamba_layers_they_are_right(hybrid, teacher, teacher_dir, tmp_path, tokens, options):
+    """A model whose layers are all attention rolls back, as its teacher does."""
+    whole = convert(teacher_dir, tmp_path / "whole", [0, 1, 2, 3])
+    options = {name: teacher if value == "teacher" else value for name, value in options.items()}
+    expected = teacher.generate(tokens[:1], **GREEDY)
+    assert torch.equal(whole.generate(tokens[:1], **GREEDY, **options), expected)
 
 
 @pytest.mark.parametrize("kind", [DynamicCache, lambda config: StaticCache(config=config, max_cache_len=99)])

@@ -99,7 +99,9 @@ def test_mixer_compiles_without_graph_breaks(hybrid, packed):
         torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("positions", [None, "plain", "packed"])
+@pytest.mark.parametrize(
+    "positions", [pytest.param(None, marks=pytest.mark.long), pytest.param("plain", marks=pytest.mark.long), "packed"]
+)
 def test_whole_model_compiles_without_graph_breaks(hybrid, tokens, positions):
     arguments = {"labels": tokens, "use_cache": False}
     if positions:

@@ -18,7 +18,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from m1.model.configuration import ATTENTION, M1Config
+from m1.model.configuration import ATTENTION, MAMBA, M1Config
 from m1.model.mamba import MambaMixer
 from m1.model.mamba2 import Mamba2Mixer
 from m1.model.mixer import Mixer
@@ -104,8 +104,12 @@ class M1PreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _is_stateful = True  # a recurrent state can't be rolled back: transformers then refuses assisted generation
     _can_record_outputs = {"hidden_states": M1DecoderLayer, "attentions": M1Attention}  # noqa: RUF012
+
+    @property
+    def _is_stateful(self) -> bool:
+        """Whether transformers must refuse assisted generation: a recurrent state can't be rolled back."""
+        return MAMBA in self.config.layer_types
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -170,7 +174,7 @@ class M1Model(M1PreTrainedModel):
         packing = prepare(self.config, inputs_embeds, attention_mask, position_ids, cache, seq_idx, bool(use_cache))
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids=packing.position_ids)
         hidden_states = inputs_embeds
-        for layer in self.layers:
+        for layer in self.layers[: self.config.num_hidden_layers]:  # fewer while `generate` exits early
             hidden_states = layer(hidden_states, position_embeddings=position_embeddings, **packing._asdict(), **kwargs)
         hidden_states = self.norm(hidden_states)
         return BaseModelOutputWithPast(hidden_states, packing.cache)
