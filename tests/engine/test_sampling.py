@@ -127,6 +127,16 @@ def test_truncation_is_that_of_a_full_sort(size, params, seed, tied):
     assert actual == expected and len(whole) == size
 
 
+@pytest.mark.parametrize("top_p", [0.5, 0.9, 0.95, 0.999])
+def test_top_p_is_exact_in_a_large_vocabulary(top_p):
+    """A float32 sum of 50,000 numbers can be 1e-5 off, which is more than many tokens' probability."""
+    logits = 2 * random_logits(20, 50_000, 0)
+    probs = logits.double().softmax(-1).sort(dim=-1, descending=True).values
+    expected = (probs.cumsum(-1) - probs < top_p).sum(-1)
+    actual = truncated(logits, *[SamplingParams(top_p=top_p)] * 20).isfinite().sum(-1)
+    assert (actual - expected).abs().max() <= 1 and (actual != expected).sum() <= 1  # 6e-8 may decide
+
+
 def by_transformers(logits, p):
     for on, warper in (
         (p.top_k > 0, lambda: TopKLogitsWarper(p.top_k)),

@@ -73,6 +73,15 @@ def test_conv_states_of_any_dtype(op, make, dtype, held):
     assert_rms_close(actual, expected, 0.005, ["y", "conv", "ssm"])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("op", "make"), [(state_update, mamba), (ssd_update, mamba2)])
+def test_float64_activations_are_computed_in_float32(backend, op, make):
+    case = make(3, 4, torch.float64)
+    actual, expected = step(op, backend, *case), step(op, "reference", *case)
+    assert actual[0].dtype == actual[1].dtype == torch.float64
+    assert_rms_close(actual, expected, 1e-5, ["y", "conv", "ssm"])
+
+
 @pytest.mark.usefixtures("poisoned_memory")
 @settings(max_examples=25, deadline=None)
 @given(b=st.integers(0, 5), kv_groups=st.integers(1, 4), rep=st.integers(1, 4), seed=st.integers(0, 99))

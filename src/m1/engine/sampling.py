@@ -130,42 +130,49 @@ class SamplingBatch:
         logits = logits.float()
         kept = torch.ones_like(logits, dtype=torch.bool)
         if self.max_k or self.any_top_p:
-            ids, inside = self._ranking(logits)
-            kept = torch.zeros_like(kept).scatter(1, ids, inside) | ~self.ranked
+            last, count = self._last(logits)
+            equal = logits == last
+            kept = (logits > last) | (equal & (equal.cumsum(dim=-1, dtype=torch.int32) <= count)) | ~self.ranked
         if self.any_min_p:
-            likeliest = logits.amax(dim=-1, keepdim=True)
-            kept &= ((logits - likeliest) / self.heat).exp() >= self.min_p
+            kept &= self._weights(logits, logits.amax(dim=-1, keepdim=True)) >= self.min_p
         return logits.masked_fill(~kept, -torch.inf)
 
-    def _ranking(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """The likeliest tokens [b, c] of each row in order, and which of them top-k and top-p keep (bool).
+    def _last(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The last logit [b, 1] that top-k and top-p keep in each row, and how many tokens with this logit they keep.
 
         It looks at the 64 likeliest first, then at four times as many until they suffice. A full sort is rare.
         """
         size, count = logits.shape[-1], max(64, self.max_k + 1)
-        while True:
-            values, ids = logits.topk(min(count, size))
-            inside = self._inside(logits, values)
-            last = values.gather(1, inside.sum(dim=-1, keepdim=True) - 1)
-            if count >= size or not (self.ranked & (values[:, -1:] >= last)).any():
-                break  # no token beyond these is as likely as the last one inside
-            count *= 4
-        ids, order = ids.sort(dim=-1)  # topk orders equal values as it likes
-        order = values.gather(1, order).sort(dim=-1, descending=True, stable=True).indices
-        return ids.gather(1, order), inside
-
-    def _inside(self, logits: Tensor, likeliest: Tensor) -> Tensor:
-        """Which of a row's likeliest logits [b, c], in order, top-k and top-p keep (bool)."""
-        inside = torch.arange(likeliest.shape[-1], device=logits.device) < self.top_k.masked_fill(self.top_k == 0, MAX)
+        whole = None
         if self.any_top_p:
-            # probabilities as multiples of the likeliest token's
-            weights = ((likeliest - likeliest[:, :1]) / self.heat).exp()
-            mass = F.pad(weights.cumsum(dim=-1), (1, 0))
-            whole = 1 / ((logits - likeliest[:, :1]) / self.heat).softmax(dim=-1).amax(dim=-1, keepdim=True)
-            whole = torch.where(self.top_k > 0, mass.gather(1, self.top_k.clamp(max=likeliest.shape[-1])), whole)
+            likeliest = logits.amax(dim=-1, keepdim=True)
+            # sum() would split a single row among threads, and softmax() is 1e-5 off for 50,000 tokens
+            whole = self._weights(logits, likeliest).cumsum(dim=-1)[:, -1:]
+        while True:
+            values = logits.topk(min(count, size)).values
+            inside = self._inside(values, whole)
+            if count >= size or not (inside[:, -1:] & self.ranked).any():
+                last = values.gather(1, inside.sum(dim=-1, keepdim=True) - 1)
+                return last, (inside & (values == last)).sum(dim=-1, keepdim=True)
+            count *= 4
+
+    def _inside(self, likeliest: Tensor, whole: Tensor | None) -> Tensor:
+        """Which of the likeliest logits [b, c], in order, top-k and top-p keep (bool).
+
+        `whole` [b, 1] is the sum of all `_weights`, needed if any top_p is below 1.
+        """
+        c = likeliest.shape[-1]
+        inside = torch.arange(c, device=likeliest.device) < self.top_k.masked_fill(self.top_k == 0, MAX)
+        if whole is not None:
+            mass = F.pad(self._weights(likeliest, likeliest).cumsum(dim=-1), (1, 0))
+            whole = torch.where(self.top_k > 0, mass.gather(1, self.top_k.clamp(max=c)), whole)
             inside &= (mass[:, :-1] < self.top_p * whole) | (self.top_p >= 1)
         inside[:, 0] = True
         return inside
+
+    def _weights(self, logits: Tensor, likeliest: Tensor) -> Tensor:
+        """Probabilities of logits [b, c] as multiples of the likeliest token's, whose logit is likeliest[:, 0]."""
+        return ((logits - likeliest[:, :1]) / self.heat).exp()
 
 
 def fold_in(seed: int, i: int) -> int:
