@@ -136,7 +136,73 @@ MUTANTS = [
         "engine/llm.py", "min((position for position in found", "max((position for position in found",
         "engine/test_llm.py", "the latest stop string instead of the earliest",
     ),
+    Mutant(
+        "engine/llm.py", "len(self._decoded) - _begun(self._decoded, stops)", "len(self._decoded)",
+        "engine/test_llm.py", "the beginning of a stop string is shown",
+    ),
+    Mutant(
+        "engine/llm.py", "if sample.read():", "if sample.read() and not sample.sequence.done:", "engine/test_llm.py",
+        "a stop string ended by the last token is a length",
+    ),
+    Mutant(
+        "model/tokenizer.py", "skip_special_tokens=True", "skip_special_tokens=False", "engine/test_llm.py",
+        "special tokens in texts",
+    ),
+    Mutant(
+        "reasoning/solve.py", "prompt_template: str = MATH_PROMPT", 'prompt_template: str = "{problem}"',
+        "reasoning/test_solve.py", "solve doesn't ask for a boxed answer",
+    ),
+    # the end of the context
+    Mutant(
+        "engine/sequence.py", "if params.max_tokens <= room:", "if params.max_tokens < room:", "engine/test_engine.py",
+        "a warning where everything fits",
+    ),
+    Mutant(
+        "engine/engine.py", "len(tokens) >= self.max_model_len:", "len(tokens) > self.max_model_len:",
+        "engine/test_engine.py", "a prompt without room for a token",
+    ),
+    Mutant(
+        "evaluation/samplers.py", "context - longest, f", "context - longest + 1, f", "evaluation/test_samplers.py",
+        "transformers' samples are longer than the context",
+    ),
+    # caches and padding
+    Mutant(
+        "model/modeling.py", "return MAMBA in self.config.layer_types", "return False", "model/test_caches.py",
+        "assisted generation with states that aren't rolled back",
+    ),
+    Mutant(
+        "model/packing.py", "if any(getattr(layer, \"record_past\", False) for layer in cache.layers):", "if False:",
+        "model/test_caches.py", "a cropped cache goes on with its old state",
+    ),
+    Mutant(
+        "model/mixer.py", "window = real.sum(dim=1, keepdim=True)",
+        "window = real.sum(dim=1, keepdim=True) * 0 + inputs.shape[-1]", "model/test_padding.py",
+        "a cache keeps padding in its convolution",
+    ),
+    # checkpoints and layers
+    Mutant(
+        "model/official.py", "if value is not None}", "}", "model/test_official.py", "null is taken for a value",
+    ),
+    Mutant(
+        "model/gguf.py", 'own.get("attention.key_length") or ', "", "model/test_gguf.py", "Qwen3's head size is lost",
+    ),
+    Mutant(
+        "model/checkpoint.py", 'if table := config.get("quantization_config") or config.get("compression_config"):',
+        "if table := None:", "faults/test_checkpoints.py", "quantized weights are read as plain ones",
+    ),
+    Mutant(
+        "layer_choice.py", "int(last or first) + 1", "int(last or first)", "test_layer_choice.py",
+        "a range without its end",
+    ),
     # dtypes
+    Mutant(
+        "evaluation/time_budget.py", "len(set(dtypes.values())) > 1", "len(set(dtypes.values())) > 2",
+        "evaluation/test_curves.py", "unlike dtypes are compared",
+    ),
+    Mutant(
+        "train/trainer.py", "trainer.accelerator.unwrap_model(trainer.model).to(dtype)", "pass",
+        "train/test_stages.py", "a stage saves in the dtype it trained in",
+    ),
     Mutant(
         "model/mamba2.py", "F.silu(z)).to(z.dtype), ssm_state", "F.silu(z)), ssm_state", "engine/test_dtypes.py",
         "Mamba-2 returns float32 for bfloat16",
