@@ -33,9 +33,7 @@ def test_assistants_are_refused(hybrid, teacher, tokens):
         teacher.generate(tokens[:1], assistant_model=hybrid, **GREEDY)
 
 
-@pytest.mark.parametrize(
-    "options", [{"prompt_lookup_num_tokens": 3}, {"assistant_early_exit": 2}, {"assistant_model": "teacher"}]
-)
+@pytest.mark.parametrize("options", [{"prompt_lookup_num_tokens": 3}, {"assistant_model": "teacher"}])
 def test_without_mamba_layers_they_are_right(hybrid, teacher, teacher_dir, tmp_path, tokens, options):
     """A model whose layers are all attention rolls back, as its teacher does."""
     whole = convert(teacher_dir, tmp_path / "whole", [0, 1, 2, 3])
