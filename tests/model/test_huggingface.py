@@ -99,10 +99,19 @@ def test_mixer_compiles_without_graph_breaks(hybrid, packed):
         torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "positions", [pytest.param(None, marks=pytest.mark.long), pytest.param("plain", marks=pytest.mark.long), "packed"]
-)
-def test_whole_model_compiles_without_graph_breaks(hybrid, tokens, positions):
+@pytest.mark.long
+@pytest.mark.parametrize("positions", [None, "plain", "packed"])
+def test_every_whole_model_compiles(hybrid, tokens, positions):
+    check_whole_model_compiles(hybrid, tokens, positions)
+
+
+@pytest.mark.parametrize("variant_dir", ["llama-mamba", "qwen3-mamba2"], indirect=True)
+def test_a_whole_model_compiles(hybrid, tokens):
+    check_whole_model_compiles(hybrid, tokens, "packed")
+
+
+def check_whole_model_compiles(hybrid, tokens, positions):
+    """Without a graph break, and to the same logits."""
     arguments = {"labels": tokens, "use_cache": False}
     if positions:
         cut = 20 if positions == "packed" else 37

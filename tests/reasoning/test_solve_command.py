@@ -108,7 +108,7 @@ def test_seconds_alone_are_enough(run, answers, tmp_path):
         (["--seconds", -1], "seconds=-1.0"),
         (["--seconds", "nan"], "seconds=nan"),
         (["--rule", "often"], "rule 'often' is unknown: choose none, decided, confident"),
-        (["--weights", "./nowhere"], "can't load ./nowhere as a reward model"),
+        (["--weights", "./nowhere"], "./nowhere is not a folder"),
         (["--max-num-seqs", 0], "max_num_seqs=0"),
         (["--dtype", "float64"], "dtype = 'float64' should be "),
         (["--quantize", "int3"], "quantize = 'int3' should be "),
