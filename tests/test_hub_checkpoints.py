@@ -93,6 +93,9 @@ def test_results_beside_a_name_do_not_hide_it(hub, tmp_path):
         ("runs/pocket/sft", "runs/pocket/sft is not a folder: check the path"),
         ("./tiny", "./tiny is not a folder"),
         ("tiny", "tiny is not a folder"),
+        ("runs/lr--1", "runs/lr--1 is not a folder"),  # not a name that the Hub could have
+        ("runs/hybrid-", "runs/hybrid- is not a folder"),
+        ("models/llama.git", "models/llama.git is not a folder"),
     ],
 )
 def test_names_of_nothing(hub, capsys, name, words):

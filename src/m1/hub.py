@@ -35,7 +35,7 @@ def checkpoint_folder(name: str | Path, config_only: bool = False) -> Path:
                 f"{name} is not a folder: check the path, or give ORG/NAME or ORG/NAME@REVISION of a model on the Hub"
             )
         return path
-    repo = HUB_ID.fullmatch(str(name))["repo"]  # type: ignore[index]  # as hub_commit has found
+    repo = _hub_id(name)["repo"]  # type: ignore[index]  # as hub_commit has found
     if config_only:
         return _fetch(str(name), repo, commit, ("config.json",))
     folder = _fetch(str(name), repo, commit, tuple(FILES))
@@ -50,7 +50,7 @@ def hub_commit(name: str | Path) -> str | None:
     Raises:
         UserError: the name has the form of a model on the Hub, but there is none that can be read.
     """
-    path, named = Path(name), HUB_ID.fullmatch(str(name))
+    path, named = Path(name), _hub_id(name)
     # A folder without a config.json is no checkpoint: `m1 eval --model ORG/NAME` makes one for its results.
     if named is None or path.is_file() or (path / "config.json").exists():
         return None
@@ -60,6 +60,19 @@ def hub_commit(name: str | Path) -> str | None:
             f"{name} on the Hub has no config.json: give a model in transformers' format, or a local folder"
         )
     return folder.name
+
+
+def _hub_id(name: str | Path) -> re.Match[str] | None:
+    """The parts of a name that the Hub could have; None for other names, such as a path ending in a hyphen."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    named = HUB_ID.fullmatch(str(name))
+    try:
+        if named:
+            validate_repo_id(named["repo"])
+    except HFValidationError:
+        return None
+    return named
 
 
 @functools.cache

@@ -241,7 +241,7 @@ class LoadOptions:
     """How a command loads the models that it samples."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = option(
-        None, "Weights and caches in float32, bfloat16 or float16. Default: auto, the checkpoint's own."
+        "auto", "Weights and caches in float32, bfloat16 or float16; auto: the checkpoint's own."
     )
     quantize: Literal["int8"] | None = option(None, "int8: round the weights of linear layers (on a CPU).")
 

@@ -60,6 +60,21 @@ def test_a_question_that_does_not_fit_is_forgotten(llm):
     assert chat.messages == []
 
 
+def test_a_conversation_that_grows_keeps_its_engine(llm, monkeypatch):
+    monkeypatch.setattr("m1.engine.chat.DEFAULT_MAX_MODEL_LEN", 40)
+    chat, engines = Chat(llm, PARAMS), set()
+    for _ in range(6):
+        list(chat.ask("2+2?"))
+        engines.add(llm.engine.max_model_len)
+    assert llm.engine.max_model_len <= 512 and 1 < len(engines) < 4
+
+
+def test_without_a_template_there_is_no_chat(llm):
+    llm.tokenizer.chat_template = None
+    with pytest.raises(UserError, match="has no chat template"):
+        Chat(llm, PARAMS)
+
+
 def test_command(llm, hybrid_dir):
     def chat(text, *options):
         options = ["chat", str(hybrid_dir), "--max-new-tokens", "12", *options]
@@ -73,6 +88,7 @@ def test_command(llm, hybrid_dir):
     again = chat(f"{QUESTIONS[0]}\n/new\n{QUESTIONS[0]}\n")  # ends with the input
     assert again.exit_code == 0 and again.stdout.split() == f"{first}\n{first}".translate(CONTROLS).split()
     assert isinstance(chat("x" * 600).exception, UserError)
+    assert chat(b"a\xff\n").exit_code == 0
 
 
 # what the console shows in place of control characters

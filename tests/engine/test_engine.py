@@ -167,3 +167,24 @@ def test_int8_weights_are_near_the_models(hybrid):
     assert abs(rounded.logprobs[0] - plain.logprobs[0]) < 0.1
     with pytest.raises(UserError, match="int4"):
         Engine(hybrid, quantize="int4")
+
+
+@pytest.mark.parametrize("part", ["prefill", "decode"])
+def test_an_interrupted_step_leaves_nothing_behind(model, monkeypatch, part):
+    """A state that was planned and not computed was taken for a later prompt's that began in the same way."""
+    engine = Engine(model, [], max_model_len=64, prefill_chunk=8, prefix_cache=2)
+    other = Request([9] * 5, GREEDY)
+    engine.submit(other)
+    for token in (1, 2):  # fills the prefix cache
+        engine.generate([[token] * 20], replace(GREEDY, max_tokens=1))
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(engine.executor.runner, part, interrupt)
+        engine.generate([[3] * 20], GREEDY)
+    assert other.done and not engine.busy and engine.free_slots == engine.num_slots
+    prompts = [[3] * 20, [3] * 21, [1] * 20]
+    again, fresh = (e.generate(prompts, GREEDY) for e in (engine, Engine(model, [], max_model_len=64)))
+    assert [s.token_ids for s in again] == [s.token_ids for s in fresh]

@@ -184,3 +184,17 @@ def test_a_context_that_ends_early_is_said_once(hybrid_dir, tmp_path, capsys):
     assert lines == ["m1: max_tokens is 8192, more than the model's context of 512 tokens leaves: samples end there"]
     cut = {(row["id"], row["tokens"]) for row in read_jsonl(out) if row["finish_reason"] == "length"}
     assert cut and cut <= {("0", 12), ("1", 7)}
+
+
+def test_a_special_token_stops_as_a_string(llm):
+    """Texts don't have it, so it is taken for its token."""
+    special = {llm.tokenizer.convert_tokens_to_ids(text): text for text in ("<|user|>", "<|system|>", "<|assistant|>")}
+    params = replace(PARAMS, n=8, max_tokens=100)
+    free = llm.generate(["ab"], params)
+    places = [next((i for i, t in enumerate(s.sequence.token_ids) if t in special), None) for s in free]
+    assert any(places)
+    stopped = llm.generate(["ab"], replace(params, stop=tuple(special.values())))
+    for before, after, place in zip(free, stopped, places, strict=True):
+        if place is not None:
+            assert after.sequence.token_ids == before.sequence.token_ids[: place + 1]
+            assert after.sequence.finish_reason == "stop" and before.text.startswith(after.text)

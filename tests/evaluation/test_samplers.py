@@ -128,6 +128,18 @@ def test_samples_end_with_the_context(hybrid, tokenizer, kind):
     assert sample.tokens == 512 - prompt > 1 and sample.finish_reason == "length"
 
 
+@pytest.mark.parametrize("kind", LOCAL)
+def test_a_long_prompt_does_not_cut_the_others(hybrid, tokenizer, kind):
+    """It leaves a few tokens of the context; each sample is as long as its own prompt allows."""
+    hybrid.generation_config.eos_token_id = tokenizer.eos_token_id = None
+    asked = [SampleRequest("short", "x", (0, 1), 0), SampleRequest("long", "x" * 500, (0,), 1), *requests(3)]
+    with pytest.warns(M1Warning, match="max_tokens is 40"):
+        samples = list(kind(hybrid, tokenizer, 8).generate(asked, replace(PARAMS, max_tokens=40)))
+    room = 512 - len(encode_chat(tokenizer, "x" * 500))
+    assert 0 < room < 40 and len(samples) == 6
+    assert {(s.problem == "long", s.tokens) for s in samples} == {(True, room), (False, 40)}
+
+
 def test_an_iterator_that_is_closed_frees_the_engine(hybrid, tokenizer):
     sampler = EngineSampler(hybrid, tokenizer, 2)
     samples = sampler.generate(requests(5), PARAMS)

@@ -31,6 +31,23 @@ CASES = [
 ]
 
 
+@torch.no_grad()
+def test_masks_and_caches_mean_what_they_mean_to_the_teacher(teacher_dir, tmp_path, tokens):
+    """4D masks, and a mask of the new tokens alone: refused with Mamba layers, a transformer's own without them."""
+    teacher = AutoModelForCausalLM.from_pretrained(teacher_dir)
+    model = convert(teacher_dir, tmp_path / "out", range(4)).eval()
+    documents = torch.block_diag(torch.ones(20, 20), torch.ones(17, 17)).bool().tril().expand(2, 1, 37, 37)
+    for mask in (documents, torch.zeros(2, 1, 37, 37).masked_fill(~documents, -torch.inf)):
+        ours, theirs = (m(tokens, attention_mask=mask).logits for m in (model, teacher))
+        torch.testing.assert_close(ours, theirs)
+    for new in (torch.ones(2, 1), torch.ones(2, 38)):
+        logits = []
+        for m in (model, teacher):
+            cache = m(tokens, use_cache=True).past_key_values
+            logits.append(m(tokens[:, :1], past_key_values=cache, attention_mask=new.long()).logits)
+        torch.testing.assert_close(*logits)
+
+
 @pytest.mark.parametrize(("family", "case"), CASES)
 def test_all_attention_equals_teacher(tmp_path, tokens, family, case):
     teacher = tiny_teacher(family, **CHANGES[case])

@@ -80,7 +80,7 @@ def test_dtype_and_quantization(run, answers, monkeypatch, tmp_path, options):
     dtype = torch.bfloat16 if "bfloat16" in options else torch.float32
     assert made == [(dtype, "int8" if "int8" in options else None)]
     saved = json.loads(path.read_text())
-    assert [saved["dtype"], saved["quantize"]] == ([options[1], None] if "--dtype" in options else [None, "int8"])
+    assert [saved["dtype"], saved["quantize"]] == ([options[1], None] if "--dtype" in options else ["auto", "int8"])
 
 
 def test_decided_is_the_default_and_16_the_number(run, monkeypatch, tmp_path):

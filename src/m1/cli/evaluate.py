@@ -61,7 +61,7 @@ def evaluate(
     folder = out or Path(model, "eval", task)
     models = {} if endpoint else {"model": model}
     stage = build(EvalStage, options | {"models": models, "task": task, "out": str(folder)}, "eval")
-    if endpoint and (stage.sampler != "engine" or stage.quantize or stage.dtype):
+    if endpoint and (stage.sampler != "engine" or stage.quantize or stage.dtype != "auto"):
         raise UserError("--endpoint samples on a server: leave out --sampler, --dtype and --quantize")
     refuse_sources(folder, stage.sources())
     if not force:

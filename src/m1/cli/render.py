@@ -168,7 +168,11 @@ def interactive() -> bool:
 
 
 def questions() -> Iterator[str]:
-    """Yields the lines of the input that aren't empty, after a prompt on a terminal. Ctrl-C and Ctrl-D end it."""
+    """Yields the lines of the input that aren't empty, after a prompt on a terminal. Ctrl-C and Ctrl-D end it.
+
+    Bytes that aren't text become replacement characters.
+    """
+    sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]  # a text file, whatever its type says
     while True:
         try:
             text = (console.input("> ") if interactive() else input()).strip()

@@ -16,6 +16,9 @@ class Chat:
         params: how answers are sampled. Each turn's seed is derived from this one.
         system: the system message; None for the chat template's own, if it has one.
 
+    Raises:
+        UserError: the tokenizer has no chat template, or it fails on the system message.
+
     Attributes:
         messages: the conversation so far, {"role", "content"} each.
     """
@@ -24,6 +27,7 @@ class Chat:
         self.llm, self.params = llm, params
         self.start = [] if system is None else [{"role": "system", "content": system}]
         self.messages = self.start
+        llm.encode([*self.start, {"role": "user", "content": ""}])
         llm.engine_for([[]], DEFAULT_MAX_MODEL_LEN)  # one engine for many turns
 
     def ask(self, text: str) -> Generator[str, None, None]:
@@ -37,6 +41,9 @@ class Chat:
         """
         messages, answer = [*self.messages, {"role": "user", "content": text}], ""
         params = replace(self.params, seed=fold_in(self.params.seed, len(messages)))
+        length = len(self.llm.encode(messages)) + params.max_tokens
+        if self.llm.engine and length > self.llm.engine.max_model_len:
+            self.llm.engine_for([[]], 2 * length)  # a longer engine, for many turns again
         try:
             for sample in self.llm.stream([messages], params):
                 piece, answer = sample.text[len(answer) :], sample.text

@@ -104,10 +104,17 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Sequence]:
-        """Decides and executes one step. Returns the sequences that ended in it by themselves."""
-        plan = self.scheduler.schedule()
-        tokens, logprobs = self.executor.execute(plan)
-        return self.scheduler.update(plan, tokens.tolist(), logprobs.tolist())
+        """Decides and executes one step. Returns the sequences that ended in it by themselves.
+
+        A step that fails or is interrupted leaves states that nobody knows, so it ends all requests.
+        """
+        try:
+            plan = self.scheduler.schedule()
+            tokens, logprobs = self.executor.execute(plan)
+            return self.scheduler.update(plan, tokens.tolist(), logprobs.tolist())
+        except BaseException:
+            self.scheduler.reset()
+            raise
 
     def run(self, requests: list[Request]) -> Generator[list[Sequence], None, None]:
         """Submits the requests and steps until they are done. After each step, yields their sequences that ended in it.
@@ -125,9 +132,9 @@ class Engine:
                 fresh = requests[len(mine) :]
                 for request in fresh:
                     self.check(request)
+                mine.update(fresh)
                 for request in fresh:
                     self._add(request)
-                mine.update(fresh)
                 while done < len(requests) and requests[done].done:
                     done += 1
                 if done == len(requests):

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,8 @@ class LLM:
 
     def stream_requests(self, requests: list[Request]) -> Iterator["TextSequence"]:
         """`stream` for requests, each with its own parameters."""
+        for request in requests:
+            request.params = self._with_special_stops(request.params)
         longest = max((request.params.max_tokens for request in requests), default=0)
         engine = self.engine_for([request.tokens for request in requests], longest)
         samples = [
@@ -116,6 +118,12 @@ class LLM:
                     if sample.sequence.done or len(sample.text) != length:
                         yield sample
                 samples = [sample for sample in samples if not sample.sequence.done]
+
+    def _with_special_stops(self, params: SamplingParams) -> SamplingParams:
+        """Makes stop strings that are special tokens into stop tokens, since texts don't have them."""
+        special = {str(token): i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        found = [special[stop] for stop in params.stop if stop in special]
+        return replace(params, stop_token_ids=(*params.stop_token_ids, *found)) if found else params
 
 
 @dataclass

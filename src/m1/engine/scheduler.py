@@ -223,6 +223,12 @@ class Scheduler:
                 self.finish(sequence, "abort")
             sequence.done = True
 
+    def reset(self) -> None:
+        """Aborts all requests and forgets the prefix cache, since a plan wasn't executed to its end."""
+        for request in {*self.waiting, *(sequence.request for sequence in self.running.values())}:
+            self.abort(request)
+        self.cached.clear()
+
     def _admit(self, plan: Plan) -> None:
         """Prefills and starts the waiting requests, in order, while there are slots and chunk budget."""
         budget = self.prefill_chunk

@@ -180,15 +180,16 @@ class TransformersSampler(LocalSampler):
     def generate(self, requests: Sequence[SampleRequest], params: SamplingParams) -> Samples:
         """Yields samples batch by batch. Raises UserError for a prompt that is too long for the model."""
         stop = stop_tokens(self.model, self.tokenizer)
-        jobs = [(request, round_) for request in requests for round_ in request.rounds]
         prompts = {request.problem: encode_chat(self.tokenizer, request.prompt) for request in requests}
-        # A batch's rows end together, and a row mustn't depend on its batch: the longest of all prompts decides.
         longest, context = max(map(len, prompts.values()), default=0), self.model.config.max_position_embeddings
         if longest >= context:
             raise UserError(f"a prompt has {longest} tokens, and the model's context is {context}: shorten it")
-        params = shortened(params, context - longest, f"the model's context of {context} tokens")
+        limit = f"the model's context of {context} tokens"
+        lengths = {name: shortened(params, context - len(p), limit).max_tokens for name, p in prompts.items()}
+        # rows of a batch end together, so they have the same length
+        jobs = [(request, round_) for request in requests for round_ in request.rounds]
+        jobs.sort(key=lambda job: -lengths[job[0].problem])
         config = GenerationConfig(
-            max_new_tokens=params.max_tokens,
             do_sample=params.temperature > 0,
             temperature=params.temperature or None,
             top_k=0,
@@ -196,8 +197,14 @@ class TransformersSampler(LocalSampler):
             pad_token_id=next((token for token in (self.tokenizer.pad_token_id, *stop) if token is not None), 0),
         )
         started = time.monotonic()
-        for first in range(0, len(jobs), self.max_num_seqs):
-            batch = jobs[first : first + self.max_num_seqs]
+        first = 0
+        while first < len(jobs):
+            config.max_new_tokens = lengths[jobs[first][0].problem]
+            batch = [
+                job
+                for job in jobs[first : first + self.max_num_seqs]
+                if lengths[job[0].problem] == config.max_new_tokens
+            ]
             outputs = self._sample([prompts[request.problem] for request, _ in batch], config, batch[0][0].seed + first)
             now = time.monotonic()
             for (request, round_), tokens, logprobs in zip(batch, *outputs, strict=True):
@@ -206,6 +213,7 @@ class TransformersSampler(LocalSampler):
                 reason, logprob = "stop" if end else "length", sum(logprobs[:end])
                 yield Sample(request.problem, round_, text, end or len(tokens), logprob, reason, now - started)
             started += time.monotonic() - now
+            first += len(batch)
 
     @torch.inference_mode()
     def _sample(

@@ -87,6 +87,7 @@ class VLLMSolver:
 
     def __init__(self, llm: LLM, ask: AskWorker, prompts: list[list[int]], params: SamplingParams):
         self.llm, self.ask, self.params = llm, ask, params
+        self.length = llm.length_for(prompts, params.max_tokens)
         self._sample(prompts[0], replace(params, max_tokens=2), [], 1.0)
 
     def solve(self, text: str, seed: int, seconds: float) -> tuple[float, list[Ended]]:
@@ -100,7 +101,8 @@ class VLLMSolver:
         return answer["seconds"], ended
 
     def _sample(self, prompt: list[int], params: SamplingParams, stop: list[int], seconds: float) -> dict[str, Any]:
-        work = {"tokens": prompt, "new_tokens": params.max_tokens, "temperature": params.temperature}
+        new_tokens = min(params.max_tokens, self.length - len(prompt))  # as in this project's engine
+        work = {"tokens": prompt, "new_tokens": new_tokens, "temperature": params.temperature}
         return self.ask(work | {"stop": stop, "seconds": seconds})
 
 

@@ -110,6 +110,8 @@ def prepare(
     else:
         check_mask(config, attention_mask, T, seen, cache)
         real = visible = attention_mask
+    if MAMBA not in config.layer_types and seq_idx is None:
+        real = None  # then masks and positions mean what they mean for any transformer
     restarting = None
     if seq_idx is not None:
         if real is not None:
