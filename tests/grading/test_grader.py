@@ -8,8 +8,8 @@ import pytest
 
 from m1.errors import UserError
 from m1.grading import Grader
-from m1.grading.equality import MAX_ANSWER_CHARACTERS
 from m1.grading.process import GradingProcess
+from m1.grading.spelling import MAX_ANSWER_CHARACTERS
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,8 @@ def grader():
 def test_a_raised_error_is_counted_and_costs_one_answer():
     with Grader() as grader:
         assert not grader.equal(r"\frac{1}{0}", r"\frac{1}{2}")
-        assert grader.equal(r"\frac{1}{4}", "0.25")
+        assert grader.equal(r"\frac{\sqrt{16}}{2}", "2")
+        assert not grader.equal(r"\frac{1}{0}", r"2")  # not asked again
         assert grader.counts == {"graded": 2, "timeout": 0, "crash": 0, "error": 1}
 
 
@@ -38,6 +39,7 @@ def test_long_answers_are_not_sent_to_the_worker(monkeypatch):
     monkeypatch.setattr(GradingProcess, "__init__", lambda self: pytest.fail("a worker was started"))
     assert not Grader().equal("7", "x" * (MAX_ANSWER_CHARACTERS + 1))
     assert not Grader().equal("x" * (MAX_ANSWER_CHARACTERS + 1), "7")
+    assert Grader().partition(["7", "x" * 2000, "7", "x" * 2000]) == [0, 1, 0, 1]
 
 
 DATA = Path(os.environ.get("M1_DATA", "no-such-folder"))
