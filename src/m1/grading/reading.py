@@ -43,7 +43,7 @@ UNITS = {
 
 RELATION = re.compile(r"[<>]|\\(?:le|ge|ne)(?![a-z])")
 # Words between numbers (3 hours 20 minutes), and what no value can express.
-PROSE = re.compile(rf"\d\s*{WRAPPED}\{{[^{{}}]*[A-Za-z]{{2}}[^{{}}]*\}}[\s,]*\d|\\(?:forall|exists)|^\\ldots$")
+PROSE = re.compile(rf"\d\s*{WRAPPED}\{{[^{{}}]*[A-Za-z]{{2}}[^{{}}]*\}}[\s,]*\d|\\(?:forall|exists)(?![a-z])")
 CHOICE = re.compile(r"\(?([A-H])(?:\)|[.:])\s*(\S.*)")
 WORDS = re.compile(r"\(?([A-Za-z][A-Za-z '-]*)[.)]?")
 CLOCK = re.compile(r"0?(\d{1,2}:\d\d)(?:([ap])\.?m\.?)?")
@@ -233,6 +233,10 @@ def _simple(text: str, algebra: Algebra, depth: int) -> list[Reading]:
     if found := CLOCK.fullmatch(squashed):
         ratio = [] if found[2] else _read(squashed.replace(":", "/"), algebra, depth)
         return [*_marked([leaf(f"'{found[1]}")], unit=found[2] or ""), *ratio]
+    if text == r"\ldots":
+        return [leaf("'...")]
+    if found := re.fullmatch(rf"{WRAPPED}\{{([+-]?\d[^{{}}]*)\}}", text):  # \text{90 degrees}
+        return _read(found[1], algebra, depth)
     if found := NUMERAL.fullmatch(text):
         return _marked([leaf(str(int(found[1])))], unit=f"base {found[2]}")
     return []
