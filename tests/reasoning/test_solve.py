@@ -171,6 +171,21 @@ def test_samples_of_different_waves_are_different():
     assert len(set(seeds)) == len(seeds) == 3
 
 
+def test_a_thought_that_the_prompt_opened():
+    """The template wrote <think>, so the text has only the end of it. A cut-off thought has no announced answer."""
+
+    class Thinking(ScriptedEngine):
+        def encode(self, prompt):
+            return TOKENIZER.encode("?<think>\n")
+
+    engine = Thinking(["7"])
+    solution = run(engine, 1)
+    assert solution.samples[0].text == r"<think>\boxed{7}" and solution.answer == "7"
+    engine.decode = lambda ids: "?<think>" if TOKENIZER.decode(ids).startswith("?") else "the answer is 5. Wait"
+    assert run(engine, 1).answer is None
+    assert run(ScriptedEngine(["7"]), 1).samples[0].text == r"\boxed{7}"
+
+
 def test_grading_is_on_the_clock():
     """An answer takes the worker 3 seconds, or as long as is left."""
 

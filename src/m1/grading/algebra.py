@@ -13,6 +13,7 @@ from latex2sympy2_extended.latex2sympy2 import NormalizationConfig, latex2sympy,
 from sympy import (
     And,
     Basic,
+    Derivative,
     E,
     Expr,
     FiniteSet,
@@ -33,7 +34,7 @@ from sympy import (
 from sympy.core.function import AppliedUndef
 from sympy.core.relational import Equality, Relational
 
-from m1.grading.reading import Reading, Unreadable, combine, leaf, union
+from m1.grading.reading import Reading, Unreadable, Valueless, combine, leaf, union
 from m1.grading.spelling import split
 
 DIGITS = 15  # of a value that isn't rational
@@ -48,15 +49,19 @@ def algebra(text: str) -> list[Reading]:
     """The readings of a LaTeX text, the usual one first.
 
     Raises:
-        Unreadable: it isn't LaTeX that the parser knows, or has no value.
+        Unreadable: it isn't LaTeX that the parser knows.
+        Valueless: it has no value, or sympy failed.
     """
     try:
         parts = [_parse(part) for part in split(text, r"\\land(?![a-z])")]
-        return [_reading(And(*parts) if len(parts) > 1 else parts[0])]
-    except (Unreadable, MemoryError):
-        raise
-    except Exception as error:  # the parser and sympy raise anything
+    except Exception as error:  # the parser raises anything, and so does sympy
         raise Unreadable(str(error)[:100]) from None
+    try:
+        return [_reading(And(*parts) if len(parts) > 1 else parts[0])]
+    except Unreadable:
+        raise
+    except Exception as error:
+        raise Valueless(str(error)[:100]) from None
 
 
 def _parse(text: str) -> Basic:
@@ -78,7 +83,7 @@ def _reading(value: Basic) -> Reading:
     if value in (oo, -oo):
         return leaf("inf" if value == oo else "-inf")
     if not isinstance(value, Expr) or value.has(S.NaN, S.ComplexInfinity, oo, -oo):
-        raise Unreadable(str(value)[:100])
+        raise Valueless(str(value)[:100])
     letters = sorted(symbol.name for symbol in value.free_symbols)
     if isinstance(value, Symbol):
         return leaf(f"'{value.name}")
@@ -89,11 +94,17 @@ def _reading(value: Basic) -> Reading:
 
 def _plain(value: Basic) -> Basic:
     """The same with i, e and functions' values in place, letters in lower case, and exact decimals."""
-    value = value.doit()
-    value = value.xreplace({f: Symbol(str(f).lower()) for f in value.atoms(AppliedUndef)})
+    value = _opaque(value).doit()
     names = {symbol: symbol.name.replace(" ", "").lower() for symbol in value.free_symbols}
     value = value.xreplace({symbol: CONSTANTS.get(name, Symbol(name)) for symbol, name in names.items()})
     return value.xreplace({x: Rational(str(x)) for x in value.atoms(Float)}).doit()
+
+
+def _opaque(value: Basic) -> Basic:
+    """The same with letters for f(x) and dy/dx, which sympy takes for a function of x and for 0."""
+    unknown = [d for d in value.atoms(Derivative) if not d.expr.free_symbols & set(d.variables)]
+    value = value.xreplace({part: Symbol(f"d({part})") for part in unknown})
+    return value.xreplace({f: Symbol(str(f)) for f in value.atoms(AppliedUndef)})
 
 
 def _constant(value: Expr) -> Reading:
@@ -119,7 +130,7 @@ def _digits(x: Expr) -> str:
     if abs(imaginary) > 1e-20 * max(1, abs(real)):
         return f"{_digits(real)}+i*{_digits(imaginary)}"
     if not real.is_number or not real.is_finite:
-        raise Unreadable(str(x)[:100])
+        raise Valueless(str(x)[:100])
     if abs(real) < Float("1e-60"):
         return "0"
     exact = Fraction(str(real.evalf(30)))
@@ -150,6 +161,7 @@ def _relation(value: Basic) -> Reading:
     """A condition on one letter is the set of its solutions. Others are compared up to a factor of both sides."""
     if isinstance(value, Equality):
         return leaf(f"?= {_proportions(value)}")
+    value = _opaque(value)
     letters = {symbol.name.lower() for symbol in value.free_symbols}
     if len(letters) == 1:
         solutions = _set(value.as_set())

@@ -97,6 +97,6 @@ class GradingProcess:
                 raise TimeoutError
             part = os.read(self.process.stdout.fileno(), MAX_REPLY_BYTES)
             line += part
-            if not part or len(line) > MAX_REPLY_BYTES:
+            if not part or len(line) > MAX_REPLY_BYTES or line.count(b"\n") > 1:
                 raise EOFError
         return line[:-1].decode(errors="replace")

@@ -57,13 +57,17 @@ LABEL = re.compile(  # \text{Area}, \angle ABC, [ABC], (x, y), V_1:V_2
 TRIG = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")
 UNIT = re.compile(
     rf"(.*\S)\s*{WRAPPED}\{{([^{{}}]*)\}}(?:\s*/\s*{WRAPPED}\{{([^{{}}]*)\}})?\s*(?:\^\{{?-?\d\}}?)?"
-    r"|(.*[\d}})])(?:\s+|\\ )((?:[A-Za-z]{2,}[A-Za-z. ]*|[A-Za-z])(?:/[A-Za-z]+)?)(?:\^\{?-?\d\}?)?"
+    r"|(.*[\d}})])(?:\s+|\\ )([A-Za-z]{2,}[A-Za-z. ]*(?:/[A-Za-z]+)?)(?:\^\{?-?\d\}?)?"
     r"|(.*?)\^\\circ\s*(?:\\?[CF])?|(.*?)\s*\\?%"
 )  # fmt: skip
 
 
 class Unreadable(ValueError):
     """The text isn't mathematics. It is compared as a text."""
+
+
+class Valueless(Unreadable):
+    """The text is mathematics, but has no value (1/0), or the algebra failed on it."""
 
 
 class NeedsAlgebra(Exception):
@@ -235,7 +239,7 @@ def _simple(text: str, algebra: Algebra, depth: int) -> list[Reading]:
         return [*_marked([leaf(f"'{found[1]}")], unit=found[2] or ""), *ratio]
     if text == r"\ldots":
         return [leaf("'...")]
-    if found := re.fullmatch(rf"{WRAPPED}\{{([+-]?\d[^{{}}]*)\}}", text):  # \text{90 degrees}
+    if found := re.fullmatch(rf"{WRAPPED}\{{([+-]?\d[^{{}}]*|[A-Z](?:, ?[A-Z])+)\}}", text):  # \text{90 degrees}
         return _read(found[1], algebra, depth)
     if found := NUMERAL.fullmatch(text):
         return _marked([leaf(str(int(found[1])))], unit=f"base {found[2]}")
@@ -365,6 +369,8 @@ def _measured(text: str, algebra: Algebra, depth: int) -> list[Reading]:
     if not before:
         return []
     words = "/".join(_singular(w) for w in found.group(2, 3, 5) if w)
+    if found[5] and words not in UNITS and len(found[5]) < 4:  # 2 ab is a product
+        return []
     if found[6] is not None:
         words = "degree"
     elif found[7] is not None or words in ("percent", "percentage", "pct", r"\%"):
@@ -372,8 +378,6 @@ def _measured(text: str, algebra: Algebra, depth: int) -> list[Reading]:
     readings = _marked(_read(before, algebra, depth), unit=UNITS.get(words, ""))
     if words == "%" and isinstance(readings[0].value, str) and re.fullmatch(r"-?\d+(?:/\d+)?", readings[0].value):
         readings += _marked([leaf(str(Fraction(readings[0].value) / 100))], unit="1")
-    elif found[5] and len(found[5]) == 1:
-        readings += _if_any(algebra, text)  # 5 m may be a product
     return readings
 
 

@@ -69,6 +69,8 @@ TABLE: list[tuple[str, Replacement]] = [
     (rf"(?<![\\A-Za-z])({FUNCTIONS}|pi)(?![a-zA-Z])", r"\\\1 "),  # -1+exp(16), 2*pi
     (r"\\exp\s*\(([^()]*)\)", r"e^{\1}"),
     (r"\*\*", "^"),  # 2**10
+    (r"\s+\^", "^"),  # \sin ^2 x
+    (r"(?<=\d)\.(?![\d.\\])", ""),  # 1./3
     (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),  # sqrt(5)
     (r"\^\(([^()]*)\)", r"^{\1}"),  # x^(1/2)
     (r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*(?:\{(\d+)\}|(\d))", _repeating),  # 0.\overline{36}

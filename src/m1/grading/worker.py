@@ -19,7 +19,7 @@ from typing import Any
 
 from m1.grading.algebra import algebra
 from m1.grading.process import MAX_REPLY_BYTES
-from m1.grading.reading import Unreadable, read
+from m1.grading.reading import Unreadable, Valueless, as_text, read
 
 MEMORY_BYTES = 1 << 30
 ALARM_AFTER = 5.0  # seconds after the parent's limit
@@ -31,8 +31,10 @@ def reply_to(answer: str) -> Any:
     """The readings of an answer; None if it has no value."""
     try:
         readings = read(answer, algebra)
-    except Unreadable:
+    except Valueless:
         return None
+    except Unreadable:
+        readings = [as_text(answer)]
     return readings if len(json.dumps(readings)) < MAX_REPLY_BYTES else None
 
 
