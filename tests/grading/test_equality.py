@@ -114,6 +114,7 @@ def grader():
         # Expressions
         (r"\sqrt{x^2}", "|x|", True),
         (r"\sqrt{x^2}", "x", False),
+        (r"2\sqrt{x^2}", "2x", False),
         (r"\frac{1}{\sqrt{n}}", r"\sqrt{1/n}", True),
         (r"\frac{2x}{2}", "x", True),
         ("y=2x+3", "2x-y+3=0", True),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,15 @@ def test_gold_answers_equal_themselves_in_a_box(grader):
     golds = [json.loads(line)["answer"] for line in (DATA / "math500.jsonl").read_text().splitlines()]
     texts = [rf"therefore \boxed{{{gold}}}" for gold in golds]
     assert all(grader.grade_texts(texts, [[gold] for gold in golds]))
+
+
+@pytest.mark.skipif(not DATA.exists(), reason="no benchmark files: set M1_DATA to their folder")
+def test_different_golds_differ(grader):
+    """2,480 pairs of different golds, shuffled."""
+    golds = [json.loads(line)["answer"] for line in (DATA / "math500.jsonl").read_text().splitlines()]
+    pairs = [pair for seed in range(5) for pair in zip(golds, random.Random(seed).sample(golds, 500), strict=True)]
+    different = [(gold, other) for gold, other in pairs if gold != other]
+    assert len(different) == 2480 and not any(grader.equal(*pair) for pair in different)
 
 
 @pytest.mark.skipif(not DATA.exists(), reason="no labelled answers: set M1_DATA to their folder")
