@@ -160,3 +160,12 @@ def test_identities(hybrid, tokenizer):
     assert facts["dtype"] == "float32"
     assert facts["parameters"] == sum(math.prod(p.shape) for p in hybrid.parameters())
     assert facts["cache_bytes_per_sequence_at_4k"] > 0
+
+
+@pytest.mark.parametrize("kind", LOCAL)
+def test_a_thought_that_the_prompt_opened_is_in_the_text(hybrid, tokenizer, kind):
+    before = [s.text for s in kind(hybrid, tokenizer, 4).generate(requests(2), PARAMS)]
+    assert not any("<think>" in text for text in before)
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|assistant|>{% endif", "<|assistant|><think>\n{% endif")
+    texts = [s.text for s in kind(hybrid, tokenizer, 4).generate(requests(2), PARAMS)]
+    assert all(text.startswith("<think>") for text in texts)

@@ -2,14 +2,15 @@
 
 import json
 import os
+import random
 from pathlib import Path
 
 import pytest
 
 from m1.errors import UserError
 from m1.grading import Grader
-from m1.grading.equality import MAX_ANSWER_CHARACTERS
 from m1.grading.process import GradingProcess
+from m1.grading.spelling import MAX_ANSWER_CHARACTERS
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +22,8 @@ def grader():
 def test_a_raised_error_is_counted_and_costs_one_answer():
     with Grader() as grader:
         assert not grader.equal(r"\frac{1}{0}", r"\frac{1}{2}")
-        assert grader.equal(r"\frac{1}{4}", "0.25")
+        assert grader.equal(r"\frac{\sqrt{16}}{2}", "2")
+        assert not grader.equal(r"\frac{1}{0}", r"2")  # not asked again
         assert grader.counts == {"graded": 2, "timeout": 0, "crash": 0, "error": 1}
 
 
@@ -38,6 +40,7 @@ def test_long_answers_are_not_sent_to_the_worker(monkeypatch):
     monkeypatch.setattr(GradingProcess, "__init__", lambda self: pytest.fail("a worker was started"))
     assert not Grader().equal("7", "x" * (MAX_ANSWER_CHARACTERS + 1))
     assert not Grader().equal("x" * (MAX_ANSWER_CHARACTERS + 1), "7")
+    assert Grader().partition(["7", "x" * 2000, "7", "x" * 2000]) == [0, 1, 0, 1]
 
 
 DATA = Path(os.environ.get("M1_DATA", "no-such-folder"))
@@ -48,6 +51,15 @@ def test_gold_answers_equal_themselves_in_a_box(grader):
     golds = [json.loads(line)["answer"] for line in (DATA / "math500.jsonl").read_text().splitlines()]
     texts = [rf"therefore \boxed{{{gold}}}" for gold in golds]
     assert all(grader.grade_texts(texts, [[gold] for gold in golds]))
+
+
+@pytest.mark.skipif(not DATA.exists(), reason="no benchmark files: set M1_DATA to their folder")
+def test_different_golds_differ(grader):
+    """2,480 pairs of different golds, shuffled."""
+    golds = [json.loads(line)["answer"] for line in (DATA / "math500.jsonl").read_text().splitlines()]
+    pairs = [pair for seed in range(5) for pair in zip(golds, random.Random(seed).sample(golds, 500), strict=True)]
+    different = [(gold, other) for gold, other in pairs if gold != other]
+    assert len(different) == 2480 and not any(grader.equal(*pair) for pair in different)
 
 
 @pytest.mark.skipif(not DATA.exists(), reason="no labelled answers: set M1_DATA to their folder")

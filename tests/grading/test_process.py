@@ -13,13 +13,15 @@ from pathlib import Path
 
 import pytest
 
+from m1.errors import UserError
 from m1.grading import Grader
 from m1.grading import process as process_module
 from m1.grading.process import GradingProcess
 
 REAL = Path(process_module.__file__).with_name("worker.py")
-PAIR = (r"\frac{1}{2}", "x")
-OTHER = (r"\frac{1}{3}", "x")
+PAIR = (r"\sqrt{2}", "7")  # the first needs a worker, and stand-ins read a 7 in it
+OTHER = (r"\sqrt{3}", "7")
+SEVEN = '[["7", ["", ""]]]'
 FIRST_TIME = """
 import json, os, pathlib, signal, sys, time
 flag = pathlib.Path({flag!r})
@@ -29,7 +31,7 @@ print("ready", flush=True)
 for line in sys.stdin:
     if first:
         {misbehave}
-    print("equal", flush=True)
+    print({seven!r}, flush=True)
 """
 
 
@@ -49,18 +51,21 @@ def stand_in(monkeypatch, tmp_path):
     ("misbehave", "fate"),
     [
         ("time.sleep(600)", "timeout"),
-        ("print('equ', end='', flush=True); time.sleep(600)", "timeout"),
+        ("print('[[', end='', flush=True); time.sleep(600)", "timeout"),
         ("os.kill(os.getpid(), signal.SIGKILL)", "crash"),
         ("sys.exit()", "crash"),
-        ("print('equal, I think', flush=True)", "crash"),
+        ("print('seven, I think', flush=True)", "crash"),
+        ("print('7', flush=True)", "crash"),
+        ("print('[7]', flush=True)", "crash"),
+        ("print('[]', flush=True)", "crash"),
         ("print('\\n\\n', flush=True)", "crash"),
         ("os.write(1, bytes(100_000))", "crash"),
         ("os.write(1, bytes([255, 10]))", "crash"),
-        ("print('error', flush=True); continue", "error"),
+        ("print('null', flush=True); continue", "error"),
     ],
 )
 def test_misbehaviour_costs_one_answer(stand_in, tmp_path, misbehave, fate):
-    stand_in(FIRST_TIME.format(flag=str(tmp_path / "flag"), misbehave=misbehave))
+    stand_in(FIRST_TIME.format(flag=str(tmp_path / "flag"), misbehave=misbehave, seven=SEVEN))
     with Grader(timeout=1.0) as grader:
         assert not grader.equal(*PAIR)
         if fate == "error":
@@ -68,6 +73,7 @@ def test_misbehaviour_costs_one_answer(stand_in, tmp_path, misbehave, fate):
         grader.timeout = 30.0
         assert grader.equal(*OTHER)
         assert not grader.equal(*PAIR)  # known: not asked again
+        assert not grader.equal(PAIR[0], "8") and grader.partition([PAIR[0], "7", "8"]) == [0, 1, 2]
         assert grader.counts == {"graded": 2, "timeout": 0, "crash": 0, "error": 0} | {fate: 1}
 
 
@@ -75,30 +81,51 @@ def test_a_tower_of_powers_costs_its_timeout():
     with Grader(timeout=1.0) as grader:
         grader.start()
         texts = [r"\boxed{9^{9^{9^{9}}}}", r"\boxed{0.25}"]
-        assert grader.grade_texts(texts, [["7"], [r"\frac{1}{4}"]]) == [False, True]
+        assert grader.grade_texts(texts, [["7"], [r"\frac{\sqrt{4}}{8}"]]) == [False, True]
         assert grader.counts["timeout"] + grader.counts["crash"] == 1
 
 
-def test_a_worker_that_cannot_start_costs_one_answer(monkeypatch):
+def test_no_answer_is_wrong_because_no_worker_starts(monkeypatch):
     monkeypatch.setattr(process_module.sys, "executable", "/bin/false")
     with Grader() as grader:
         grader.start()
-        assert not grader.equal(*PAIR)
-        assert grader.counts["crash"] == 1
+        assert grader.equal("1/2", "0.5")  # needs none
+        with pytest.raises(UserError, match="2 grading processes didn't start"):
+            grader.equal(*PAIR)
+
+
+SLOW_FIRST_TIME = """
+import pathlib, time
+flag = pathlib.Path({flag!r})
+first = not flag.exists()
+flag.touch()
+if first: time.sleep(600)
+print("ready", flush=True)
+for _ in open(0): print({seven!r}, flush=True)
+"""
+
+
+def test_a_slow_start_is_no_wrong_answer(stand_in, monkeypatch, tmp_path):
+    """Starting has its own clock, and is tried again."""
+    monkeypatch.setattr(process_module, "STARTUP_SECONDS", 1.0)
+    stand_in(SLOW_FIRST_TIME.format(flag=str(tmp_path / "flag"), seven=SEVEN))
+    with Grader(timeout=0.5) as grader:
+        assert grader.equal(*PAIR) and len(grader._idle) == 1
+        assert grader.counts == {"graded": 1, "timeout": 0, "crash": 0, "error": 0}
 
 
 def test_a_worker_killed_while_idle_costs_one_answer():
     with Grader() as grader:
-        assert grader.equal(r"\frac{1}{2}", "0.5")
+        assert grader.equal(r"\frac{\sqrt{1}}{2}", "0.5")
         os.kill(grader._idle[0].process.pid, signal.SIGKILL)
-        assert not grader.equal(r"\frac{1}{3}", "1/3")
+        assert not grader.equal(r"\frac{\sqrt{1}}{3}", "1/3")
         assert grader.counts["crash"] == 1
-        assert grader.equal(r"\frac{1}{4}", "0.25")
+        assert grader.equal(r"\frac{\sqrt{1}}{4}", "0.25")
 
 
 def test_an_interrupted_worker_is_not_asked_again(stand_in, monkeypatch):
     """Its late reply would be taken for the next pair's."""
-    stand_in("print('ready', flush=True)\nfor _ in open(0): print('equal', flush=True)")
+    stand_in(f"print('ready', flush=True)\nfor _ in open(0): print({SEVEN!r}, flush=True)")
 
     def interrupt(self, *arguments):
         raise KeyboardInterrupt
@@ -114,7 +141,9 @@ def test_an_interrupted_worker_is_not_asked_again(stand_in, monkeypatch):
 
 def test_a_worker_that_starts_again_late_overruns_no_budget(stand_in):
     """It goes on starting meanwhile, and is asked when it is ready."""
-    stand_in("import time; time.sleep(1.0)\nprint('ready', flush=True)\nfor _ in open(0): print('equal', flush=True)")
+    stand_in(
+        f"import time; time.sleep(1.0)\nprint('ready', flush=True)\nfor _ in open(0): print({SEVEN!r}, flush=True)"
+    )
     with Grader() as grader:
         before = time.monotonic()
         assert not grader.equal(*PAIR, within=0.2)
@@ -124,8 +153,10 @@ def test_a_worker_that_starts_again_late_overruns_no_budget(stand_in):
         assert grader.counts == {"graded": 2, "timeout": 1, "crash": 0, "error": 0}
 
 
-def test_a_pair_that_had_too_little_time_is_asked_again(stand_in):
-    stand_in("import time\nprint('ready', flush=True)\nfor _ in open(0): time.sleep(0.5); print('equal', flush=True)")
+def test_an_answer_that_had_too_little_time_is_asked_again(stand_in):
+    stand_in(
+        f"import time\nprint('ready', flush=True)\nfor _ in open(0): time.sleep(0.5); print({SEVEN!r}, flush=True)"
+    )
     with Grader() as grader:
         grader.start()
         (worker,) = grader._idle
@@ -138,19 +169,21 @@ def test_a_worker_that_never_starts_is_given_up(stand_in, monkeypatch):
     monkeypatch.setattr(process_module, "STARTUP_SECONDS", 0.3)
     stand_in("import time; time.sleep(600)")
     with Grader() as grader:
-        assert not grader.equal(*PAIR) and not grader._idle
-        assert not grader.equal(*PAIR) and grader.counts["graded"] == 1  # it had its time, and is remembered
+        assert not grader.equal(*PAIR, within=0.1)  # it had no time to start, and is compared as a text
+        with pytest.raises(UserError, match="didn't start within"):
+            grader.equal(*PAIR)
+        assert not grader._idle
 
 
 def test_workers_are_replaced_after_some_gradings(stand_in, monkeypatch):
-    stand_in("print('ready', flush=True)\nfor _ in open(0): print('equal', flush=True)")
-    monkeypatch.setattr(process_module, "GRADINGS_PER_WORKER", 2)
+    stand_in(f"print('ready', flush=True)\nfor _ in open(0): print({SEVEN!r}, flush=True)")
+    monkeypatch.setattr(process_module, "ANSWERS_PER_WORKER", 2)
     with Grader() as grader:
         grader.start()
         first = grader._idle[0].process
         assert grader.equal(*PAIR) and grader._idle[0].process is first
         assert grader.equal(*OTHER) and not grader._idle and first.poll() is not None
-        assert grader.equal("x", "y") and grader.counts["crash"] == 0
+        assert grader.equal(r"\sqrt{5}", "7") and grader.counts["crash"] == 0
 
 
 def test_several_workers_grade_at_a_time(stand_in, tmp_path):
@@ -159,11 +192,11 @@ def test_several_workers_grade_at_a_time(stand_in, tmp_path):
         f"import os, pathlib, sys, time\nfolder = pathlib.Path({str(tmp_path)!r})\nprint('ready', flush=True)\n"
         "for line in sys.stdin:\n    (folder / f'{os.getpid()}.asked').touch()\n"
         "    while len(list(folder.glob('*.asked'))) < 2: time.sleep(0.01)\n"
-        "    print('equal', flush=True)"
+        f"    print({SEVEN!r}, flush=True)"
     )
     with Grader(timeout=20.0, workers=2) as grader:
-        texts = [r"\boxed{x}", r"\boxed{y}", "no answer", r"\boxed{x}"]
-        assert grader.grade_texts(texts, [[r"\frac{1}{2}"]] * 4) == [True, True, False, True]
+        texts = [r"\boxed{\sqrt{2}}", r"\boxed{\sqrt{3}}", "no answer", r"\boxed{\sqrt{2}}"]
+        assert grader.grade_texts(texts, [["7"]] * 4) == [True, True, False, True]
         assert grader.counts == {"graded": 2, "timeout": 0, "crash": 0, "error": 0}
 
 
@@ -174,7 +207,7 @@ def test_a_worker_inherits_no_environment(monkeypatch):
         grader.start()
         environment = Path(f"/proc/{grader._idle[0].process.pid}/environ").read_bytes()
         assert environment == b"PYTHONHASHSEED=0\0"
-        assert grader.equal(r"\frac{1}{2}", "0.5") and grader.counts["graded"] == 1
+        assert grader.equal(r"\sqrt{4}", "2") and grader.counts["graded"] == 1
 
 
 def real_worker(changes):
@@ -184,23 +217,23 @@ def real_worker(changes):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="not every system limits memory")
 def test_a_workers_memory_is_limited(stand_in):
-    stand_in(real_worker("w.verdict = lambda gold, answer: (bytearray(4 << 30), 'equal')[1]"))
+    stand_in(real_worker("w.reply_to = lambda answer: (bytearray(4 << 30), [['7', ['', '']]])[1]"))
     with Grader() as grader:
         assert not grader.equal(*PAIR)
         assert grader.counts["crash"] == 1
 
 
 def test_what_a_library_prints_is_no_reply(stand_in):
-    stand_in(real_worker("w.verdict = lambda gold, answer: (print('equal', flush=True), 'different')[1]"))
+    stand_in(real_worker("w.reply_to = lambda answer: (print('null', flush=True), [['8', ['', '']]])[1]"))
     with Grader() as grader:
         assert not grader.equal(*PAIR) and not grader.equal(*OTHER)
         assert grader.counts == {"graded": 2, "timeout": 0, "crash": 0, "error": 0}
 
 
 def test_a_busy_worker_ends_without_its_parent():
-    code = real_worker("w.ALARM_AFTER = 0.1\nw.verdict = lambda gold, answer: str(9**9**9)")
+    code = real_worker("w.ALARM_AFTER = 0.1\nw.reply_to = lambda answer: str(9**9**9)")
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE) as process:
-        process.stdin.write(json.dumps(["1", "2", 0.2]).encode() + b"\n")
+        process.stdin.write(json.dumps(["1", 0.2]).encode() + b"\n")
         process.stdin.flush()
         assert process.wait(timeout=60) == -signal.SIGALRM
 

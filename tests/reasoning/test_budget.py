@@ -7,6 +7,7 @@ import pytest
 
 from m1.errors import UserError
 from m1.grading import Grader
+from m1.grading.reading import leaf
 from m1.reasoning.budget import Budget, Timer, timed
 from m1.reasoning.voting import Vote, vote
 
@@ -63,25 +64,25 @@ def test_timer_counts_from_when_it_is_made():
 
 
 class SlowGrader(Grader):
-    """Its worker takes `cost` seconds of the clock a pair, or what is left, and finds all pairs equal."""
+    """Its worker takes `cost` seconds of the clock an answer, or what is left, and reads the same in all."""
 
     def __init__(self, now, cost):
         super().__init__(timeout=10.0)
         self.now, self.cost, self.asked = now, cost, Counter()
 
-    def _ask_worker(self, gold, answer, within):
-        self.asked[gold, answer] += 1
-        self.now[0] += min(self.cost, within)
-        return True if self.cost <= within else None
+    def _ask_worker(self, answer, within):
+        self.asked[answer] += within > 0
+        self.now[0] += max(0.0, min(self.cost, within))
+        return [leaf("1")] if self.cost <= within else None
 
 
 def test_grading_never_overruns():
     now = [0.0]
     slow = SlowGrader(now, cost=2.0)
-    equal = timed(slow.equal, Timer(5.0, lambda: now[0]))
-    answers = ["a", "b", "c", "d", "e"]  # a=b and a=c take 2 seconds each, a=d is cut off after one
-    assert vote(answers, equal).counts == {"a": 3, "d": 1, "e": 1}
+    partition = timed(slow.partition, Timer(5.0, lambda: now[0]))
+    a, b, c, d, e = (rf"\sqrt{{{n}}}" for n in range(2, 7))  # a and b take 2 seconds each, c is cut off after one
+    assert vote([a, b, c, d, e], partition).counts == {a: 2, c: 1, d: 1, e: 1}
     assert now == [5.0] and sum(slow.asked.values()) == 3
-    assert vote([*answers, "d", "f", "12", "012"], equal).counts == {"a": 3, "d": 2, "12": 2, "e": 1, "f": 1}
-    assert now == [5.0] and sum(slow.asked.values()) == 3  # what was found equal stays so; nothing more is asked
-    assert slow.equal("a", "d")  # another problem has the time that was missing here
+    assert vote([a, b, c, d, e, d, "12", "012"], partition).counts == {a: 2, "12": 2, d: 2, c: 1, e: 1}
+    assert now == [5.0] and sum(slow.asked.values()) == 3  # what was read stays so; nothing more is asked
+    assert slow.equal(a, d)  # another problem has the time that was missing here

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from m1.engine import LLM, Engine, SamplingParams
 from m1.errors import UserError
 from m1.grading import Grader
+from m1.grading.reading import leaf
 from m1.model import M1ForCausalLM
 from m1.model.tokenizer import byte_tokenizer
 from m1.reasoning.budget import Budget
@@ -170,22 +171,38 @@ def test_samples_of_different_waves_are_different():
     assert len(set(seeds)) == len(seeds) == 3
 
 
+def test_a_thought_that_the_prompt_opened():
+    """The template wrote <think>, so the text has only the end of it. A cut-off thought has no announced answer."""
+
+    class Thinking(ScriptedEngine):
+        def encode(self, prompt):
+            return TOKENIZER.encode("?<think>\n")
+
+    engine = Thinking(["7"])
+    solution = run(engine, 1)
+    assert solution.samples[0].text == r"<think>\boxed{7}" and solution.answer == "7"
+    engine.decode = lambda ids: "?<think>" if TOKENIZER.decode(ids).startswith("?") else "the answer is 5. Wait"
+    assert run(engine, 1).answer is None
+    assert run(ScriptedEngine(["7"]), 1).samples[0].text == r"\boxed{7}"
+
+
 def test_grading_is_on_the_clock():
-    """A pair takes the worker 3 seconds, or as long as is left."""
+    """An answer takes the worker 3 seconds, or as long as is left."""
 
     class Slow(Grader):
         def start(self, within):
             engine.now += 1
 
-        def _ask_worker(self, gold, answer, within):
-            engine.now += min(3, within)
-            return True if within >= 3 else None
+        def _ask_worker(self, answer, within):
+            engine.now += max(0, min(3, within))
+            return [leaf("1")] if within >= 3 else None
 
-    engine = ScriptedEngine(["x", "y", "z"], slots=1)
+    x, y, z = r"\sqrt{2}", r"\sqrt{3}", r"\sqrt{5}"
+    engine = ScriptedEngine([x, y, z], slots=1)
     budget = Budget(3, 9.5, "none")
     solution = solve("?", engine, Slow(), SamplingParams(), budget, clock=engine.clock)
-    # the start, two steps and x=y until 6, a step until 7, and x=z is cut off half a second before it would be found
-    assert (solution.seconds, solution.vote.counts, solution.reason) == (9.5, {"x": 2, "z": 1}, "all")
+    # the start, a step and x until 5, a step and y until 9, and z comes after half a second that is left
+    assert (solution.seconds, solution.vote.counts, solution.reason) == (10.0, {x: 2, z: 1}, "all")
 
 
 def test_a_verifier_is_on_the_clock_and_does_not_begin_too_late():

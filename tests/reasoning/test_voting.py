@@ -12,11 +12,11 @@ from m1.reasoning.voting import Vote, cluster, vote
 ANSWERS = st.sampled_from(["1", "01", "2", "3", None])
 WEIGHTS = st.sampled_from([0.0, 0.1, 0.2, 0.3, 0.7, 1.0]) | st.floats(0, 1)
 SAMPLES = st.lists(st.tuples(ANSWERS, WEIGHTS), max_size=12)
-EQUAL = Grader().equal  # these answers are all decided without a worker
+PARTITION = Grader().partition  # these answers are all read without a worker
 
 
 def weighed(samples):
-    return vote([answer for answer, _ in samples], EQUAL, [weight for _, weight in samples])
+    return vote([answer for answer, _ in samples], PARTITION, [weight for _, weight in samples])
 
 
 @given(SAMPLES, st.randoms())
@@ -26,7 +26,7 @@ def test_order_does_not_matter(samples, rng):
     rng.shuffle(shuffled) if rng else shuffled.reverse()
     assert list(weighed(samples).weights.items()) == list(weighed(shuffled).weights.items())
     answers = [answer for answer, _ in samples]
-    assert vote(answers, EQUAL) == vote([answer for answer, _ in shuffled], EQUAL)
+    assert vote(answers, PARTITION) == vote([answer for answer, _ in shuffled], PARTITION)
 
 
 @given(SAMPLES, SAMPLES)
@@ -50,16 +50,16 @@ def test_decided_is_as_eager_as_it_can_be(seen, bound, remaining):
 
 def test_by_hand():
     seven = Vote({"7": 3, "2": 2}, {"7": 3.0, "2": 2.0}, abstained=1)
-    assert vote(["2", "7", None, "07", "2", "7"], EQUAL) == seven
-    assert vote(["9", "12", "9", "12"], EQUAL).answer == "9"  # a tie goes to the shorter answer
-    assert vote([None], EQUAL).answer is None
+    assert vote(["2", "7", None, "07", "2", "7"], PARTITION) == seven
+    assert vote(["9", "12", "9", "12"], PARTITION).answer == "9"  # a tie goes to the shorter answer
+    assert vote([None], PARTITION).answer is None
     assert Vote({"7": 3, "2": 1}, {"7": 3.0, "2": 1.0}).decided(1)
     assert not Vote({"7": 3, "2": 1}, {"7": 3.0, "2": 1.0}).decided(2)
     assert not Vote({}, {}).decided(0)
 
 
 def test_weight_beats_number():
-    heavy = vote(["1", "1", "2", None], EQUAL, [0.2, 0.3, 0.75, 0.9])
+    heavy = vote(["1", "1", "2", None], PARTITION, [0.2, 0.3, 0.75, 0.9])
     assert list(heavy.weights.items()) == [("2", 0.75), ("1", 0.5)]
     assert (heavy.counts, heavy.abstained) == ({"2": 1, "1": 2}, 1)
 
@@ -93,6 +93,29 @@ def test_confidence_by_hand():
 def test_clusters_ignore_order():
     samples = ["0.5", "3", r"\frac{1}{2}", None, "3", "1/2", "4"]
     with Grader() as grader:
-        clusters = cluster(samples, grader.equal)
+        clusters = cluster(samples, grader.partition)
         assert sorted(map(sorted, clusters.values())) == [[0, 2, 5], [1, 4], [6]]
-        assert set(cluster(samples[::-1], grader.equal)) == set(clusters)
+        assert set(cluster(samples[::-1], grader.partition)) == set(clusters)
+
+
+def test_a_cluster_is_named_by_its_heaviest_spelling():
+    answers = [r"50\%", "50", "50.0", r"50\%", "7", None]
+    assert cluster(answers, PARTITION) == {r"50\%": [0, 3, 1, 2], "7": [4]}
+    assert list(cluster(answers, PARTITION, [0.1, 0.1, 0.3, 0.1, 0.0, 0.0])) == ["50.0", "7"]
+    # a tie goes to the shorter spelling, 50 before 50.0, then to the alphabetically first, 1/2 before 0.50
+    assert list(cluster(["50.0", "50"], PARTITION)) == ["50"]
+    assert list(cluster(["100/1", "1e2", "100.0"], PARTITION)) == ["100.0"]
+    assert list(cluster(["5", "5/1", "10/2", "10/2"], PARTITION)) == ["10/2"]  # neither shortest nor first
+
+
+def test_a_vote_is_as_right_as_its_members():
+    with Grader() as grader:
+        winner = vote([r"50\%"] * 3 + ["50"], grader.partition)
+        assert winner.counts == {r"50\%": 4} and grader.grade(winner.answer, ["0.5"])
+        winner = vote([r"50\%"] + ["50"] * 3, grader.partition)
+        assert winner.counts == {"50": 4} and not grader.grade(winner.answer, ["0.5"])
+
+
+def test_morning_is_not_evening():
+    times = ["4:30", r"4:30 \text{ p.m.}", r"4:30 \text{ p.m.}"] + [r"4:30 \text{ a.m.}"] * 3
+    assert vote(times, PARTITION).counts == {times[3]: 3, times[1]: 2, "4:30": 1}

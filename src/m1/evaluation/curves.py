@@ -72,7 +72,7 @@ def _outcomes(
         of_run = []
         for budget in budgets:
             answers = [answer for ended, answer, _ in run["samples"] if ended <= budget]
-            winner = vote(answers, grader.equal).answer
+            winner = vote(answers, grader.partition).answer
             right = winner is not None and grader.grade(winner, golds[run["problem"]])
             of_run.append(Outcome(right, len(answers)))
         outcomes[run["problem"]].append(of_run)

@@ -69,7 +69,7 @@ def majority_at_k(
     per_problem = []
     for samples, gold in zip(answers, golds, strict=True):
         draws = [samples] if k == len(samples) else [rng.sample(samples, k) for _ in range(RESAMPLES)]
-        winners = [vote(draw, grader.equal).answer for draw in draws]
+        winners = [vote(draw, grader.partition).answer for draw in draws]
         per_problem.append(sum(w is not None and grader.grade(w, gold) for w in winners) / len(draws))
     return per_problem
 

@@ -25,6 +25,7 @@ from transformers import (
 from m1.engine import LLM, Request, SamplingParams, stop_tokens
 from m1.engine.sequence import shortened
 from m1.errors import UserError
+from m1.grading import with_thought
 from m1.model.cache_layout import slot_bytes
 from m1.model.checkpoint import weights_hash
 from m1.model.tokenizer import decode_text, encode_chat
@@ -56,7 +57,7 @@ class Sample:
     Attributes:
         problem: the problem's id.
         round: number of the sample among the problem's, from 0.
-        text: the generated text.
+        text: the generated text, with the <think> that the prompt ended with.
         tokens: number of generated tokens; None if a server doesn't report it.
         logprob: sum of the tokens' log-probabilities; None if a server doesn't report them.
         finish_reason: "stop", "length", or what a server reports.
@@ -152,7 +153,8 @@ class EngineSampler(LocalSampler):
             for sequence in chain.from_iterable(steps):
                 now, request = time.monotonic(), requests[sequence.request.id]
                 tokens, logprob, reason = sequence.token_ids, sum(sequence.logprobs), sequence.finish_reason
-                text, round_ = self.llm.decode(tokens), request.rounds[sequence.index]
+                text = with_thought(self.llm.decode(sequence.request.tokens), self.llm.decode(tokens))
+                round_ = request.rounds[sequence.index]
                 yield Sample(request.problem, round_, text, len(tokens), logprob, reason, now - started)
                 started += time.monotonic() - now
 
@@ -210,6 +212,7 @@ class TransformersSampler(LocalSampler):
             for (request, round_), tokens, logprobs in zip(batch, *outputs, strict=True):
                 end = next((i for i, token in enumerate(tokens, start=1) if token in stop), None)
                 text = decode_text(self.tokenizer, tokens[:end], stop)
+                text = with_thought(decode_text(self.tokenizer, prompts[request.problem]), text)
                 reason, logprob = "stop" if end else "length", sum(logprobs[:end])
                 yield Sample(request.problem, round_, text, end or len(tokens), logprob, reason, now - started)
             started += time.monotonic() - now

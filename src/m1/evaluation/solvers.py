@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 from m1.engine import LLM, SamplingParams
 from m1.errors import UserError
-from m1.grading import Grader, extract_answer
+from m1.grading import Grader, extract_answer, with_thought
 from m1.model.tokenizer import encode_chat
 from m1.peers.vllm_client import AskWorker, start_vllm
 from m1.reasoning.budget import Budget
@@ -96,7 +96,7 @@ class VLLMSolver:
         answer = self._sample(prompt, self.params, self.llm.stop_token_ids, seconds)
         ended = []
         for sample in answer["samples"]:
-            text = self.llm.decode(sample["token_ids"])
+            text = with_thought(self.llm.decode(prompt), self.llm.decode(sample["token_ids"]))
             ended.append(Ended(sample["seconds"], extract_answer(text), len(sample["token_ids"])))
         return answer["seconds"], ended
 

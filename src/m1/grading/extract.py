@@ -2,15 +2,24 @@ r"""Extracts the final answer from a text: a \boxed{}, or an announcement such a
 
 import re
 
-from m1.grading.equality import MAX_ANSWER_CHARACTERS
+from m1.grading.spelling import MAX_ANSWER_CHARACTERS
 
 MAX_ANNOUNCEMENTS = 50  # announcements that are read per text, from its end
 
-BOX = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
+# A box, also one without braces (\boxed 6) or with a second backslash, and what moves the depth of braces.
+BOX = re.compile(
+    r"\\{1,2}(?:boxed|fbox)(?:\s*\{|\s*(?P<bare>-?\d[\d.,]*(?<![.,])|(?<=\s)[A-Za-z](?![A-Za-z])))|\\.|[{}]", re.DOTALL
+)
+# The tags some models are trained to put around an answer.
+TAGS = (("<answer>", "</answer>"), ("<|begin_of_box|>", "<|end_of_box|>"))
+# A base model goes on with the next problem behind its answer.
+RUN_ON = re.compile(r"\n\s{0,9}(?:Question|Problem|Q|Human|User):")
 # Announcements of an answer. A search takes linear time: every repetition is bounded or has only one possible start.
 ANNOUNCED = re.compile(
     r"^####[ \t]*(?=\S{0,40}\d\S{0,40}[ \t]*$)"  # GSM8K's
     r"|^[#* \t]{0,20}(?:final[ \t])?answer[#*: \t]{0,20}\n\s{0,20}"  # a heading
+    r"|\\textbf\{(?:final )?answer[.:]?\}[.:]?\s{0,9}"
+    r"|\banswer[ \t](?=\$|\\\(|\\\[)"
     r"|\banswers?\b(?: to [^.:\n]{1,80}?)?[* \t]{0,9}(?:\bis\b|\bare\b|[:=])[:*\s]{0,9}",
     re.IGNORECASE | re.MULTILINE,
 )
@@ -25,32 +34,64 @@ COMMAND = re.compile(r"\\(?:text|mathrm|mbox)\s*\{[^{}]*\}|\\[A-Za-z]+")
 NOT_UNITS = re.compile(r"\b(?:times|more|less|than|of|plus|minus|not|that|this|if|to)\b|^\d+[.)]\s", re.IGNORECASE)
 
 
+def with_thought(prompt: str, text: str) -> str:
+    """The generated text with the <think> that its prompt ended with: some chat templates open the thought."""
+    return f"<think>{text}" if prompt.rstrip().endswith("<think>") else text
+
+
 def extract_answer(text: str) -> str | None:
     r"""Finds the final answer of a text; None if there is none. Takes time linear in the text's length.
 
     Text before the last </think> is thought and the rest is reply. Without </think>, a text is all reply, or all
-    thought if it has a <think>. The first of these that exists is the answer:
+    thought if it has a <think> (see `with_thought`). The first of these that exists is the answer:
 
-    1. In the reply, the last \boxed{} or \fbox{} that has content and balanced braces. Boxes separated only
-       by commas, "and" or "or" form a list: "\boxed{1} and \boxed{2}" gives "1, 2".
-    2. In the reply, the last announced answer. Announcements are "the answer is 5", "Answer: $x$", a heading
+    1. In the reply, what the last <answer></answer> or <|begin_of_box|><|end_of_box|> holds.
+    2. In the reply, "the final answer is 5" behind all boxes.
+    3. In the reply, the last \boxed{} or \fbox{} that has content and balanced braces and isn't an approximation of
+       one before it. Boxes separated only by commas, "and" or "or" form a list: "\boxed{1} and \boxed{2}" gives "1, 2".
+    4. In the reply, the last announced answer. Announcements are "the answer is 5", "Answer: $x$", a heading
        "Answer", GSM8K's "#### 5", and the only bold text of the last line.
-    3. In the thought, the last \boxed{} or \fbox{}. Announcements in it are ignored, because they aren't final.
+    5. In the thought, the last \boxed{} or \fbox{}. Announcements in it are ignored, because they aren't final.
 
-    An announced answer must begin with mathematics. Bare words, questions and whole sentences don't count.
+    An announced answer must begin with mathematics. Bare words, questions and whole sentences don't count. Behind the
+    answer, a reply ends where the model goes on with another "Question:".
     """
     thought, closed, reply = text.rpartition("</think>")
     if not closed and "<think>" in text:
         thought, reply = text, ""
-    return _boxed(reply) or _announced(reply) or _boxed(thought)
+    run_on = RUN_ON.search(reply)
+    first = _final(reply[: run_on.start()]) if run_on else None
+    return first or _final(reply) or _boxed(thought)[0]
 
 
-def _boxed(text: str) -> str | None:
+def _final(reply: str) -> str | None:
+    box, end = _boxed(reply)
+    if box and (final := max(reply.rfind("inal answer is"), reply.rfind("INAL ANSWER IS"))) > end:
+        box = _announced(reply[final:].replace("inal", "", 1)) or box
+    return _tagged(reply) or box or _announced(reply)
+
+
+def _tagged(text: str) -> str | None:
+    """What the last pair of tags holds: a box in it, or all of it."""
+    for opening, closing in TAGS:
+        end = text.rfind(closing)
+        start = text.rfind(opening, 0, max(end, 0))
+        if end > start >= 0 and end - start <= MAX_ANSWER_CHARACTERS:
+            content = text[start + len(opening) : end]
+            if found := _boxed(content)[0] or content.strip().strip("$").strip():
+                return found
+    return None
+
+
+def _boxed(text: str) -> tuple[str | None, int]:
+    """The last box's content, or a list of several, and where it ends."""
     opened: list[tuple[int, int] | None] = []  # per open brace: start of the box and of its content, or None
     boxes: list[tuple[int, int, int]] = []
     for match in BOX.finditer(text):
         token = match.group()
-        if token == "}":
+        if match["bare"]:
+            boxes.append((match.start(), match.start("bare"), match.end()))
+        elif token == "}":
             box = opened.pop() if opened else None
             if box:
                 boxes.append((*box, match.start()))
@@ -58,17 +99,24 @@ def _boxed(text: str) -> str | None:
             opened.append((match.start(), match.end()) if len(token) > 2 else None)
     boxes.sort(reverse=True)
     parts: list[str] = []
-    begin = len(text)  # of the previous box: they are visited from the last to the first
+    begin, last = len(text), -1  # begin of the previous box: they are visited from the last to the first
+    approximation = None
     for box_begin, start, end in boxes:
         if end > begin:  # it contains the previous one
             continue
-        if parts and not _joins(text[end + 1 : begin][:41]):
+        gap = text[end:begin][:41].removeprefix("}")
+        if parts and not _joins(gap):
             break
         content = text[start:end].strip()
-        if content:
+        if content.startswith(r"\approx") or text[max(0, box_begin - 9) : box_begin].rstrip(" $").endswith(r"\approx"):
+            approximation = approximation or (content, end)
+        elif content:
             parts.append(content)
+            last = max(last, end)
         begin = box_begin
-    return ", ".join(reversed(parts)) or None
+    if approximation and not parts:
+        return approximation
+    return ", ".join(reversed(parts)) or None, last
 
 
 def _joins(gap: str) -> bool:

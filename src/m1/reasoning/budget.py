@@ -1,13 +1,12 @@
 """Limits on the samples and seconds per problem, rules that stop earlier, and a timer that covers grading, too."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from m1.errors import UserError
-from m1.grading.equality import normalize
-from m1.reasoning.voting import Equality, Vote
+from m1.reasoning.voting import Partition, Vote
 
 CONFIDENT = 0.95  # the threshold of the paper's experiments
 
@@ -23,8 +22,9 @@ class Budget:
         seconds: wall-clock time; no limit when None.
         rule: when to stop early.
             "none": never.
-            "decided": when the missing samples can't change the winner. The answer is that of "none", as far as
-            equality of answers is transitive. Without `n` the number of missing samples is unknown, so it never stops.
+            "decided": when the missing samples can't change the winner. The answer is that of "none", unless a late
+            answer contradicts a unit or name and so divides a class (see `Grader.partition`). Without `n` the number
+            of missing samples is unknown, so it never stops.
             "confident": as "decided", and also when `Vote.confidence` is at least 0.95. This may change the answer.
 
     Raises:
@@ -84,22 +84,13 @@ class Timer:
         return self._seconds - self.spent()
 
 
-def timed(equal: Callable[[str, str, float], bool], timer: Timer) -> Equality:
-    """An equality for `vote` that doesn't exceed the timer.
+def timed(partition: Callable[[Sequence[str], Callable[[], float]], Sequence[int]], timer: Timer) -> Partition:
+    """A partition for `vote` that doesn't exceed the timer.
 
-    A pair gets no more than the seconds left, including the restart of a worker. What was found before stays valid
-    after the limit. New pairs are then compared as normalized texts.
+    It gets no more than the seconds left, including the restart of a worker. What was read before stays valid after the
+    limit. Other answers are then compared as texts.
 
     Args:
-        equal: decides a pair of answers within a number of seconds, as `Grader.equal` does.
+        partition: finds equal answers while there are seconds left, as `Grader.partition` does.
     """
-    found: dict[tuple[str, str], bool] = {}
-
-    def equal_in_time(gold: str, answer: str) -> bool:
-        pair = normalize(gold), normalize(answer)
-        left = timer.left()
-        if pair not in found and left > 0:
-            found[pair] = equal(*pair, left)
-        return found.get(pair, pair[0] == pair[1])
-
-    return equal_in_time
+    return lambda answers: partition(answers, timer.left)

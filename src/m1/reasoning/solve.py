@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from m1.engine import LLM, Engine, Request, SamplingParams, Sequence, fold_in
 from m1.errors import UserError
-from m1.grading import Grader, extract_answer
+from m1.grading import Grader, extract_answer, with_thought
 from m1.reasoning.budget import Budget, Timer, timed
 from m1.reasoning.solution import Solution, VotedSample
 from m1.reasoning.verifier import Weights, bound_of, weigh
@@ -58,7 +58,7 @@ def solve(
             "or choose the rule none or confident"
         )
     grader.start(timer.left())
-    equal = timed(grader.equal, timer)
+    partition = timed(grader.partition, timer)
     requests: list[Request] = []
     with closing(engine.run(requests)) as steps:
         while not solution.reason and timer.left() > 0:
@@ -70,7 +70,7 @@ def solve(
                     _weigh(ended, problem, weights)
                 solution.samples += ended
                 answers = [sample.answer for sample in solution.samples]
-                solution.vote = vote(answers, equal, [sample.weight for sample in solution.samples])
+                solution.vote = vote(answers, partition, [sample.weight for sample in solution.samples])
                 solution.reason = budget.why_stop(solution.vote, len(answers), bound)
             solution.seconds = timer.spent()
             on_step(solution)
@@ -88,7 +88,8 @@ def _wave(engine: Engine, budget: Budget, requests: list[Request]) -> int:
 
 
 def _read(sequence: Sequence, llm: LLM, seconds: float) -> VotedSample:
-    text, count = llm.decode(sequence.token_ids), len(sequence.token_ids)
+    text = with_thought(llm.decode(sequence.request.tokens), llm.decode(sequence.token_ids))
+    count = len(sequence.token_ids)
     logprob = math.fsum(sequence.logprobs) / count if count else 0.0
     return VotedSample(text, extract_answer(text), count, logprob, sequence.finish_reason, seconds)
 

@@ -7,11 +7,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from m1.grading.equality import normalize
+from m1.grading.spelling import normalize
 
 ROUNDING = 1e-9  # relative error, far above that of summing floats: a smaller lead isn't a lead
 
-Equality = Callable[[str, str], bool]  # whether two answers have the same value, `Grader.equal` for instance
+# Gives the class of each answer; equal answers have the same one. It must be an equivalence, as `Grader.partition` is.
+Partition = Callable[[Sequence[str]], Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Vote:
     """The result of a vote: a tally of answers in which the winner comes first.
 
     Attributes:
-        counts: number of samples per answer. Equal answers are counted under one spelling.
+        counts: number of samples per answer. Equal answers are counted under their heaviest spelling.
         weights: summed weight of these samples per answer, in the same order.
         abstained: number of samples without an answer.
     """
@@ -56,35 +57,41 @@ class Vote:
         return sum(math.comb(tosses, k) for k in range(leader + 1)) / (1 << tosses)
 
 
-def vote(answers: Sequence[str | None], equal: Equality, weights: Sequence[float] | None = None) -> Vote:
+def vote(answers: Sequence[str | None], partition: Partition, weights: Sequence[float] | None = None) -> Vote:
     """Finds the answer with the largest summed weight. Equal answers share their weight.
 
     Ties go to the shorter answer, then to the alphabetically first. The samples' order has no influence.
 
     Args:
         answers: one per sample, None for a sample without an answer.
-        equal: decides whether two answers are equal.
+        partition: decides which answers are equal.
         weights: one per sample, at least 0; all 1 when None.
     """
     weights = [1.0] * len(answers) if weights is None else weights
-    clusters = cluster(answers, equal)
+    clusters = cluster(answers, partition, weights)
     sums = {answer: math.fsum(weights[i] for i in members) for answer, members in clusters.items()}
     order = sorted(clusters, key=lambda answer: (-sums[answer], len(answer), answer))
     counts = {answer: len(clusters[answer]) for answer in order}
     return Vote(counts, {answer: sums[answer] for answer in order}, abstained=len(answers) - sum(counts.values()))
 
 
-def cluster(answers: Sequence[str | None], equal: Equality) -> dict[str, list[int]]:
-    """Groups equal answers: the shortest normalized spelling of each cluster, and the indices of its members.
+def cluster(
+    answers: Sequence[str | None], partition: Partition, weights: Sequence[float] | None = None
+) -> dict[str, list[int]]:
+    r"""Groups equal answers: the name of each cluster, and the indices of its members. None is in no cluster.
 
-    None is in no cluster. Spellings are visited in sorted order, so the clusters don't depend on the answers' order.
+    A cluster is named by the normalized spelling with the largest summed weight, so that a vote is right if most of
+    its winner's weight is: three `50\%` and one `50` vote for `50\%`, which is 0.5. Ties go to the shorter spelling,
+    then to the alphabetically first.
     """
+    weights = [1.0] * len(answers) if weights is None else weights
     spellings: dict[str, list[int]] = {}
     for i, answer in enumerate(answers):
         if answer is not None:
             spellings.setdefault(normalize(answer), []).append(i)
+    order = sorted(spellings, key=lambda s: (-math.fsum(weights[i] for i in spellings[s]), len(s), s))
+    names: dict[int, str] = {}
     clusters: dict[str, list[int]] = {}
-    for spelling in sorted(spellings, key=lambda s: (len(s), s)):
-        home = next((c for c in clusters if equal(c, spelling)), spelling)
-        clusters.setdefault(home, []).extend(spellings[spelling])
+    for spelling, label in zip(order, partition(order), strict=True):
+        clusters.setdefault(names.setdefault(label, spelling), []).extend(spellings[spelling])
     return clusters

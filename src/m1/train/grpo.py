@@ -7,11 +7,13 @@ import logging
 from functools import partial
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer
 
 from m1.errors import UserError
-from m1.grading import Grader
+from m1.grading import Grader, with_thought
 from m1.model.checkpoint import load_model
+from m1.model.tokenizer import decode_text, encode_chat
 from m1.recipe import GRPOStage
 from m1.train.data import problems
 from m1.train.rollout import EngineRollouts
@@ -44,7 +46,7 @@ def grpo_trainer(grader: Grader, stage: GRPOStage, arguments: GRPOConfig) -> GRP
         args=arguments,
         train_dataset=problems(stage.data),
         processing_class=tokenizer,
-        reward_funcs=correctness_reward(grader),
+        reward_funcs=correctness_reward(grader, tokenizer),
         rollout_func=EngineRollouts(stage.max_num_seqs),
     )
 
@@ -57,11 +59,12 @@ def arguments_of(stage: GRPOStage) -> GRPOConfig:
     return arguments
 
 
-def correctness_reward(grader: Grader) -> Any:
+def correctness_reward(grader: Grader, tokenizer: PreTrainedTokenizerBase) -> Any:
     """Makes a reward function for TRL: 1 if a completion's final answer equals one of the golds, else 0."""
 
-    def correct(completions: list[Any], answers: list[list[str]], **_: Any) -> list[float]:
-        texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+    def correct(prompts: list[Any], completions: list[Any], answers: list[list[str]], **_: Any) -> list[float]:
+        prompt = decode_text(tokenizer, encode_chat(tokenizer, prompts[0]))  # all end as the chat template says
+        texts = [with_thought(prompt, c if isinstance(c, str) else c[-1]["content"]) for c in completions]
         return [float(ok) for ok in grader.grade_texts(texts, answers)]
 
     return correct
