@@ -152,6 +152,14 @@ MUTANTS = [
         "reasoning/solve.py", "prompt_template: str = MATH_PROMPT", 'prompt_template: str = "{problem}"',
         "reasoning/test_solve.py", "solve doesn't ask for a boxed answer",
     ),
+    Mutant(
+        "reasoning/voting.py", "(-math.fsum(weights[i] for i in spellings[s]), len(s), s)", "s",
+        "reasoning/test_voting.py", "a cluster is named alphabetically",
+    ),
+    Mutant(
+        "engine/engine.py", "            self.scheduler.reset()\n", "", "engine/test_engine.py",
+        "an interrupted step leaves planned states in the prefix cache",
+    ),
     # the end of the context
     Mutant(
         "engine/sequence.py", "if params.max_tokens <= room:", "if params.max_tokens < room:", "engine/test_engine.py",
@@ -162,7 +170,7 @@ MUTANTS = [
         "engine/test_engine.py", "a prompt without room for a token",
     ),
     Mutant(
-        "evaluation/samplers.py", "context - longest, f", "context - longest + 1, f", "evaluation/test_samplers.py",
+        "evaluation/samplers.py", "context - len(p), limit", "context - len(p) + 1, limit", "evaluation/test_samplers.py",
         "transformers' samples are longer than the context",
     ),
     # caches and padding
