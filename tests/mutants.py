@@ -170,8 +170,8 @@ MUTANTS = [
         "engine/test_engine.py", "a prompt without room for a token",
     ),
     Mutant(
-        "evaluation/samplers.py", "context - len(p), limit", "context - len(p) + 1, limit", "evaluation/test_samplers.py",
-        "transformers' samples are longer than the context",
+        "evaluation/samplers.py", "context - len(p), limit", "context - len(p) + 1, limit",
+        "evaluation/test_samplers.py", "transformers' samples are longer than the context",
     ),
     # caches and padding
     Mutant(
