@@ -90,7 +90,7 @@ MUTANTS = [
         "device=likeliest.device) <= self.top_k", SAMPLING, "top_k keeps one token too many",
     ),
     Mutant(
-        "engine/sampling.py", "dtype=torch.int32) <= count)", "dtype=torch.int32) <= count + 1)", SAMPLING,
+        "engine/sampling.py", "dtype=torch.int32) <= count", "dtype=torch.int32) <= count + 1", SAMPLING,
         "one equal token too many",
     ),
     Mutant(

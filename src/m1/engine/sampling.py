@@ -132,7 +132,9 @@ class SamplingBatch:
         if self.max_k or self.any_top_p:
             last, count = self._last(logits)
             equal = logits == last
-            kept = (logits > last) | (equal & (equal.cumsum(dim=-1, dtype=torch.int32) <= count)) | ~self.ranked
+            if (equal.sum(dim=-1, keepdim=True) > count).any():  # rare in float32
+                equal &= equal.cumsum(dim=-1, dtype=torch.int32) <= count
+            kept = (logits > last) | equal | ~self.ranked
         if self.any_min_p:
             kept &= self._weights(logits, logits.amax(dim=-1, keepdim=True)) >= self.min_p
         return logits.masked_fill(~kept, -torch.inf)
