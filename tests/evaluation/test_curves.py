@@ -10,10 +10,8 @@ from checkpoints import save_checkpoint, tiny_teacher
 from typer.testing import CliRunner
 
 from m1.cli import app
-from m1.engine import LLM, SamplingParams
 from m1.errors import UserError
 from m1.evaluation.curves import POINTS, SHORTEST, accuracy_curves
-from m1.evaluation.solvers import VLLMSolver
 from m1.grading import Grader
 from m1.jsonl import read_jsonl
 from m1.model.tokenizer import byte_tokenizer
@@ -176,18 +174,3 @@ def test_unlike_dtypes_are_refused_unless_told(tmp_path):
         assert json.loads((tmp_path / dtype / "budget.json").read_text())["settings"]["dtype"] == dtype
     out = budget(*models[:2], "--out", tmp_path / "int8", "--quantize", "int8", "--vllm", "0")
     assert isinstance(out.exception, UserError) and "quantize int8: vLLM samples without it" in str(out.exception)
-
-
-def test_vllm_samples_end_with_the_context(tmp_path):
-    """As this project's do: a prompt that leaves too little for max_tokens isn't refused in the middle of a run."""
-    model = tiny_teacher()  # its context is 512 tokens
-    prompts, asked = [[1] * 10, [1] * 500], []
-
-    def ask(work):
-        asked.append((len(work["tokens"]), work["new_tokens"]))
-        return {"seconds": 1.0, "samples": []}
-
-    solver = VLLMSolver(LLM(model, byte_tokenizer()), ask, prompts, SamplingParams(max_tokens=100))
-    for prompt in prompts:
-        solver._sample(prompt, solver.params, [], 1.0)
-    assert asked == [(10, 2), (10, 100), (500, 12)]

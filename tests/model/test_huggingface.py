@@ -202,6 +202,7 @@ def test_lora_on_mixers_and_attention(hybrid, tokens, tmp_path):
     assert not torch.allclose(tuned, expected, atol=1e-2)
 
 
+@pytest.mark.long
 @torch.no_grad()
 def test_lm_evaluation_harness(hybrid_dir, tmp_path, monkeypatch):
     """Its `hf` class scores a local task; the log-likelihoods are those of the model's own forward."""

@@ -28,7 +28,9 @@ def test_two_processes_compile_once(tmp_path):
     assert sorted("compiling M1's CPU kernels" in message for message in messages) == [False, True]
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize(
+    "capability", [c if c == "default" else pytest.param(c, marks=pytest.mark.long) for c in CAPABILITIES]
+)
 def test_every_instruction_set_equals_the_reference(capability):
     """The other tests run on the widest this processor has; here each narrower one, chosen as for torch."""
     if CAPABILITIES.index(capability) > CAPABILITIES.index(torch.backends.cpu.get_cpu_capability().lower()):
