@@ -121,6 +121,8 @@ class LLM:
 
     def _with_special_stops(self, params: SamplingParams) -> SamplingParams:
         """Makes stop strings that are special tokens into stop tokens, since texts don't have them."""
+        if not params.stop:  # listing the special tokens takes time, and there may be many requests
+            return params
         special = {str(token): i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         found = [special[stop] for stop in params.stop if stop in special]
         return replace(params, stop_token_ids=(*params.stop_token_ids, *found)) if found else params
