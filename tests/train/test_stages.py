@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from m1.errors import UserError
 from m1.jsonl import read_jsonl
@@ -131,6 +132,22 @@ def test_interrupted_stage_goes_on(hybrid_dir, tmp_path, monkeypatch):
     whole, cut = (load_model(tmp_path / name)[0].state_dict() for name in ("whole", "cut"))
     for name, tensor in whole.items():
         torch.testing.assert_close(cut[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_stage_killed_after_its_last_step(hybrid_dir, tmp_path, monkeypatch):
+    """The last checkpoint is complete, the model isn't saved: it is saved without another step."""
+    from m1.train import trainer as trainer_module
+
+    stage = SFTStage(out=str(tmp_path / "out"), data=CHAIN, model=str(hybrid_dir), trainer=TRAINER)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer_module, "_save", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            stage.run()
+    before = load_file(next(tmp_path.glob("out/checkpoints/checkpoint-4/model.safetensors")))
+    stage.run(resume=True)
+    assert [row["step"] for row in metrics(tmp_path / "out")] == [1, 2, 3, 4]
+    after = load_model(tmp_path / "out")[0].state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
 def test_grpo_runs_on_engine_rollouts(hybrid_dir, tmp_path):

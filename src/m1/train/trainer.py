@@ -11,7 +11,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
@@ -111,7 +111,8 @@ def run_training(
         trainer, interrupt = make_trainer(stage, arguments), _InterruptCallback()
         trainer.add_callback(interrupt)
         trainer.add_callback(MetricsCallback(run))
-        with interrupt:
+        trainer.add_callback(_TrainedCallback())
+        with interrupt, suppress(_Trained):
             trainer.train(resume_from_checkpoint=last)
         if interrupt.requested:
             raise KeyboardInterrupt
@@ -169,9 +170,26 @@ class MetricsCallback(TrainerCallback):
         logs: dict | None = None,
         **kwargs: Any,
     ) -> None:
-        """Appends a line."""
+        """Appends a line. The trainer's last log is no step's: it sums up the session."""
+        if logs and "train_runtime" in logs:
+            return
         seconds = self.seconds_before + time.monotonic() - self.started
         self.run.append(METRICS, {"step": state.global_step, "seconds": round(seconds, 2), **(logs or {})})
+
+
+class _Trained(Exception):
+    """The last checkpoint is the trained model."""
+
+
+class _TrainedCallback(TrainerCallback):
+    """Ends training where it begins if the checkpoint has all steps. The trainer itself would take one step more."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Raises _Trained once the checkpoint is loaded."""
+        if state.global_step >= state.max_steps:
+            raise _Trained
 
 
 class _InterruptCallback(TrainerCallback):
