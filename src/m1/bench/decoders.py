@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from m1.bench.models import SHAPES
 from m1.bench.options import DecodeOptions
 from m1.engine import Engine, Request, SamplingParams
-from m1.engine.slots import slots_that_fit
+from m1.engine.slots import PAGE_SIZE, sequences_that_fit
 from m1.errors import UserError
 from m1.model import M1Config, M1ForCausalLM
 from m1.model.configuration import ATTENTION, MAMBA
@@ -130,8 +130,8 @@ def at_contexts(options: DecodeOptions, hybrid: bool, quantize: str | None = Non
             torch.cuda.reset_peak_memory_stats()
         model = model_on_device(options, hybrid)
         length, parts = options.prompt + new, options.contexts or 1
-        largest = slots_that_fit(model.config, length, model.dtype, model.device)
-        engine = Engine(model, [], batch, max_model_len=length, prefix_cache=0, quantize=quantize)
+        largest = sequences_that_fit(model.config, length, PAGE_SIZE, model.dtype, model.device)
+        engine = Engine(model, [], min(batch, largest), max_model_len=length, prefix_cache=0, quantize=quantize)
         together = engine.num_slots
         contexts = [options.prompt + (2 * i + 1) * new // (2 * parts) for i in range(parts)]
         step = sum(seconds_of_step(options, engine, context) for context in contexts) / parts

@@ -16,6 +16,8 @@ class Request:
         tokens: the prompt's token ids.
         params: how to sample. Each sequence's random stream is `fold_in(params.seed, its index)`.
         id: the caller's number for the request. Error messages name it.
+        resumable: keeps the states at the ends of its sequences for a prompt that continues one, such as a chat's next
+            turn, and continues such a state itself. That rounds otherwise than a prefill of the whole prompt.
 
     Attributes:
         sequences: the n samples, which the engine fills.
@@ -25,12 +27,14 @@ class Request:
     tokens: list[int]
     params: SamplingParams
     id: int = 0
+    resumable: bool = False
     sequences: list["Sequence"] = field(init=False)
     # The scheduler's own fields.
     stop: frozenset[int] = frozenset()  # tokens that end a sequence
     started: int = 0  # number of sequences that have, or had, a slot
     slot: int | None = None  # holds the prompt until a sequence takes it over
     computed: int = 0  # number of prompt tokens the slot has seen
+    pages: list[int] = field(default_factory=list)  # of the slot
 
     def __post_init__(self) -> None:
         self.sequences = [Sequence(self, index) for index in range(self.params.n)]
@@ -64,7 +68,8 @@ class Sequence:
     id: int = -1  # unique among the sequences of an engine
     slot: int = -1
     base: int = 0  # base + a plan's number = tokens the slot has seen when that plan decodes the sequence
-    last_plan: int = 0  # number of the last plan that decodes the sequence
+    last_plan: int = 0  # number of the last plan that decodes the sequence; while swapped out, both as of plan 0
+    pages: list[int] = field(default_factory=list)
 
 
 def shortened(params: SamplingParams, room: int, limit: str) -> SamplingParams:
