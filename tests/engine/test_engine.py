@@ -75,7 +75,7 @@ def test_prompts_of_one_call_have_streams_of_their_own(model):
 
 def test_no_slot_is_free_while_requests_wait(model):
     """A prompt whose prefill takes several steps waits for its sequences' slots."""
-    engine = Engine(model, [], max_num_seqs=4, prefill_chunk=8)
+    engine = Engine(model, [], max_num_seqs=4, prefill_chunk=8, prefill_budget=8)
     assert engine.free_slots == 4
     engine.submit(Request([3] * 20, replace(GREEDY, n=2)))
     engine.step()

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from m1.engine import Engine, Request, SamplingParams
 from m1.engine.sequence import requests_for
+from m1.model.cache_layout import AttentionCache
 
 PATIENT = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -19,23 +20,24 @@ def poisoned_slots(monkeypatch):
     """What is left of a sequence, and memory that no sequence wrote, is NaN."""
 
     @torch.inference_mode()
-    def poison(engine, slots):
+    def poison(engine, slots, pages):
         for layer in engine.executor.slots.layers:
             for buffer in layer:
-                buffer[slots] = torch.nan
+                buffer[pages if isinstance(layer, AttentionCache) else slots] = torch.nan
 
     def then_poison_what_is_free(plain):
         def method(engine, *args):
-            before = set(engine.scheduler.free)
+            before = set(engine.scheduler.free), set(engine.scheduler.pages.free)
             result = plain(engine, *args)
-            poison(engine, [slot for slot in engine.scheduler.free if slot not in before])
+            free = engine.scheduler.free, engine.scheduler.pages.free
+            poison(engine, *([i for i in now if i not in then] for now, then in zip(free, before, strict=True)))
             return result
 
         return method
 
     def init(engine, *args, plain=Engine.__init__, **options):
         plain(engine, *args, **options)
-        poison(engine, list(range(engine.num_slots + 1)))
+        poison(engine, *(slice(None),) * 2)
 
     for name in ("step", "abort", "finish"):
         monkeypatch.setattr(Engine, name, then_poison_what_is_free(getattr(Engine, name)))
@@ -192,19 +194,26 @@ def test_a_plan_needs_no_token_values(model):
     with torch.inference_mode():
         while engine.busy:
             plan = engine.scheduler.schedule()
-            flying.append((plan, *engine.executor.execute(plan)))
+            flying.append((plan, engine.executor.execute(plan)))
             if len(flying) == 2:
-                plan, tokens, logprobs = flying.popleft()
-                engine.scheduler.update(plan, tokens.tolist(), logprobs.tolist())
+                plan, drawn = flying.popleft()
+                engine.scheduler.update(plan, *drawn.wait())
     sequences = [s for request in requests for s in request.sequences]
     assert [(s.token_ids, s.logprobs) for s in sequences] == [(s.token_ids, s.logprobs) for s in expected]
 
 
-def test_slots_take_no_more_than_memory(hybrid, monkeypatch):
+@pytest.mark.parametrize("prefix_cache", [0, 8])
+@pytest.mark.parametrize("page_size", [16, 256])
+def test_slots_and_pages_take_no_more_than_memory(model, monkeypatch, page_size, prefix_cache):
     from m1.engine import slots
-    from m1.model.cache_layout import slot_bytes
 
-    one = slot_bytes(hybrid.config, 64, torch.float32)
-    monkeypatch.setattr(slots, "free_memory", lambda device: 10 * one)
-    assert Engine(hybrid, [], max_num_seqs=100, max_model_len=64).num_slots == 7  # 80 %, less the spare one
-    assert Engine(hybrid, [], max_num_seqs=3, max_model_len=64).num_slots == 3
+    found = []
+    for megabytes in (8, 16, 64, 256):
+        monkeypatch.setattr(slots, "free_memory", lambda device, bytes=megabytes * 2**20: bytes)
+        options = {"max_num_seqs": 40, "max_model_len": 512, "page_size": page_size, "prefix_cache": prefix_cache}
+        engine = Engine(model, [], **options)
+        taken = sum(buffer.nbytes for layer in engine.executor.slots.layers for buffer in layer)
+        assert taken <= 0.8 * megabytes * 2**20
+        found.append((engine.num_slots, len(engine.scheduler.pages.free)))
+        assert engine.num_slots == 40 or taken > 0.6 * megabytes * 2**20
+    assert found == sorted(found) and found[-1] == (40, (40 + prefix_cache) * 512 // page_size)

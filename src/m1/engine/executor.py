@@ -172,7 +172,7 @@ class Executor:
         floats = [(fork.params.temperature, fork.params.top_p, fork.params.min_p) for fork in forks]
         slots = self._tensor([fork.copy.target for fork in forks])
         self.registers.integers[slots] = self._tensor(integers)
-        self.registers.floats[slots] = torch.tensor(floats).to(self.device, non_blocking=True)
+        self.registers.floats[slots] = torch.tensor(floats, dtype=torch.float32).to(self.device)
         self.registers.advance(slots, tokens)
         return tokens, logprobs
 
