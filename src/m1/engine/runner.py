@@ -143,6 +143,7 @@ class AttentionLayer(DecoderLayer):
         super().__init__(layer, pack)
         attention = layer.self_attn
         self.cache = cache
+        self.page_table = torch.arange(len(cache.keys), dtype=torch.int32, device=cache.keys.device)[:, None]
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = attention.head_dim
         self.qkv, self.out = pack(attention.q_proj, attention.k_proj, attention.v_proj), pack(attention.o_proj)
@@ -166,7 +167,7 @@ class AttentionLayer(DecoderLayer):
         q, k, v = self.queries_keys_values(hidden, cos, sin)
         self.cache.keys[rows.slots, :, rows.lengths] = k
         self.cache.values[rows.slots, :, rows.lengths] = v
-        return self.out(decode_attention(q, *self.cache, rows.lengths + 1, rows.slots).flatten(1))
+        return self.out(decode_attention(q, *self.cache, rows.lengths + 1, self.page_table, rows.slots).flatten(1))
 
     def queries_keys_values(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """hidden [rows, H] -> q [rows, heads, head_dim], k and v [rows, kv_heads, head_dim]; q and k are rotated."""
