@@ -68,10 +68,11 @@ OPS = {
     },
     ops.decode_attention: {
         "q": normal(2, 6, 16),
-        "k_cache": normal(5, 2, 9, 16),
-        "v_cache": normal(5, 2, 9, 16),
-        "lengths": torch.tensor([3, 9]),
-        "slots": torch.tensor([4, 1]),
+        "k_cache": normal(8, 2, 32, 16),
+        "v_cache": normal(8, 2, 32, 16),
+        "lengths": torch.tensor([3, 60]),
+        "page_table": torch.tensor([0, 3, 1, 2, 7, 4]).int().repeat(5, 1)[:, :3],
+        "slots": torch.tensor([2, 1]),
     },
     ops.add_rms_norm: {"hidden": normal(3, 32), "update": normal(3, 32), "weight": normal(32)},
     ops.swiglu: {"gate_up": normal(3, 64)},
@@ -87,12 +88,15 @@ ONLY = {  # arguments that must have this very dtype; the others take any of the
     (multiply, "x"): DTYPES,
     **{(ops.add_rms_norm, name): [torch.float32] for name in ("hidden", "update", "weight")},  # one dtype for all
 }
+PAGED = [ops.decode_attention]
+FREE = ["transposed", *(f"dimension {i} {change}" for i in (0, 1) for change in ("longer", "shorter"))]
 # Mutations that give other valid arguments: nothing else fixes this size.
 VALID = {
     (ops.swiglu, "gate_up", "dimension 0 longer"),
     (ops.swiglu, "gate_up", "dimension 0 shorter"),
     (ops.swiglu, "gate_up", "empty"),
     (ops.swiglu, "gate_up", "meta"),  # the only tensor
+    *((op, "page_table", change) for op in PAGED for change in FREE),
     (ops.sample_token, "logits", "dimension 1 longer"),
     (ops.sample_token, "logits", "dimension 1 shorter"),
     (PackedLinear, "weight", "dimension 1 longer"),
@@ -178,7 +182,7 @@ def test_the_table_of_valid_mutations_holds(op, name, mutation):
     value = dict(mutations(op, name, OPS[op][name]))[mutation]
     result = call(op, {other: t.clone() for other, t in OPS[op].items()} | {name: value})
     outputs = result.out_features if op is PackedLinear else len(result[0] if isinstance(result, tuple) else result)
-    assert outputs == len(value)
+    assert outputs == len(OPS[op]["q"] if name == "page_table" else value)
 
 
 # Shapes of the results; float32 and int64 where said, else in the first argument's dtype.

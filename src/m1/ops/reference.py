@@ -133,17 +133,31 @@ def shifted(conv_state: Tensor, tokens: Tensor) -> Tensor:
 
 
 def decode_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, slots: Tensor, scale: float
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, page_table: Tensor, slots: Tensor, scale: float
 ) -> Tensor:
     """softmax(scale q k^T) v over the first `length` keys of each row's slot. Zero when there are none."""
-    rep = q.shape[1] // k_cache.shape[1]
     out = torch.zeros_like(q)
     for row, (slot, length) in enumerate(zip(slots.tolist(), lengths.tolist(), strict=True)):
         if slot >= 0 and length > 0:
-            k, v = (t[slot, :, :length].float().repeat_interleave(rep, dim=0) for t in (k_cache, v_cache))
-            weights = torch.softmax(scale * torch.einsum("hd,hld->hl", q[row].float(), k), dim=-1)
-            out[row] = torch.einsum("hl,hld->hd", weights, v).to(q.dtype)
+            k, v = (keys_of(t, page_table[slot], length) for t in (k_cache, v_cache))
+            out[row] = attention(q[row, None], k, v, scale)[0].to(q.dtype)
     return out
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Causal softmax(scale q k^T) v in float32: queries [T, heads, d] of the last T of the keys [kv_heads, L, d]."""
+    T, heads, _ = q.shape
+    kv_heads, L, _ = k.shape
+    k, v = (t.float().repeat_interleave(heads // kv_heads, dim=0) for t in (k, v))
+    after = torch.ones(T, L, dtype=torch.bool, device=q.device).triu(L - T + 1)
+    scores = scale * torch.einsum("thd,hld->htl", q.float(), k)
+    return torch.einsum("htl,hld->thd", torch.softmax(scores.masked_fill(after, -torch.inf), dim=-1), v)
+
+
+def keys_of(cache: Tensor, pages: Tensor, length: int) -> Tensor:
+    """The first `length` keys [kv_heads, length, head_dim] in the pages of one slot."""
+    used = -(-length // cache.shape[2])
+    return cache.index_select(0, pages[:used]).transpose(0, 1).flatten(1, 2)[:, :length]
 
 
 def add_rms_norm(hidden: Tensor, update: Tensor | None, weight: Tensor, eps: float) -> Tensor:
