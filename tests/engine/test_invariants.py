@@ -51,7 +51,7 @@ def run(engine, request):
 
 
 def alone(model, request, chunk=512):
-    engine = Engine(model, [], max_model_len=128, prefill_chunk=chunk, prefix_cache=0)
+    engine = Engine(model, [], max_model_len=128, prefill_chunk=chunk, prefix_cache=0, page_size=16)
     return run(engine, Request(request.tokens, request.params))
 
 
@@ -70,10 +70,21 @@ REQUESTS = st.lists(
 
 
 @PATIENT
-@given(requests=REQUESTS, slots=st.integers(1, 5), chunk=st.sampled_from([7, 512]), seed=st.integers(0, 3))
-def test_a_sample_depends_on_itself_alone(model, requests, slots, chunk, seed):
-    """float32: bit-equal to the request alone in an engine, under any admission, abortion, number of slots."""
-    engine = Engine(model, [], max_num_seqs=slots, max_model_len=64, prefill_chunk=chunk, prefix_cache=2)
+@given(
+    requests=REQUESTS,
+    slots=st.integers(1, 5),
+    chunk=st.sampled_from([7, 512]),
+    pages=st.sampled_from([10, 99]),
+    lag=st.integers(0, 1),
+    seed=st.integers(0, 3),
+)
+def test_a_sample_depends_on_itself_alone(model, requests, slots, chunk, pages, lag, seed):
+    """float32: bit-equal to the request alone in an engine, under any admission, abortion, number of slots and pages,
+    and with steps that overlap."""
+    options = {"prefill_chunk": chunk, "prefix_cache": 2, "page_size": 16}
+    engine = Engine(model, [], max_num_seqs=slots, max_model_len=64, **options)
+    del engine.scheduler.pages.free[pages:]
+    engine.lag = lag
     submitted, step = [], 0
     pending = sorted(enumerate(requests), key=lambda item: item[1][4])
     while pending or engine.busy:
@@ -217,3 +228,38 @@ def test_slots_and_pages_take_no_more_than_memory(model, monkeypatch, page_size,
         found.append((engine.num_slots, len(engine.scheduler.pages.free)))
         assert engine.num_slots == 40 or taken > 0.6 * megabytes * 2**20
     assert found == sorted(found) and found[-1] == (40, (40 + prefix_cache) * 512 // page_size)
+
+
+def test_swapped_out_sequences_are_as_they_were(model):
+    """Six sequences of up to 4 pages on 10 pages, with settings and streams of their own."""
+    params = [SamplingParams(max_tokens=40, temperature=t, top_k=k, seed=3) for t, k in ((0, 0), (1, 0), (1, 5))] * 2
+    requests = [Request([1 + i] * 9, own, i) for i, own in enumerate(params)]
+    engine = Engine(model, [], max_model_len=64, prefix_cache=0, page_size=16)
+    del engine.scheduler.pages.free[10:]
+    for _ in engine.run(requests):
+        pass
+    assert engine.stats.swaps > 2 and engine.stats.prefilled == 6 * 9
+    for request in requests:
+        (sequence,) = request.sequences
+        assert [(sequence.token_ids, sequence.logprobs)] == alone(model, request)
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("page_size", [16, 256])
+def test_a_chats_next_turn_continues_the_state_at_the_end(model, page_size, lag):
+    """The sequence stops by a token, after which a step with `lag` has already been launched."""
+    greedy = SamplingParams(max_tokens=30, temperature=0)
+    first = Engine(model, [], max_model_len=128).generate([[5, 6, 7]], greedy)[0].token_ids
+    stop = next(token for token in first[8:] if token not in first[:8])
+    engine = Engine(model, [stop], max_model_len=128, page_size=page_size, prefix_cache=2)
+    engine.lag = lag
+    opening = Request([5, 6, 7], greedy, resumable=True)
+    run(engine, opening)
+    answer = opening.sequences[0].token_ids
+    assert opening.sequences[0].finish_reason == "stop" and answer == first[: first.index(stop) + 1]
+    turn = Request([5, 6, 7, *answer, 9, 9, 3], greedy, resumable=True)
+    ((tokens, logprobs),) = run(engine, turn)
+    assert engine.stats.prefilled == 3 + 4  # the stop token was drawn, not run
+    ((expected, expected_logprobs),) = run(Engine(model, [stop], max_model_len=128), Request(turn.tokens, greedy))
+    assert tokens == expected
+    torch.testing.assert_close(torch.tensor(logprobs), torch.tensor(expected_logprobs), rtol=1e-4, atol=1e-4)

@@ -62,7 +62,10 @@ class Machine:
             if chunk.start == 0:
                 self.seen[chunk.slot] = []
             assert len(self.seen[chunk.slot]) == chunk.start
-            assert chunk.start // self.scheduler.prefill_chunk == (chunk.start + len(chunk.tokens) - 1) // self.scheduler.prefill_chunk
+            assert (
+                chunk.start // self.scheduler.prefill_chunk
+                == (chunk.start + len(chunk.tokens) - 1) // self.scheduler.prefill_chunk
+            )
             assert chunk.tokens
             self.run(chunk.slot, chunk.tokens)
             if chunk.keep:

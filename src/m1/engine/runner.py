@@ -155,7 +155,7 @@ class AttentionLayer(DecoderLayer):
     Args:
         layer: the model's decoder layer.
         cache: keys and values of all pages, [pages, kv_heads, page_size, head_dim] each.
-        page_table: [slots, max_pages] int64, the pages of each slot.
+        page_table: [slots, max_pages] int32, the pages of each slot.
         config: the model's configuration.
         pack: packs linear layers into a `PackedLinear`.
     """

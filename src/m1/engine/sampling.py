@@ -95,7 +95,9 @@ class SamplingBatch:
     @classmethod
     def of(cls, params: Sequence[SamplingParams], streams: Sequence[int], device: torch.device) -> "SamplingBatch":
         """Makes a batch of each row's settings and its stream, a seed from `fold_in`."""
-        floats = torch.tensor([(p.temperature, p.top_p, p.min_p) for p in params], dtype=torch.float32).to(device)[:, :, None]
+        floats = torch.tensor([(p.temperature, p.top_p, p.min_p) for p in params], dtype=torch.float32).to(device)[
+            :, :, None
+        ]
         integers = [(stream_bits(stream), p.top_k) for stream, p in zip(streams, params, strict=True)]
         stream, top_k = torch.tensor(integers, dtype=torch.long).to(device).unbind(1)
         return cls(params, stream, floats[:, 0], top_k[:, None], floats[:, 1], floats[:, 2])

@@ -525,5 +525,7 @@ class Scheduler:
         self.running[sequence.id] = sequence
         self._will_grow(sequence)
         self._steady_until = 0
-        self._plan.fork.append(Fork(sequence.id, copy, size, params, request.stop, fold_in(params.seed, sequence.index)))
+        self._plan.fork.append(
+            Fork(sequence.id, copy, size, params, request.stop, fold_in(params.seed, sequence.index))
+        )
         return True

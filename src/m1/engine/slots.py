@@ -53,14 +53,16 @@ class Slots:
     Attributes:
         layers: per layer, a `MambaState` of buffers [slots, ...], or an `AttentionCache` of buffers
             [pages, kv_heads, page_size, head_dim].
-        page_table: [slots, max_pages] int64, the pages of each slot.
+        page_table: [slots, max_pages] int32, the pages of each slot.
         spare: index of the extra slot.
     """
 
     def __init__(self, config: PreTrainedConfig, capacity: Capacity, dtype: torch.dtype, device: torch.device):
         self.spare = capacity.slots + capacity.kept
         self.page_size = capacity.page_size
-        self.page_table = torch.full((self.spare + 1, capacity.max_pages), capacity.pages, device=device)
+        self.page_table = torch.full(
+            (self.spare + 1, capacity.max_pages), capacity.pages, dtype=torch.int32, device=device
+        )
         self.layers: list[LayerState] = []
         for kind in layer_kinds(config):
             count = (capacity.pages if kind == ATTENTION else self.spare) + 1
@@ -72,7 +74,7 @@ class Slots:
         """Enters new pages of slots into the page table."""
         if placed:
             slot, index, page = self._tensor(placed).unbind(1)
-            self.page_table[slot, index] = page
+            self.page_table[slot, index] = page.int()
 
     def clear(self, slots: Tensor) -> None:
         """Empties slots: zeroes their Mamba states. Stale keys stay, since they are never read."""
