@@ -48,7 +48,7 @@ class Engine:
         max_model_len: maximum number of tokens of a prompt and its sequence together, which also ends there, with a
             warning. When None, the model's context, but at most 8192.
         prefill_chunk: maximum number of tokens in a chunk of a prompt. Chunks end at its multiples.
-        prefill_budget: no further chunk is prefilled between two decode steps once there are as many prompt tokens. When
+        prefill_budget: number of prompt tokens between two decode steps after which no further chunk is prefilled. When
             None, 16384 on a GPU and 512 on a CPU.
         prefix_cache: number of states kept after prompts and their beginnings, for prompts that begin the same way.
         page_size: tokens per page of keys and values, a power of two from 16. A sequence takes pages as it grows. When

@@ -4,7 +4,6 @@ A step's inputs stay on the device between steps, and each step makes the inputs
 token's value: a sequence that draws a stop token ends on the device, and later steps leave its slot as it is.
 """
 
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -84,7 +83,7 @@ class Registers(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """A swapped-out sequence: its registers, its states and pages in the host's memory, and its settings if it truncates."""
+    """A swapped-out sequence: registers, states and pages in the host's memory, and its settings if it truncates."""
 
     registers: list[Tensor]
     states: list[LayerState]
@@ -190,7 +189,8 @@ class Executor:
         batch = self._batch[1]
         params = [self.truncating[slot] for slot in slots if slot in self.truncating] if self.truncating else []
         if not params:
-            return self.step(batch)
+            tokens, logprobs = self.step(batch)
+            return tokens, logprobs
         (logits,) = self.network(batch)
         tokens, logprobs = self.registers.sampling(batch, params).sample(logits, self.registers.integers[batch, DRAWN])
         self.registers.advance(batch, tokens)
@@ -249,18 +249,20 @@ def rounds(chunks: list[Chunk]) -> list[list[Chunk]]:
 def prefill_batch(chunks: list[Chunk], device: torch.device) -> PrefillBatch:
     """The tensors of chunks, in one copy to the device."""
     lengths = np.array([len(chunk.tokens) for chunk in chunks])
+    slots, starts, totals = np.array([(chunk.slot, chunk.start, chunk.total) for chunk in chunks]).T
     ends = np.cumsum(lengths)
-    of_chunks = np.array([(chunk.slot, chunk.start, chunk.total) for chunk in chunks])
-    slots, starts, totals = of_chunks.T
     positions = np.arange(ends[-1]) + np.repeat(starts - ends + lengths, lengths)
-    tokens = np.concatenate([chunk.tokens for chunk in chunks])
-    parts = [tokens, positions, np.repeat(totals, lengths), np.repeat(slots, lengths), slots, starts, [0], ends]
-    cuts = np.cumsum([0, *map(len, parts)])
+    of_tokens = [
+        np.concatenate([chunk.tokens for chunk in chunks]),
+        positions,
+        *(np.repeat(x, lengths) for x in (totals, slots)),
+    ]
+    parts = [*of_tokens, slots, starts, np.concatenate([[0], ends])]
     packed = torch.from_numpy(np.concatenate(parts)).to(device, non_blocking=True)
-    on_device = [packed[a:b] for a, b in pairwise(cuts.tolist())]
-    cu_seqlens = packed[cuts[6] :].int()
-    tokens, positions, totals, owners, slots, starts = on_device[:6]
-    return PrefillBatch(tokens, positions, totals, slots, starts, cu_seqlens, owners, int(lengths.max()))
+    tokens, positions_, totals_, owners, slots_, starts_, cu_seqlens = packed.split([len(part) for part in parts])
+    return PrefillBatch(
+        tokens, positions_, totals_, slots_, starts_, cu_seqlens.int(), owners, max_length=int(lengths.max())
+    )
 
 
 def padded_stops(stop: frozenset[int]) -> list[int]:

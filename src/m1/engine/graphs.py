@@ -6,7 +6,7 @@ size with the spare slot. Their results are dropped.
 
 from bisect import bisect_left
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ class Graphs:
         self.step, self.spare, self.device = step, spare, device
         self.captured: dict[int, Graph] = {}
         self._filled: tuple[Tensor, Tensor] | None = None  # the slots that a graph's input was last filled with
-        self._pool = None
+        self._pool: Any = None  # memory that all graphs share, since they run one after another
 
     def __call__(self, slots: Tensor) -> tuple[Tensor, ...]:
         """Runs the step on slots [b]. The results [b, ...] are overwritten by the next call."""

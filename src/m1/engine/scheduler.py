@@ -99,10 +99,16 @@ class Swap(NamedTuple):
 
 
 class Placed(NamedTuple):
-    """Part of a `Plan`: a slot's `index`-th page is `page`."""
+    """Part of a `Plan`: a new page of a slot.
+
+    Attributes:
+        slot: the slot.
+        place: the page's place among those of the slot.
+        page: the page.
+    """
 
     slot: int
-    index: int
+    place: int
     page: int
 
 
@@ -191,9 +197,9 @@ class Scheduler:
         pages: the memory for keys and values. It must hold two sequences of the maximum length and two pages more.
         prefill_chunk: maximum number of prompt tokens in a chunk. Chunks end at its multiples.
         prefill_budget: a plan that has as many prompt tokens takes no further chunk.
-        prefix_cache: number of entries in the prefix cache. An entry is the state after a whole prompt, after the
-            beginning of one at a multiple of `prefill_chunk`, or at the end of a sequence whose request has `resumable`.
-            It is used only where a prefill would pass through it, and by `resumable` requests.
+        prefix_cache: number of entries in the prefix cache. An entry is the state after a whole prompt, or after the
+            beginning of one at a multiple of `prefill_chunk`. It is used only where a prefill would pass through it.
+            `resumable` requests also leave the states at the ends of their sequences, and use them.
         stop_token_ids: tokens that end a sequence, unless its request has `ignore_eos`.
         long_prompt: prompts with more tokens share no prefix with shorter ones: they are rotated otherwise (`Rotary`).
     """

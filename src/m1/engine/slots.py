@@ -73,8 +73,8 @@ class Slots:
     def place(self, placed: list[Placed]) -> None:
         """Enters new pages of slots into the page table."""
         if placed:
-            slot, index, page = self._tensor(placed).unbind(1)
-            self.page_table[slot, index] = page.int()
+            slot, place, page = self._tensor(placed).unbind(1)
+            self.page_table[slot, place] = page.int()
 
     def clear(self, slots: Tensor) -> None:
         """Empties slots: zeroes their Mamba states. Stale keys stay, since they are never read."""
