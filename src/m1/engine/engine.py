@@ -42,7 +42,7 @@ class Engine:
     what else is being decoded. Elsewhere, sums may differ in the last bit.
 
     Args:
-        model: the network. Its weights mustn't change while the engine exists: some are packed, others shared.
+        model: the network. Some of its weights are packed, others shared: after a change, call `load_weights`.
         stop_token_ids: generation stops after any of these tokens; the model's eos tokens when None.
         max_num_seqs: maximum number of sequences decoded together; fewer where they don't fit into memory.
         max_model_len: maximum number of tokens of a prompt and its sequence together, which also ends there, with a
@@ -186,6 +186,15 @@ class Engine:
     def finish(self, sequence: Sequence, reason: str) -> None:
         """Ends a sequence for a reason of the caller, such as a stop string that its last token has completed."""
         self.scheduler.finish(sequence, reason)
+
+    @torch.inference_mode()
+    def load_weights(self, model: PreTrainedModel) -> None:
+        """Takes over the weights of a model with the same configuration, such as one that is being trained.
+
+        CUDA graphs stay. All requests end, and the prefix cache is emptied, since its states came from other weights.
+        """
+        self.scheduler.reset()
+        self.executor.runner.load_weights(model)
 
     def abort(self, request: Request) -> None:
         """Ends the request's unfinished sequences with reason "abort". Their slots are free at once."""

@@ -5,8 +5,6 @@ model's modules. Results are batch-invariant in float32 on a CPU: the order of e
 """
 
 import copy
-from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -23,8 +21,6 @@ from m1.ops import PackedLinear, add_rms_norm, decode_attention, prefill_attenti
 
 MODELS = ("m1", "llama", "qwen2", "qwen3")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-Pack = Callable[..., PackedLinear]
 
 
 class DecodeBatch(NamedTuple):
@@ -99,7 +95,9 @@ class Runner:
         self.eps = config.rms_norm_eps
         self.embedding: Tensor = network.embed_tokens.weight
         self.rotary = Rotary(network.rotary_emb)
-        pack = partial(packed, int8=int8)
+        self.model = model
+        pack = Packer(int8)
+        self._pack = pack
         self.layers: list[AttentionLayer | MambaLayer] = [
             AttentionLayer(layer, cache, slots.page_table, config, pack)
             if isinstance(cache, AttentionCache)
@@ -108,6 +106,17 @@ class Runner:
         ]
         self.norm: Tensor = network.norm.weight
         self.head = pack(model.get_output_embeddings())
+
+    def load_weights(self, model: PreTrainedModel) -> None:
+        """Takes over the weights of a model with the same configuration. They go into the runner's own model, too."""
+        own = self.model.state_dict(keep_vars=True)
+        for name, new in model.state_dict(keep_vars=True).items():
+            if own[name] is not new:
+                own[name].data.copy_(new)
+        self._pack.repeat()
+        for layer in self.layers:
+            if isinstance(layer, MambaLayer):
+                layer.load_constants()
 
     def prefill(self, batch: PrefillBatch) -> Tensor:
         """Runs chunks of prompts. Returns the logits [c, V] after the last token of each."""
@@ -139,7 +148,7 @@ class DecoderLayer:
         pack: packs linear layers into a `PackedLinear`.
     """
 
-    def __init__(self, layer: Any, pack: Pack):
+    def __init__(self, layer: Any, pack: "Packer"):
         self.mixer_norm: Tensor = layer.input_layernorm.weight
         self.mlp_norm: Tensor = layer.post_attention_layernorm.weight
         self.gate_up, self.down = pack(layer.mlp.gate_proj, layer.mlp.up_proj), pack(layer.mlp.down_proj)
@@ -160,7 +169,7 @@ class AttentionLayer(DecoderLayer):
         pack: packs linear layers into a `PackedLinear`.
     """
 
-    def __init__(self, layer: Any, cache: AttentionCache[Tensor], page_table: Tensor, config: Any, pack: Pack):
+    def __init__(self, layer: Any, cache: AttentionCache[Tensor], page_table: Tensor, config: Any, pack: "Packer"):
         super().__init__(layer, pack)
         attention = layer.self_attn
         self.cache, self.page_table, self.page_size = cache, page_table, cache.keys.shape[2]
@@ -210,12 +219,17 @@ class MambaLayer(DecoderLayer):
         pack: packs linear layers into a `PackedLinear`.
     """
 
-    def __init__(self, layer: Any, state: MambaState[Tensor], pack: Pack):
+    def __init__(self, layer: Any, state: MambaState[Tensor], pack: "Packer"):
         super().__init__(layer, pack)
         self.state = state
         self.mixer: Any = with_packed_linears(layer.mamba, pack)
         constants = layer.mamba.constants()
-        self.constants = type(constants)(*(t.float().contiguous() for t in constants))
+        self.constants = type(constants)(*(t.float().clone() for t in constants))
+
+    def load_constants(self) -> None:
+        """Computes the constants again, from other weights."""
+        for own, new in zip(self.constants, self.mixer.constants(), strict=True):
+            own.copy_(new)
 
     def prefill(self, hidden: Tensor, cos: Tensor, sin: Tensor, batch: PrefillBatch) -> Tensor:
         """Runs chunks of prompts, hidden [T, H]. Returns [T, H]."""
@@ -229,20 +243,38 @@ class MambaLayer(DecoderLayer):
         return self.mixer.out_proj(y)
 
 
-def packed(*linears: nn.Linear, int8: bool) -> PackedLinear:
+class Packer:
     """Packs linear layers that share an input into one, whose outputs are theirs in order.
 
-    Raises:
-        UserError: another kind of layer, such as a quantized one or one with an adapter.
+    Args:
+        int8: rounds the weights (`PackedLinear`).
     """
-    for linear in linears:
-        if type(linear) is not nn.Linear:
-            raise _other_weights(type(linear).__name__)
+
+    def __init__(self, int8: bool):
+        self.int8 = int8
+        self._packed: list[tuple[PackedLinear, tuple[nn.Linear, ...]]] = []
+
+    def __call__(self, *linears: nn.Linear) -> PackedLinear:
+        """Packs these layers. Raises UserError for another kind, such as a quantized one or one with an adapter."""
+        for linear in linears:
+            if type(linear) is not nn.Linear:
+                raise _other_weights(type(linear).__name__)
+        layer = PackedLinear(*_joined(linears), int8=self.int8)
+        self._packed.append((layer, linears))
+        return layer
+
+    def repeat(self) -> None:
+        """Packs all layers again, after their weights have changed."""
+        for layer, linears in self._packed:
+            layer.load(*_joined(linears))
+
+
+def _joined(linears: tuple[nn.Linear, ...]) -> tuple[Tensor, Tensor | None]:
     weights = [linear.weight.detach() for linear in linears]
     biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
     # don't copy a single weight: GPU products use it without packing
     weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-    return PackedLinear(weight, torch.cat(biases) if biases else None, int8=int8)
+    return weight, torch.cat(biases) if biases else None
 
 
 def _other_weights(found: str) -> UserError:
@@ -252,7 +284,7 @@ def _other_weights(found: str) -> UserError:
     )
 
 
-def with_packed_linears(module: nn.Module, pack: Pack) -> nn.Module:
+def with_packed_linears(module: nn.Module, pack: "Packer") -> nn.Module:
     """A copy of the module with packed linear layers. It shares all other parameters."""
     if type(module) is nn.Linear:
         return pack(module)
