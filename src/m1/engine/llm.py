@@ -83,6 +83,11 @@ class LLM:
             self.engine = Engine(self.model, self.stop_token_ids, max_model_len=length, **self.engine_options)
         return self.engine
 
+    def reload_weights(self) -> None:
+        """Makes the engine use the model's weights as they are now, after training (see `Engine.load_weights`)."""
+        if self.engine is not None:
+            self.engine.load_weights(self.model)
+
     def generate(self, prompts: list[Prompt], params: SamplingParams) -> list["TextSequence"]:
         """Returns `params.n` samples of each prompt, in the order of the prompts. Raises UserError as `stream`."""
         samples = {(sample.prompt, sample.sequence.index): sample for sample in self.stream(prompts, params)}
