@@ -165,7 +165,7 @@ def test_grpo_runs_on_engine_rollouts(hybrid_dir, tmp_path):
 
 
 def test_every_generation_has_the_weights_of_its_step(hybrid_dir, tmp_path, monkeypatch):
-    """The engine stays, and takes the trained weights before each generation: its log-probabilities are the trainer's."""
+    """The engine stays, and takes the trained weights before each generation: log-probabilities are the trainer's."""
     drifts = []
 
     def call(self, prompts, trainer, plain=rollout.EngineRollouts.__call__):

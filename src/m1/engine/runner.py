@@ -17,7 +17,7 @@ from m1.engine.slots import Slots
 from m1.errors import UserError
 from m1.model.cache_layout import AttentionCache, MambaState
 from m1.model.checkpoint import refuse_quantized_model
-from m1.ops import PackedLinear, add_rms_norm, decode_attention, prefill_attention, swiglu
+from m1.ops import PackedLinear, add_rms_norm, decode_attention, prefill_attention, rotate_and_cache, swiglu
 
 MODELS = ("m1", "llama", "qwen2", "qwen3")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -172,42 +172,31 @@ class AttentionLayer(DecoderLayer):
     def __init__(self, layer: Any, cache: AttentionCache[Tensor], page_table: Tensor, config: Any, pack: "Packer"):
         super().__init__(layer, pack)
         attention = layer.self_attn
-        self.cache, self.page_table, self.page_size = cache, page_table, cache.keys.shape[2]
+        self.cache, self.page_table = cache, page_table
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = attention.head_dim
         self.qkv, self.out = pack(attention.q_proj, attention.k_proj, attention.v_proj), pack(attention.o_proj)
-        self.q_norm, self.k_norm = (getattr(attention, name, nn.Identity()) for name in ("q_norm", "k_norm"))
+        norms = [getattr(attention, name, nn.Identity()) for name in ("q_norm", "k_norm")]
+        self.norms = [] if all(type(norm) is nn.Identity for norm in norms) else norms
 
     def prefill(self, hidden: Tensor, cos: Tensor, sin: Tensor, batch: PrefillBatch) -> Tensor:
         """Runs chunks of prompts, hidden [T, H]. Returns [T, H]."""
-        q, k, v = self.queries_keys_values(hidden, cos, sin)
-        self.store(k, v, batch.owners, batch.positions)
+        q = self.queries(hidden, cos, sin, batch.owners, batch.positions)
         chunks = batch.starts, batch.cu_seqlens, self.page_table, batch.slots, batch.max_length
         return self.out(prefill_attention(q, *self.cache, *chunks).flatten(1))
 
     def decode(self, hidden: Tensor, cos: Tensor, sin: Tensor, rows: DecodeBatch) -> Tensor:
         """Runs one token per row, hidden [b, H]. Returns [b, H]."""
-        q, k, v = self.queries_keys_values(hidden, cos, sin)
-        self.store(k, v, rows.slots, rows.lengths)
+        q = self.queries(hidden, cos, sin, rows.slots, rows.lengths)
         return self.out(decode_attention(q, *self.cache, rows.lengths + 1, self.page_table, rows.slots).flatten(1))
 
-    def store(self, k: Tensor, v: Tensor, slots: Tensor, positions: Tensor) -> None:
-        """Writes keys and values [rows, kv_heads, head_dim] of tokens at these positions [rows] of slots [rows].
-
-        Slot -1 is the last one, the spare.
-        """
-        pages, places = self.page_table[slots, positions // self.page_size], positions % self.page_size
-        self.cache.keys[pages, :, places] = k
-        self.cache.values[pages, :, places] = v
-
-    def queries_keys_values(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """hidden [rows, H] -> q [rows, heads, head_dim], k and v [rows, kv_heads, head_dim]; q and k are rotated."""
-        heads = self.qkv(hidden).view(len(hidden), -1, self.head_dim)
-        q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
-        qk = torch.cat([self.q_norm(q), self.k_norm(k)], dim=1)
-        first, second = qk.chunk(2, dim=-1)
-        qk = qk * cos + torch.cat([-second, first], dim=-1) * sin
-        return qk[:, : self.heads], qk[:, self.heads :], v
+    def queries(self, hidden: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
+        """hidden [rows, H] -> rotated queries [rows, heads, head_dim]. Keys and values go into the cache."""
+        qkv = self.qkv(hidden).view(len(hidden), -1, self.head_dim)
+        if self.norms:
+            parts = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+            qkv = torch.cat([*(norm(part) for norm, part in zip(self.norms, parts, strict=False)), parts[2]], dim=1)
+        return rotate_and_cache(qkv, cos, sin, *self.cache, self.page_table, slots, positions)
 
 
 class MambaLayer(DecoderLayer):

@@ -193,3 +193,24 @@ def quantize_outputs(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Rounds weight [out, in] to int8 in -127..127, with a float32 scale [out] per output: weight ~ int8 * scale."""
     scale = weight.float().abs().amax(dim=1).clamp(min=1e-30) / 127
     return (weight.float() / scale[:, None]).round().to(torch.int8), scale
+
+
+def rotate_and_cache(
+    qkv: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor, slots: Tensor,
+    positions: Tensor,
+) -> Tensor:  # fmt: skip
+    """The specification of ops/rotary.py."""
+    kv_heads, page_size = k_cache.shape[1:3]
+    q_heads = qkv.shape[1] - 2 * kv_heads
+    qk, values = qkv.split([q_heads + kv_heads, kv_heads], dim=1)
+    first, second = qk.chunk(2, dim=-1)
+    dtype = torch.promote_types(qkv.dtype, torch.float32)
+    cos, sin = cos.to(dtype)[:, None], sin.to(dtype)[:, None]
+    rotated = (qk.to(dtype) * cos + torch.cat([-second, first], dim=-1).to(dtype) * sin).to(qkv.dtype)
+    queries, keys = rotated.split([q_heads, kv_heads], dim=1)
+    kept = slots >= 0
+    if not kept.all():
+        slots, positions, keys, values = (t[kept] for t in (slots, positions, keys, values))
+    pages, places = page_table[slots.long(), positions // page_size].long(), positions.long() % page_size
+    k_cache[pages, :, places], v_cache[pages, :, places] = keys, values
+    return queries
