@@ -59,6 +59,21 @@ OPS = {
         "ssm_state": normal(5, 6, 16, 32),
         "slots": torch.tensor([4, 1]),
     },
+    ops.prefill_scan: mamba(7)
+    | {"conv_state": normal(5, 32, 3), "ssm_state": normal(5, 96, 16)}
+    | {"slots": torch.tensor([4, 1]), "cu_seqlens": torch.tensor([0, 2, 7])},
+    ops.prefill_ssd: {
+        "xBC": normal(7, 288),
+        "dt": normal(7, 6),
+        "A": -normal(6).exp(),
+        "D": normal(6),
+        "conv_weight": normal(288, 4),
+        "conv_bias": normal(288),
+        "conv_state": normal(5, 288, 3),
+        "ssm_state": normal(5, 6, 16, 32),
+        "slots": torch.tensor([4, 1]),
+        "cu_seqlens": torch.tensor([0, 2, 7]),
+    },
     ops.causal_conv: {
         "x": normal(3, 7, 12),
         "weight": normal(12, 4),
@@ -80,10 +95,16 @@ OPS = {
     PackedLinear: {"weight": normal(33, 20), "bias": normal(33)},
     multiply: {"x": normal(3, 20)},
 }
-NUMBERS = {ops.add_rms_norm: {"eps": 1e-6}}  # further arguments without a default
+NUMBERS = {  # further arguments without a default
+    ops.add_rms_norm: {"eps": 1e-6},
+    ops.prefill_scan: {"max_length": 6},
+    ops.prefill_ssd: {"max_length": 6},
+}
 ONLY = {  # arguments that must have this very dtype; the others take any of their kind
     (ops.state_update, "ssm_state"): [torch.float32],
     (ops.ssd_update, "ssm_state"): [torch.float32],
+    (ops.prefill_scan, "ssm_state"): [torch.float32],
+    (ops.prefill_ssd, "ssm_state"): [torch.float32],
     (PackedLinear, "weight"): DTYPES,
     (multiply, "x"): DTYPES,
     **{(ops.add_rms_norm, name): [torch.float32] for name in ("hidden", "update", "weight")},  # one dtype for all
@@ -191,6 +212,8 @@ RESULTS = {
     ops.state_update: [(2, 96)],
     ops.ssd: [(3, 7, 6, 11), ((3, 6, 11, 13), torch.float32)],
     ops.ssd_update: [(2, 6, 16)],
+    ops.prefill_scan: [(7, 96)],
+    ops.prefill_ssd: [((7, 6, 16), torch.float32)],
     ops.causal_conv: [(3, 7, 12)],
     ops.decode_attention: [(2, 6, 16)],
     ops.add_rms_norm: [(3, 32)],

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from m1.ops import reference
-from m1.ops.backend import Backend, choose, decode_operator
+from m1.ops.backend import Backend, choose, inference_operator
 from m1.ops.selective_scan import kernel_dtype
 from m1.ops.shapes import Rule, Shapes
 from m1.ops.state_update import rows_as_slots
@@ -71,6 +71,6 @@ def page_limits(k_cache: Tensor, v_cache: Tensor, page_table: Tensor) -> dict[st
 
 
 ARGUMENTS = "Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor page_table, Tensor slots, float scale"
-_decode_attention = decode_operator(
+_decode_attention = inference_operator(
     "decode_attention", "decode_attention", ARGUMENTS, lambda q, *rest: q.new_empty(q.shape)
 )

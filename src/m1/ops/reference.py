@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from m1.ops.inputs import ScanInputs, SSDStepInputs, StepInputs
+from m1.ops.chunks import bounds
+from m1.ops.inputs import PrefillInputs, ScanInputs, SSDPrefillInputs, SSDStepInputs, StepInputs
 
 
 def starts_document(seq_idx: Tensor, t: int) -> Tensor:
@@ -119,6 +120,31 @@ def ssd_update(inputs: SSDStepInputs) -> Tensor:
     y, ssm_state[at] = ssd(x, F.softplus(dt[rows, None].float()), A, B, C, D, None, ssm_state[at])
     conv_state[at] = shifted(conv_state[at], xBC[rows])
     return xBC.new_zeros(len(xBC), heads, P).index_copy(0, rows, y[:, 0].to(xBC.dtype))
+
+
+def prefill_scan(inputs: PrefillInputs) -> Tensor:
+    """`selective_scan` of each chunk alone. It continues and updates the states of the chunk's slot."""
+    z, x, *_, conv_state, ssm_state, slots, cu_seqlens, _ = inputs
+    y = torch.zeros_like(z)
+    for slot, (first, end) in zip(slots.tolist(), bounds(cu_seqlens), strict=True):
+        if slot >= 0 and first < end:
+            tokens = [t[None, first:end] for t in inputs[:5]]
+            scan = ScanInputs._make([*tokens, *inputs[5:9], None, conv_state[slot, None], ssm_state[slot, None]])
+            y[first:end], ssm_state[slot] = (t[0] for t in selective_scan(scan))
+            for t in range(first, end):
+                conv_state[slot] = shifted(conv_state[slot, None], x[t, None])[0]
+    return y
+
+
+def prefill_ssd(inputs: SSDPrefillInputs) -> Tensor:
+    """`ssd_update` of the tokens of each chunk, one after another. y is float32."""
+    xBC, dt, *rest, slots, cu_seqlens, _ = inputs
+    ssm_state = inputs.ssm_state
+    y = ssm_state.new_zeros(len(xBC), *ssm_state.shape[1:3])
+    for slot, (first, end) in zip(slots[:, None], bounds(cu_seqlens), strict=True):
+        for t in range(first, end):
+            y[t] = ssd_update(SSDStepInputs._make([xBC[t, None].float(), dt[t, None], *rest, slot]))[0]
+    return y
 
 
 def occupied(slots: Tensor) -> tuple[Tensor, Tensor]:

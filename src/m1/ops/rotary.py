@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from m1.ops import reference
-from m1.ops.backend import Backend, choose, decode_operator, own_backend
+from m1.ops.backend import Backend, choose, inference_operator, own_backend
 from m1.ops.shapes import KERNEL_FLOATS, Rule, Shapes
 
 RULES: dict[str, Rule] = {
@@ -64,4 +64,4 @@ ARGUMENTS = (
     "Tensor qkv, Tensor cos, Tensor sin, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor page_table, Tensor slots, "
     "Tensor positions"
 )
-_rotate_and_cache = decode_operator("rotate_and_cache", "rotary", ARGUMENTS, _new_queries)
+_rotate_and_cache = inference_operator("rotate_and_cache", "rotary", ARGUMENTS, _new_queries)

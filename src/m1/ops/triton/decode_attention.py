@@ -1,7 +1,7 @@
 """Decode attention on a GPU: split-KV flash-decoding for grouped queries, on keys in pages.
 
 In `_attend`, one program handles a part of the keys of a row and KV head, and reads them once for all query heads of
-the group. A part is one split of SPLIT keys, or several of a row that has more than PARTS splits. So the buffers for
+the group. A part is one split of SPLIT keys, or several of a row with more than PARTS splits. So the buffers for
 the parts don't grow with the capacity. `_merge` merges the parts of a row in order. The parts depend on the row's own
 length only, so results are batch-invariant.
 """
@@ -18,7 +18,7 @@ from m1.ops.triton import LOG2_E
 # Fixed, not autotuned. On an H200 in bfloat16, with 1 to 64 sequences of 1024 to 16384 keys, other tiles, stages and
 # warps gain less than 3 %. SPLIT 512 is 5 % faster at 16384 keys but 18 % slower for a single sequence, and the split
 # must not depend on the batch.
-SPLIT = 256  # keys per split, or those of a page if fewer: a split never crosses a page
+SPLIT = 256  # keys per split, or those of a page if fewer
 PARTS = 32  # maximum number of parts of a row
 TILE_BYTES, STAGES = 16384, 3  # bytes of keys, and of values, that _attend reads at a time; tiles in flight
 MERGED = 16  # parts that _merge reads at a time
@@ -84,26 +84,26 @@ def _attend(
         top = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         values = tl.zeros([ROWS, WIDTH], tl.float32)
-        for split in range(first, end, SPLIT):
-            page = tl.load(page_table + slot * M + split // PAGE).to(tl.int64)
+        page_table += slot * M
+        page = tl.load(page_table + first // PAGE).to(tl.int64)
+        for start in range(first, end, KEYS):
             keys = k_cache + page * k_strides[0] + kv_head * k_strides[1]
             vectors = v_cache + page * v_strides[0] + kv_head * v_strides[1]
-            in_page = split % PAGE
-            behind = in_page + tl.minimum(SPLIT, end - split)
-            for start in range(in_page, behind, KEYS):
-                key = start + tl.arange(0, KEYS)
-                exists = key < behind
-                present = exists[:, None] & in_head[None, :]
-                k = tl.load(keys + key[:, None] * k_strides[2] + feature[None, :], mask=present, other=0.0)
-                v = tl.load(vectors + key[:, None] * v_strides[2] + feature[None, :], mask=present, other=0.0)
-                scores = tl.dot(queries, tl.trans(k), input_precision="ieee") * (scale * LOG2_E)
-                scores = tl.where(exists[None, :], scores, float("-inf"))
-                higher = tl.maximum(top, tl.max(scores, axis=1))
-                weight = tl.exp2(scores - higher[:, None])
-                rescale = tl.exp2(top - higher)
-                total = total * rescale + tl.sum(weight, axis=1)
-                values = values * rescale[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
-                top = higher
+            exists = start + tl.arange(0, KEYS) < end
+            present = exists[:, None] & in_head[None, :]
+            key = start % PAGE + tl.arange(0, KEYS)
+            k = tl.load(keys + key[:, None] * k_strides[2] + feature[None, :], mask=present, other=0.0)
+            v = tl.load(vectors + key[:, None] * v_strides[2] + feature[None, :], mask=present, other=0.0)
+            scores = tl.dot(queries, tl.trans(k), input_precision="ieee") * (scale * LOG2_E)
+            scores = tl.where(exists[None, :], scores, float("-inf"))
+            higher = tl.maximum(top, tl.max(scores, axis=1))
+            weight = tl.exp2(scores - higher[:, None])
+            rescale = tl.exp2(top - higher)
+            total = total * rescale + tl.sum(weight, axis=1)
+            values = values * rescale[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
+            top = higher
+            if (start + KEYS) % PAGE == 0 and start + KEYS < end:
+                page = tl.load(page_table + (start + KEYS) // PAGE).to(tl.int64)
         at = heads * tl.num_programs(0) + part
         tl.store(highest + at, top, mask=in_group)
         tl.store(weights + at, total, mask=in_group)
