@@ -261,7 +261,7 @@ def prefill_batch(chunks: list[Chunk], device: torch.device) -> PrefillBatch:
     packed = torch.from_numpy(np.concatenate(parts)).to(device, non_blocking=True)
     tokens, positions_, totals_, owners, slots_, starts_, cu_seqlens = packed.split([len(part) for part in parts])
     return PrefillBatch(
-        tokens, positions_, totals_, slots_, starts_, cu_seqlens.int(), owners, max_length=int(lengths.max())
+        tokens, positions_, totals_, slots_, starts_, cu_seqlens, owners, max_length=int(lengths.max())
     )
 
 

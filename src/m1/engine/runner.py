@@ -46,7 +46,7 @@ class PrefillBatch(NamedTuple):
         totals: [T] int64, the numbers of tokens in their prompts.
         slots: [c] int64, the slots of the prompts.
         starts: [c] int64, how many tokens the slots have seen.
-        cu_seqlens: [c + 1] int32, where each chunk begins, and T.
+        cu_seqlens: [c + 1] int64, where each chunk begins, and T.
         owners: [T] int64, the slot of each token.
         max_length: number of tokens of the longest chunk.
     """

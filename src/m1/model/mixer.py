@@ -145,7 +145,7 @@ class Mixer(nn.Module):
             constants: of this mixer.
             state: conv [S, channels, K-1] and ssm [S, ...] float32 of all slots; those of the chunks are updated.
             slots: [c] integers, the slot of each chunk.
-            cu_seqlens: [c + 1] int32, where each chunk begins, and T.
+            cu_seqlens: [c + 1] int64, where each chunk begins, and T.
             max_length: number of tokens of the longest chunk.
         """
         raise NotImplementedError
