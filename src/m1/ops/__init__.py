@@ -4,6 +4,7 @@ from m1.ops.causal_conv import causal_conv
 from m1.ops.decode_attention import decode_attention
 from m1.ops.elementwise import add_rms_norm, swiglu
 from m1.ops.linear import PackedLinear
+from m1.ops.prefill_attention import prefill_attention
 from m1.ops.prefill_scan import prefill_scan, prefill_ssd
 from m1.ops.sample_token import sample_token
 from m1.ops.selective_scan import selective_scan
@@ -15,6 +16,7 @@ __all__ = [
     "add_rms_norm",
     "causal_conv",
     "decode_attention",
+    "prefill_attention",
     "prefill_scan",
     "prefill_ssd",
     "sample_token",
