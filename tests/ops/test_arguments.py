@@ -89,6 +89,15 @@ OPS = {
         "page_table": torch.tensor([0, 3, 1, 2, 7, 4]).int().repeat(5, 1)[:, :3],
         "slots": torch.tensor([2, 1]),
     },
+    ops.prefill_attention: {
+        "q": normal(7, 6, 16),
+        "k_cache": normal(8, 2, 32, 16),
+        "v_cache": normal(8, 2, 32, 16),
+        "starts": torch.tensor([0, 50]),
+        "cu_seqlens": torch.tensor([0, 2, 7]),
+        "page_table": torch.tensor([0, 3, 1, 2, 7, 4]).int().repeat(5, 1)[:, :3],
+        "slots": torch.tensor([2, 1]),
+    },
     ops.add_rms_norm: {"hidden": normal(3, 32), "update": normal(3, 32), "weight": normal(32)},
     ops.swiglu: {"gate_up": normal(3, 64)},
     ops.sample_token: {"logits": normal(3, 40), "uniform": torch.rand(3), "temperature": torch.ones(3)},
@@ -97,6 +106,7 @@ OPS = {
 }
 NUMBERS = {  # further arguments without a default
     ops.add_rms_norm: {"eps": 1e-6},
+    ops.prefill_attention: {"max_length": 6},
     ops.prefill_scan: {"max_length": 6},
     ops.prefill_ssd: {"max_length": 6},
 }
@@ -109,7 +119,7 @@ ONLY = {  # arguments that must have this very dtype; the others take any of the
     (multiply, "x"): DTYPES,
     **{(ops.add_rms_norm, name): [torch.float32] for name in ("hidden", "update", "weight")},  # one dtype for all
 }
-PAGED = [ops.decode_attention]
+PAGED = [ops.decode_attention, ops.prefill_attention]
 FREE = ["transposed", *(f"dimension {i} {change}" for i in (0, 1) for change in ("longer", "shorter"))]
 # Mutations that give other valid arguments: nothing else fixes this size.
 VALID = {
@@ -216,6 +226,7 @@ RESULTS = {
     ops.prefill_ssd: [((7, 6, 16), torch.float32)],
     ops.causal_conv: [(3, 7, 12)],
     ops.decode_attention: [(2, 6, 16)],
+    ops.prefill_attention: [(7, 6, 16)],
     ops.add_rms_norm: [(3, 32)],
     ops.swiglu: [(3, 32)],
     ops.sample_token: [((3,), torch.int64), ((3,), torch.float32)],

@@ -50,7 +50,8 @@ def pack(lengths, slots, activations, parameters, states):
                 t[first:end] = torch.nan
     for t in states:
         t[[s for s in range(SLOTS) if s not in slots]] = torch.nan
-    return [*activations, *parameters, *states, torch.tensor(slots, dtype=torch.long), cu_seqlens, max([*lengths, 1]) + 3]
+    places = torch.tensor(slots, dtype=torch.long)
+    return [*activations, *parameters, *states, places, cu_seqlens, max([*lengths, 1]) + 3]
 
 
 def run(op, arguments, **options):

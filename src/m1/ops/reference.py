@@ -170,6 +170,19 @@ def decode_attention(
     return out
 
 
+def prefill_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, starts: Tensor, cu_seqlens: Tensor, page_table: Tensor, slots: Tensor,
+    scale: float,
+) -> Tensor:  # fmt: skip
+    """Causal softmax(scale q k^T) v of each chunk over the keys of its slot, its own and earlier ones."""
+    out = torch.zeros_like(q)
+    for slot, start, (first, end) in zip(slots.tolist(), starts.tolist(), bounds(cu_seqlens), strict=True):
+        if slot >= 0 and first < end:
+            k, v = (keys_of(t, page_table[slot], start + end - first) for t in (k_cache, v_cache))
+            out[first:end] = attention(q[first:end], k, v, scale).to(q.dtype)
+    return out
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Causal softmax(scale q k^T) v in float32: queries [T, heads, d] of the last T of the keys [kv_heads, L, d]."""
     T, heads, _ = q.shape

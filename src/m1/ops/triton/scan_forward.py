@@ -113,7 +113,8 @@ def prepare(
         in_row, before = counts & (at >= start), counts & (at < held_until)
         value = load(token_of(x, strides[0], row, at[:, None]) + kv[None, :], in_row[:, None] & inside[None, :])
         if conv_state is not None:
-            past = conv_state + (state * X + kv)[None, :] * (K - 1) + (K - 1 + at - start)[:, None]
+            tap = (K - 1 + at - start).to(tl.int32)
+            past = (conv_state + state * X * (K - 1)) + (kv[None, :] * (K - 1) + tap[:, None])
             value += load(past, before[:, None] & inside[None, :])
         total += value * load(conv_weight + d * K + (K - 1 - k), inside)[None, :]
     at = (row * T + t)[:, None] * channels + d[None, :]
