@@ -114,7 +114,7 @@ def test_impossible_models_are_refused(arguments, message, tmp_path):
 
 WORKER = """
 import json, sys
-print(json.dumps({"ready": True, "versions": {}}), flush=True)
+print(json.dumps({"ready": True, "versions": {}, "settings": {}}), flush=True)
 for line in sys.stdin:
     work = json.loads(line)
     assert work["tokens"][-1] < 300 and (work["new_tokens"], work["temperature"]) in ((2, 0.7), (8, 0.7))

@@ -11,7 +11,7 @@ from m1.errors import UserError
 from m1.peers import vllm_client
 from m1.peers.vllm_client import start_vllm
 
-START = 'import json, sys\nprint(json.dumps({"ready": True, "versions": {"vllm": "0"}}), flush=True)\n'
+START = 'import json, sys\nprint(json.dumps({"ready": True, "versions": {"vllm": "0"}, "settings": {}}), flush=True)\n'
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def test_work_goes_out_and_comes_back(stand_in):
     with start_vllm(tiny_teacher(), 64, 4) as ask:
         answer = ask({"batch": 3})
         assert answer["work"] == {"batch": 3}
-        assert answer["of"] == ["--dtype", "float32", "--max-model-len", "64", "--max-num-seqs", "4"]
+        assert answer["of"] == ["--device", "cpu", "--dtype", "float32", "--max-model-len", "64", "--max-num-seqs", "4"]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from m1.engine import LLM, SamplingParams
 from m1.errors import UserError
 from m1.grading import Grader, extract_answer, with_thought
 from m1.model.tokenizer import encode_chat
-from m1.peers.vllm_client import AskWorker, start_vllm
+from m1.peers.vllm_client import Worker, start_vllm
 from m1.reasoning.budget import Budget
 from m1.reasoning.solve import solve
 
@@ -85,7 +85,7 @@ class VLLMSolver:
         params: of the sampling; only max_tokens and temperature are used.
     """
 
-    def __init__(self, llm: LLM, ask: AskWorker, prompts: list[list[int]], params: SamplingParams):
+    def __init__(self, llm: LLM, ask: Worker, prompts: list[list[int]], params: SamplingParams):
         self.llm, self.ask, self.params = llm, ask, params
         self.length = llm.length_for(prompts, params.max_tokens)
         self._sample(prompts[0], replace(params, max_tokens=2), [], 1.0)
