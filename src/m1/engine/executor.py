@@ -260,9 +260,7 @@ def prefill_batch(chunks: list[Chunk], device: torch.device) -> PrefillBatch:
     parts = [*of_tokens, slots, starts, np.concatenate([[0], ends])]
     packed = torch.from_numpy(np.concatenate(parts)).to(device, non_blocking=True)
     tokens, positions_, totals_, owners, slots_, starts_, cu_seqlens = packed.split([len(part) for part in parts])
-    return PrefillBatch(
-        tokens, positions_, totals_, slots_, starts_, cu_seqlens, owners, max_length=int(lengths.max())
-    )
+    return PrefillBatch(tokens, positions_, totals_, slots_, starts_, cu_seqlens, owners, max_length=int(lengths.max()))
 
 
 def padded_stops(stop: frozenset[int]) -> list[int]:

@@ -182,8 +182,10 @@ class AttentionLayer(DecoderLayer):
     def prefill(self, hidden: Tensor, cos: Tensor, sin: Tensor, batch: PrefillBatch) -> Tensor:
         """Runs chunks of prompts, hidden [T, H]. Returns [T, H]."""
         q = self.queries(hidden, cos, sin, batch.owners, batch.positions)
-        chunks = batch.starts, batch.cu_seqlens, self.page_table, batch.slots, batch.max_length
-        return self.out(prefill_attention(q, *self.cache, *chunks).flatten(1))
+        y = prefill_attention(
+            q, *self.cache, batch.starts, batch.cu_seqlens, self.page_table, batch.slots, batch.max_length
+        )
+        return self.out(y.flatten(1))
 
     def decode(self, hidden: Tensor, cos: Tensor, sin: Tensor, rows: DecodeBatch) -> Tensor:
         """Runs one token per row, hidden [b, H]. Returns [b, H]."""

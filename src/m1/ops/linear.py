@@ -70,7 +70,7 @@ class PackedLinear(nn.Module):
             self._multiply = partial(_multiply_by_torch, weight, bias)
         else:  # in place: a graph reads these tensors
             for used, new in zip(self._used, (weight, bias), strict=True):
-                if used is not None and used is not new:
+                if used is not None and new is not None and used is not new:
                     used.copy_(new)
 
     def forward(self, x: Tensor) -> Tensor:
