@@ -106,6 +106,37 @@ def grading() -> str:
     return markdown(["labelled answers", "rows", "agreement", "precision", "recall", "audit's agreement"], rows)
 
 
+def intervals() -> str:
+    """`benchmarks/intervals.py`: coverage."""
+    rows = []
+    for row in result("intervals")["coverage"]:
+        if row["rates"][0] == 0.05:
+            shares = [f"{100 * row[key]:.1f} %" for key in ("worst", "mean", "worst_of_normal")]
+            width = [f"{ratio:.2f}" for ratio in row["width_to_student"]] if row["width_to_student"] else ["", ""]
+            rows.append([row["measure"], str(row["problems"]), *shares, *width])
+    columns = ["measure", "problems", "coverage", "mean coverage", "normal approximation's", "width", "at most"]
+    return markdown(columns, rows)
+
+
+def differences() -> str:
+    """`benchmarks/intervals.py`: false alarms and power."""
+    rows = []
+    for row in result("intervals")["differences"]:
+        cells = [row[key][kind] for key in ("worst_false_alarms", "mean_power") for kind in ("p", "bootstrap")]
+        shares = [f"{100 * share:.1f} %" for share in (cells[0], cells[1], row["worst_coverage"], *cells[2:])]
+        rows.append([row["measure"], str(row["problems"]), *shares])
+    columns = [
+        "measure",
+        "problems",
+        "false alarms",
+        "bootstrap's alarms",
+        "interval's coverage",
+        "power",
+        "bootstrap's power",
+    ]
+    return markdown(columns, rows)
+
+
 def long_chains() -> str:
     """`benchmarks/long_chains.py measure`."""
     bench = result("long-chains")
@@ -216,6 +247,7 @@ TABLES: dict[str, list[Callable[[], str]]] = {
     "README.md": [pocket, short_h200, short_long_chains],
     "docs/engine.md": [decode, decode_step],
     "docs/kernels.md": [kernels],
+    "docs/evaluation.md": [intervals, differences],
     "docs/grading.md": [grading],
     "docs/results.md": [h200],
     "docs/test-time-compute.md": [long_chains, long_chains_vllm],

@@ -9,7 +9,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from m1.evaluation.intervals import ALL_FLIPS, _student, difference, estimate, percent
+from m1.evaluation.intervals import ALL_FLIPS, RESAMPLES, _student, difference, estimate, percent
 
 
 def test_the_interval_of_eight_problems():
@@ -65,6 +65,19 @@ def test_random_signs_agree_with_all_signs():
     sums = [abs(np.dot(signs, b - a)) for signs in product((-1, 1), repeat=len(a))]
     assert difference(a, b).p == pytest.approx(np.mean(np.array(sums) >= abs((b - a).sum()) - 1e-12), abs=0.02)
     assert difference(a, b, seed=1) == difference(a, b, seed=1) != difference(a, b, seed=2)
+
+
+def test_p_is_never_0():
+    """A hundred equal differences, more than any random signs give; their own signs count."""
+    assert difference([0.0] * 100, [0.5] * 100).p == 1 / (RESAMPLES + 1)
+
+
+def test_the_interval_follows_the_test():
+    """Five problems never suffice for p < 0.05; six do. Student's interval alone says otherwise of both."""
+    found = difference([0.0] * 5, [1.0] * 5)
+    assert found.p == 2 / 32 and found.ci95[0] == 0
+    found = difference([0.0] * 6, [0.1] * 6)
+    assert found.p == 2 / 64 and found.ci95[0] == pytest.approx(0.1 - 0.4 / 6)  # one negative sign of six
 
 
 def test_no_difference():
