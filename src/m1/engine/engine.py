@@ -93,6 +93,11 @@ class Engine:
         return bool(self.scheduler.waiting or self.scheduler.running)
 
     @property
+    def running(self) -> list[Sequence]:
+        """The sequences that have a slot."""
+        return list(self.scheduler.running.values())
+
+    @property
     def free_slots(self) -> int:
         """How many sequences could start at once: the free slots, or 0 if requests are waiting."""
         return 0 if self.scheduler.waiting else len(self.scheduler.free)

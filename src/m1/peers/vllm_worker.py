@@ -7,7 +7,8 @@ After it, each line on stdin is work and has one line as its answer, {"error": w
 
     {"batch": 64, "prompt": 128, "new_tokens": 512, "seed": 0}
         samples `batch` random prompts -> {"seconds": of the whole call, with prompts, "tokens": sampled in total}
-    {"tokens": [1, 2, 3], "new_tokens": 512, "temperature": 0.7, "stop": [2], "seconds": 10.0}
+    {"tokens": [1, 2, 3], "new_tokens": 512, "temperature": 0.7, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "stop": [2],
+     "seconds": 10.0}
         samples one prompt repeatedly, --max-num-seqs samples in parallel, until `seconds` have passed
         -> {"seconds": that passed, "samples": [{"seconds": until its end, "token_ids": [...]}, ...]}
 
@@ -29,7 +30,8 @@ from typing import Any, TextIO
 
 KV_CACHE = 4 * 2**30  # bytes
 BATCH = {"batch": 1, "prompt": 1, "new_tokens": 2, "seed": 0}  # fields of batch work, and their minimum values
-SAMPLING = ("tokens", "new_tokens", "temperature", "stop", "seconds")  # fields of the other kind of work
+DRAWN = ("temperature", "top_k", "top_p", "min_p")  # vLLM's names and ours for how a token is drawn
+SAMPLING = ("tokens", "new_tokens", *DRAWN, "stop", "seconds")  # fields of the other kind of work
 
 
 def main() -> int:
@@ -99,7 +101,7 @@ class VLLM:
         return {"seconds": seconds, "tokens": sum(len(o.outputs[0].token_ids) for o in outputs)}
 
     def sample(
-        self, tokens: list[int], new_tokens: int, temperature: float, stop: list[int], seconds: float
+        self, tokens: list[int], new_tokens: int, stop: list[int], seconds: float, **drawn: Any
     ) -> dict[str, Any]:
         """Samples one prompt until `seconds` have passed. Samples that are unfinished then are dropped.
 
@@ -110,7 +112,7 @@ class VLLM:
 
         self.check_length(len(tokens), new_tokens)
         params = SamplingParams(
-            temperature=temperature,
+            **drawn,
             max_tokens=new_tokens,
             stop_token_ids=stop,
             detokenize=False,
@@ -149,7 +151,8 @@ def read_work(line: str) -> dict[str, Any]:
         ids = [work["tokens"], work["stop"]]
         fits = all(isinstance(row, list) and all(type(token) is int for token in row) for row in ids)
         fits = fits and type(work["new_tokens"]) is int and work["new_tokens"] >= 1
-        fits = fits and all(isinstance(work[key], int | float) for key in ("temperature", "seconds"))
+        fits = fits and type(work["top_k"]) is int
+        fits = fits and all(isinstance(work[key], int | float) for key in (*DRAWN, "seconds"))
         fits = fits and work["temperature"] >= 0 and 0 < work["seconds"] < math.inf
     if not fits:
         raise ValueError(f"work {line.strip()}: a field is of another type, or out of range")
