@@ -191,7 +191,7 @@ MUTANTS = [
         "special tokens in texts",
     ),
     Mutant(
-        "reasoning/solve.py", "prompt: ProblemPrompt = MATH", "prompt: ProblemPrompt = PLAIN",
+        "reasoning/solve.py", "prompt: ProblemPrompt = MATH", 'prompt: ProblemPrompt = ProblemPrompt("{problem}")',
         "reasoning/test_solve.py", "solve doesn't ask for a boxed answer",
     ),
     Mutant(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from m1.engine import SamplingParams
+from m1.engine import LLM, SamplingParams, fold_in
 from m1.errors import M1Warning, UserError
 from m1.evaluation import samplers
 from m1.evaluation.samplers import EngineSampler, SampleRequest, TransformersSampler
@@ -83,6 +83,16 @@ def test_an_engine_sample_depends_on_its_prompt_and_seed_alone(hybrid, tokenizer
         for s in sampler.generate([one], PARAMS)
     }
     assert together == alone and len(set(together.values())) > 10
+
+
+def test_the_engine_does_the_work_of_m1_generate(hybrid, tokenizer):
+    """The same samples in as many steps: the batch is as full."""
+    llm = LLM(hybrid, tokenizer, max_num_seqs=4)
+    texts = [s.text for s in llm.generate([r.messages for r in requests(5)], replace(PARAMS, n=3))]
+    sampler = EngineSampler(hybrid, tokenizer, 4)
+    asked = [replace(r, seed=fold_in(PARAMS.seed, i)) for i, r in enumerate(requests(5, (0, 1, 2)))]
+    samples = sorted(sampler.generate(asked, PARAMS), key=lambda s: (s.problem, s.round))
+    assert [s.text for s in samples] == texts and sampler.llm.engine.stats == llm.engine.stats
 
 
 @pytest.mark.parametrize("kind", LOCAL)
