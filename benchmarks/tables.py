@@ -97,13 +97,16 @@ def grading() -> str:
         "graded_outputs": "graded_outputs (Qwen2.5-Math's, short)",
         "reasoning_samples": "reasoning_samples (R1, its distillations, QwQ)",
         "grading_cases": "grading_cases (math-verify's own tests)",
+        "gsm8k_solutions": "GSM8K solutions (OpenAI's 6B and 175B models)",
     }
     rows = []
-    for name, measured in result("grading")["labelled"].items():
-        rates = [f"{measured[key]:.3f}" for key in ("precision", "recall")]
-        counts = [str(measured[key]) for key in ("rows", "agreed", "audit_agreed")]
-        rows.append([names[name], *counts[:2], *rates, counts[2]])
-    return markdown(["labelled answers", "rows", "agreement", "precision", "recall", "audit's agreement"], rows)
+    for kind in ("tuned", "unseen"):
+        for name, measured in result("grading")[kind]["files"].items():
+            rates = [f"{measured[key]:.3f}" for key in ("precision", "recall")]
+            counts = [f"{measured[key]:,}" for key in ("rows", "agreed", "audit_agreed")]
+            rows.append([names[name], kind, *counts[:2], *rates, counts[2]])
+    head = ["labelled answers", "rules are", "rows", "agreement", "precision", "recall", "audit's agreement"]
+    return markdown(head, rows)
 
 
 def intervals() -> str:

@@ -65,6 +65,48 @@ MUTANTS = [
     ),
     # seeds
     Mutant(
+        "evaluation/evaluate.py", "missing, fold_in(seed, i))", "missing, seed)", "evaluation/test_evaluate.py",
+        "problems of an evaluation share a seed",
+    ),
+    Mutant(
+        "evaluation/evaluate.py", "missing, fold_in(seed, i))", "missing, fold_in(seed, i + len(rows)))",
+        "evaluation/test_evaluate.py", "seeds depend on what was there before",
+    ),
+    Mutant(
+        "evaluation/samplers.py", "replace(params, seed=request.seed), i, request.rounds)",
+        "replace(params, seed=request.seed, n=len(request.rounds)), i)", "evaluation/test_samplers.py",
+        "a resumed evaluation draws the first samples again",
+    ),
+    Mutant(
+        "evaluation/samplers.py", "seed = fold_in(leader.seed, round_)", "seed = leader.seed",
+        "evaluation/test_samplers.py", "transformers' batches of one problem share a seed",
+    ),
+    Mutant(
+        "evaluation/endpoint.py", '"seed": fold_in(request.seed, round_) % 2**31', '"seed": request.seed % 2**31',
+        "evaluation/test_endpoint.py", "a server's samples of one problem share a seed",
+    ),
+    Mutant(
+        "evaluation/time_budget.py", "fold_in(seed, i)", "fold_in(0, i)", "evaluation/test_curves.py",
+        "equal seeds in every repetition of a problem",
+    ),
+    Mutant(
+        "evaluation/time_budget.py", "fold_in(seed, i)", "fold_in(seed, 0)", "evaluation/test_curves.py",
+        "equal seeds for all problems",
+    ),
+    Mutant(
+        "reasoning/solve.py", "seed=fold_in(params.seed, len(requests))", "seed=params.seed",
+        "reasoning/test_solve.py", "equal seeds in every wave of samples",
+    ),
+    Mutant(
+        "engine/generate.py", "seed=fold_in(params.seed, i)), i, missing)",
+        "seed=fold_in(params.seed, i), n=len(missing)), i)", "engine/test_llm.py",
+        "a resumed `m1 generate` draws the first samples again",
+    ),
+    Mutant(
+        "engine/chat.py", "seed=fold_in(self.params.seed, len(messages))", "seed=self.params.seed",
+        "cli/test_chat.py", "equal seeds in every turn of a chat",
+    ),
+    Mutant(
         "engine/sequence.py", "seed=fold_in(params.seed, i)", "seed=params.seed", "engine/test_engine.py",
         "prompts of one call share a seed",
     ),
@@ -107,7 +149,7 @@ MUTANTS = [
         SAMPLING, "top_p and min_p before the temperature",
     ),
     Mutant(
-        "engine/sampling.py", "FLOAT32.tiny <= self.temperature", "0 < self.temperature", SAMPLING,
+        "recipe.py", "tiny <= params.temperature", "0 < params.temperature", SAMPLING,
         "a temperature that is 0 in float32",
     ),
     # drawing a token
@@ -149,7 +191,7 @@ MUTANTS = [
         "special tokens in texts",
     ),
     Mutant(
-        "reasoning/solve.py", "prompt_template: str = MATH_PROMPT", 'prompt_template: str = "{problem}"',
+        "reasoning/solve.py", "prompt: ProblemPrompt = MATH", 'prompt: ProblemPrompt = ProblemPrompt("{problem}")',
         "reasoning/test_solve.py", "solve doesn't ask for a boxed answer",
     ),
     Mutant(

@@ -1,6 +1,7 @@
 """The vLLM worker, in its own environment: answers alone on stdout, bad work costs one answer, nothing outlives it."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from checkpoints import tiny_teacher
 from m1.peers import vllm_worker
 from m1.peers.vllm_client import PYTHON as PEERS_PYTHON
 
+DRAWN = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+SAMPLING = {"tokens": [1], "new_tokens": 5, **DRAWN, "stop": [], "seconds": 1.0}
 ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / PEERS_PYTHON
 
@@ -33,15 +36,22 @@ PYTHON = ROOT / PEERS_PYTHON
         '{"batch": 2, "prompt": 8, "new_tokens": 5, "seed": 0, "lengths": [3, 0]}',
         '{"tokens": [1], "new_tokens": 5, "temperature": 1.0, "stop": [], "seconds": 1.0, "samples": 2}',
         '{"tokens": [1], "new_tokens": 5, "seconds": 1.0}',
-        '{"tokens": "x", "new_tokens": 5, "temperature": 1.0, "stop": [], "seconds": 1.0}',
-        '{"tokens": [1], "new_tokens": "5", "temperature": 1.0, "stop": [], "seconds": 1.0}',
-        '{"tokens": [1], "new_tokens": 5, "temperature": -1, "stop": [], "seconds": 1.0}',
-        '{"tokens": [1], "new_tokens": 5, "temperature": 1.0, "stop": [], "seconds": Infinity}',
+        *(
+            json.dumps(SAMPLING | changed)
+            for changed in (
+                {"tokens": "x"}, {"new_tokens": "5"}, {"temperature": -1}, {"top_k": 0.5}, {"min_p": "0"},
+                {"seconds": math.inf},
+            )
+        ),
     ],
-)
+)  # fmt: skip
 def test_bad_work_is_refused(line):
     with pytest.raises(ValueError):
         vllm_worker.read_work(line)
+
+
+def test_good_work():
+    assert vllm_worker.read_work(json.dumps(SAMPLING)) == SAMPLING
 
 
 class FakeLLM:
@@ -112,8 +122,8 @@ def test_worker(tmp_path):
         },  # --max-model-len is 64: vLLM itself would cut it short
         {"batch": 5, "prompt": 4, "new_tokens": 7, "seed": 1},  # more than --max-num-seqs: some wait
         {"batch": 2, "prompt": 40, "new_tokens": 7, "seed": 1, "samples": 2, "lengths": [3, 4]},
-        {"tokens": [5, 6, 7], "new_tokens": 9, "temperature": 1.0, "stop": stop, "seconds": 2.0},
-        {"tokens": [5, 6, 7], "new_tokens": 9, "temperature": 0.0, "stop": [], "seconds": 2.0},  # none of those before
+        SAMPLING | {"tokens": [5, 6, 7], "new_tokens": 9, "stop": stop, "seconds": 2.0},
+        SAMPLING | {"tokens": [5, 6, 7], "new_tokens": 9, "top_k": 1, "seconds": 2.0},  # none of those before
     ]
     command = [str(PYTHON), vllm_worker.__file__, str(tmp_path / "model")]
     command += ["--dtype", "float32", "--max-model-len", "64", "--max-num-seqs", "4"]

@@ -115,6 +115,11 @@ class Engine:
         return self.scheduler.busy
 
     @property
+    def running(self) -> list[Sequence]:
+        """The sequences that have a slot."""
+        return list(self.scheduler.running.values())
+
+    @property
     def free_slots(self) -> int:
         """How many sequences could start at once: the free slots, or 0 if others are waiting."""
         return 0 if self.scheduler.waiting or self.scheduler.swapped else len(self.scheduler.free)

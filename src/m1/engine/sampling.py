@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,9 +11,8 @@ from torch import Tensor
 
 from m1.errors import UserError
 from m1.ops import sample_token
+from m1.recipe import INT64_MAX, SamplingOptions, check_distribution
 
-FLOAT32 = torch.finfo(torch.float32)
-MAX = 2**63 - 1  # int64
 STEP, FACTORS = 0x9E3779B97F4A7C15, (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)  # of SplitMix64
 
 
@@ -52,22 +52,18 @@ class SamplingParams:
         for name in ("n", "max_tokens", "top_k", "seed"):
             if not isinstance(getattr(self, name), Integral):
                 raise UserError(f"{name}={getattr(self, name)}: must be an integer")
-        checks = {
-            "n": (self.n >= 1, "at least 1"),
-            "max_tokens": (self.max_tokens >= 1, "at least 1"),
-            "temperature": (
-                self.temperature == 0 or FLOAT32.tiny <= self.temperature <= FLOAT32.max,
-                f"0 (greedy) or a number that float32 holds, {FLOAT32.tiny:.2g} to {FLOAT32.max:.2g}",
-            ),
-            "top_k": (0 <= self.top_k <= MAX, f"0 (all tokens) to {MAX}"),
-            "top_p": (0 < self.top_p <= 1, "above 0, and 1 at most"),
-            "min_p": (0 <= self.min_p <= 1, "0 to 1"),
-        }
-        for name, (fits, range_) in checks.items():
-            if not fits:
-                raise UserError(f"{name}={getattr(self, name)} is out of range: must be {range_}")
+        for name in ("n", "max_tokens"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} is out of range: must be at least 1")
+        check_distribution(self)
         if not all(self.stop):
             raise UserError("stop: an empty string would end every sequence at once")
+
+    @classmethod
+    def of(cls, options: SamplingOptions, **others: Any) -> "SamplingParams":
+        """The parameters with a command's options. `others` are those that not every command has: n, seed, stop."""
+        names = ("temperature", "top_k", "top_p", "min_p")
+        return cls(max_tokens=options.max_new_tokens, **{name: getattr(options, name) for name in names}, **others)
 
 
 class SamplingBatch:
@@ -173,7 +169,7 @@ class SamplingBatch:
         `whole` [b, 1] is the sum of all `_weights`, needed if any top_p is below 1.
         """
         c = likeliest.shape[-1]
-        inside = torch.arange(c, device=likeliest.device) < self.top_k.masked_fill(self.top_k == 0, MAX)
+        inside = torch.arange(c, device=likeliest.device) < self.top_k.masked_fill(self.top_k == 0, INT64_MAX)
         if whole is not None:
             mass = F.pad(self._weights(likeliest, likeliest).cumsum(dim=-1), (1, 0))
             whole = torch.where(self.top_k > 0, mass.gather(1, self.top_k.clamp(max=c)), whole)

