@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from m1.evaluation.intervals import percent
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -31,7 +33,7 @@ def pocket() -> str:
     report = result("pocket")
     rows = []
     for name, m in report["models"].items():
-        accuracy = [f"{100 * m[key]:.1f} ± {100 * m[key + '_ci95']:.1f} %" for key in ("pass@1", "maj@16")]
+        accuracy = [percent(m[key], m[key + "_ci95"]) for key in ("pass@1", "maj@16")]
         cache = f"{m['cache_bytes_per_sequence_at_4k'] / 1024:,.0f} KiB"
         rows.append([name, *accuracy, f"{m['tokens_per_second']:,.0f}", f"{m['parameters']:,}", cache])
     count = next(iter(report["models"].values()))["n_problems"]
@@ -104,6 +106,37 @@ def grading() -> str:
     return markdown(["labelled answers", "rows", "agreement", "precision", "recall", "audit's agreement"], rows)
 
 
+def intervals() -> str:
+    """`benchmarks/intervals.py`: coverage."""
+    rows = []
+    for row in result("intervals")["coverage"]:
+        if row["rates"][0] == 0.05:
+            shares = [f"{100 * row[key]:.1f} %" for key in ("worst", "mean", "worst_of_normal")]
+            width = [f"{ratio:.2f}" for ratio in row["width_to_student"]] if row["width_to_student"] else ["", ""]
+            rows.append([row["measure"], str(row["problems"]), *shares, *width])
+    columns = ["measure", "problems", "coverage", "mean coverage", "normal approximation's", "width", "at most"]
+    return markdown(columns, rows)
+
+
+def differences() -> str:
+    """`benchmarks/intervals.py`: false alarms and power."""
+    rows = []
+    for row in result("intervals")["differences"]:
+        cells = [row[key][kind] for key in ("worst_false_alarms", "mean_power") for kind in ("p", "bootstrap")]
+        shares = [f"{100 * share:.1f} %" for share in (cells[0], cells[1], row["worst_coverage"], *cells[2:])]
+        rows.append([row["measure"], str(row["problems"]), *shares])
+    columns = [
+        "measure",
+        "problems",
+        "false alarms",
+        "bootstrap's alarms",
+        "interval's coverage",
+        "power",
+        "bootstrap's power",
+    ]
+    return markdown(columns, rows)
+
+
 def long_chains() -> str:
     """`benchmarks/long_chains.py measure`."""
     bench = result("long-chains")
@@ -115,15 +148,15 @@ def long_chains() -> str:
         ended = [f"{m['points'][-1]['samples']:.0f}" for m in (transformer, hybrid)]
         lead = measured["leads"]["hybrid"]
         row = [f"{steps} ({hybrid['tokens_per_sample']:,.0f})", *right, f"{measured['seconds']:g} s", *ended]
-        row += [*after_16(transformer, hybrid), f"{100 * lead['value']:+.1f} ± {100 * lead['ci95']:.1f}"]
+        row += [*after_16(transformer, hybrid), lead_in_points(lead["value"], lead["ci95"])]
         rows.append([*row, ", ".join(f"{100 * value:+.1f}" for value in leads_of_seeds(transformer, hybrid))])
     columns = ["steps (tokens)", *(f"one sample right, {m}" for m in both), "budget", *(f"samples, {m}" for m in both)]
     columns += [*(f"16 samples after, {m}" for m in both), "ratio", "lead of the hybrid, points", "of each training"]
     return markdown(columns, rows) + (
         f"\n{processor(bench['machine'])}; {bench['problems']} problems, each with the models of {bench['seeds']} "
         f"trainings, up to {bench['max_num_seqs']} samples decoded together. Lead: how much more often the hybrid's "
-        "vote is right, mean over budgets from a 64th of the longest up to it, with a normal 95 % interval over "
-        "problems for these trainings.\n"
+        "vote is right, mean over budgets from a 64th of the longest up to it, with its 95 % interval over "
+        "problems for these trainings (±: by the normal approximation).\n"
     )
 
 
@@ -136,6 +169,12 @@ def after_16(slow: dict, fast: dict) -> list[str]:
     """Median seconds after which 16 samples had ended, and their ratio; empty where a budget was too short for it."""
     waits = [model["seconds_to_samples"]["16"] for model in (slow, fast)]
     return [*(f"{wait:.2f} s" if wait else "" for wait in waits), f"{waits[0] / waits[1]:.2f}" if all(waits) else ""]
+
+
+def lead_in_points(value: float, ci95: float | list[float]) -> str:
+    """A lead and its interval. results/long-chains.json has the half-widths of before the intervals had two ends."""
+    ends = [f"{100 * end:.1f}" for end in (ci95 if isinstance(ci95, list) else [ci95])]
+    return f"{100 * value:+.1f} " + (f"[{', '.join(ends)}]" if len(ends) == 2 else f"± {ends[0]}")
 
 
 def leads_of_seeds(other: dict, own: dict) -> list[float]:
@@ -208,6 +247,7 @@ TABLES: dict[str, list[Callable[[], str]]] = {
     "README.md": [pocket, short_h200, short_long_chains],
     "docs/engine.md": [decode, decode_step],
     "docs/kernels.md": [kernels],
+    "docs/evaluation.md": [intervals, differences],
     "docs/grading.md": [grading],
     "docs/results.md": [h200],
     "docs/test-time-compute.md": [long_chains, long_chains_vllm],

@@ -156,6 +156,61 @@ MUTANTS = [
         "reasoning/voting.py", "(-math.fsum(weights[i] for i in spellings[s]), len(s), s)", "s",
         "reasoning/test_voting.py", "a cluster is named alphabetically",
     ),
+    # metrics and intervals
+    Mutant(
+        "evaluation/metrics.py", "counts[1, leaders, spoken], 2 * leaders)", "counts[1, leaders, spoken], 2)",
+        "evaluation/test_metrics.py", "each leader of a tie counts as if it had won",
+    ),
+    Mutant(
+        "evaluation/metrics.py", "((2 * good > votes) + (2 * good >= votes))", "2 * (2 * good > votes)",
+        "evaluation/test_metrics.py", "a class of which half is right is wrong",
+    ),
+    Mutant(
+        "evaluation/metrics.py", "math.comb(silent, k - spoken)", "int(spoken == k)", "evaluation/test_metrics.py",
+        "draws with silent samples are left out",
+    ),
+    Mutant(
+        "evaluation/metrics.py", "max(1, most - undrawn)", "most", "evaluation/test_metrics.py",
+        "only draws in which the largest class is whole",
+    ),
+    Mutant(
+        "evaluation/curves.py", "majority_at_k([classes[:count]], [correct[:count]], count)",
+        "majority_at_k([classes], [correct], count)", "evaluation/test_curves.py",
+        "a budget's vote is of samples that came later",
+    ),
+    Mutant(
+        "evaluation/intervals.py", "values = np.append(values, [lowest, highest])", "pass",
+        "evaluation/test_intervals.py", "an interval without width",
+    ),
+    Mutant(
+        "evaluation/intervals.py", "_student(len(values) - 1) *", "Z95 *", "evaluation/test_intervals.py",
+        "the normal approximation",
+    ),
+    Mutant(
+        "evaluation/intervals.py", "_interval(differences, -1.0, 1.0)", "_interval(differences, 0.0, 1.0)",
+        "evaluation/test_intervals.py", "differences have the range of rates",
+    ),
+    Mutant(
+        "evaluation/intervals.py", "        low, high = min(low, 0.0), max(high, 0.0)\n", "        pass\n",
+        "evaluation/test_intervals.py", "an interval without 0 where p isn't below 0.05",
+    ),
+    Mutant(
+        "evaluation/intervals.py", "        low = value - critical\n", "        pass\n", "evaluation/test_intervals.py",
+        "an interval with 0 where p is below 0.05",
+    ),
+    Mutant(
+        "evaluation/intervals.py", "differences = np.asarray(b, dtype=float) - np.asarray(a, dtype=float)",
+        "differences = np.sort(np.asarray(b, dtype=float)) - np.sort(np.asarray(a, dtype=float))",
+        "evaluation/test_intervals.py", "problems aren't paired",
+    ),
+    Mutant(
+        "evaluation/intervals.py", "means >= observed * (1 - ROUNDING)", "means > observed * (1 + ROUNDING)",
+        "evaluation/test_intervals.py", "p leaves out what is as extreme",
+    ),
+    Mutant(
+        "evaluation/intervals.py", "np.concatenate([[values.sum()], *(", "np.concatenate([*(",
+        "evaluation/test_intervals.py", "p is 0 after finitely many draws",
+    ),
     Mutant(
         "engine/engine.py", "            self.scheduler.reset()\n", "", "engine/test_engine.py",
         "an interrupted step leaves planned states in the prefix cache",

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from m1.cli import app
 from m1.errors import UserError
 from m1.evaluation.curves import POINTS, SHORTEST, accuracy_curves
+from m1.evaluation.intervals import difference, estimate
 from m1.grading import Grader
 from m1.jsonl import read_jsonl
 from m1.model.tokenizer import byte_tokenizer
@@ -27,7 +28,7 @@ def run(problem, seed, *samples, model="m"):
 
 def test_curve_by_hand():
     runs = [
-        run("a", 0, [2.0, "7", 4], [3.0, "5", 4], [4.0, "7", 4]),  # a tie, lost, from 3 s to 4 s
+        run("a", 0, [2.0, "7", 4], [3.0, "5", 4], [4.0, "7", 4]),  # a tie from 3 s to 4 s
         run("a", 1, [50.0, "7", 4]),
         run("b", 0, [1.0, "3", 4]),
         run("b", 1, [1.0, None, 4], [60.0, "4", 4]),
@@ -44,7 +45,7 @@ def test_curve_by_hand():
     assert (first["accuracy"], first["of_seeds"], first["samples"]) == (0.25, [0.5, 0.0], 0.5)
     assert (last["accuracy"], last["of_seeds"], last["samples"]) == (0.75, [1.0, 0.5], 7 / 4)
     at_3 = next(p for p in result["points"] if 3 <= p["seconds"] < 4)
-    assert at_3["accuracy"] == 0.25
+    assert at_3["accuracy"] == (0.5 + 1) / 4
     assert result["tokens_per_second"] == 28 / 256 and result["tokens_per_sample"] == 4
     assert result["sample_accuracy"] == 4 / 7
     # the first ends after 2, 50, 1 and 1 seconds; four have ended in none of them
@@ -52,8 +53,9 @@ def test_curve_by_hand():
     lead = summary["leads"]["other"]
     at = {round(p["seconds"], 2): p for p in lead["points"]}
     assert at[1.0]["value"] == 0.25 and at[64.0]["value"] == -0.25
-    # differences of 0 and -1/2: mean -1/4, deviation 0.3536 over the root of 2
-    assert at[64.0]["ci95"] == pytest.approx(1.96 * 0.25)
+    assert last["ci95"] == estimate([1.0, 0.5]).ci95
+    found = difference([1.0, 0.5], [1.0, 0.0])
+    assert (at[64.0]["ci95"], at[64.0]["p"]) == (found.ci95, found.p)
     assert lead["value"] == pytest.approx(sum(p["value"] for p in lead["points"]) / POINTS)
 
 

@@ -184,7 +184,7 @@ def test_grading_counts_add_up_over_sessions(tmp_path, monkeypatch):
     rows = rows_of(tmp_path / "parts")
     assert sum(row["grading"]["timeout"] for row in rows) == 10
     votes = Doubting()
-    metrics_of(rows, {p.id: p.answers for p in problems}, 2, votes)
+    metrics_of(rows, [p.id for p in problems], 2, votes)
     assert whole["timeout"] == 10 + votes.counts["timeout"] > 10
 
 

@@ -119,3 +119,11 @@ def test_a_vote_is_as_right_as_its_members():
 def test_morning_is_not_evening():
     times = ["4:30", r"4:30 \text{ p.m.}", r"4:30 \text{ p.m.}"] + [r"4:30 \text{ a.m.}"] * 3
     assert vote(times, PARTITION).counts == {times[3]: 3, times[1]: 2, "4:30": 1}
+
+
+def test_a_late_answer_may_divide_a_class_that_had_decided():
+    """5 is 5 km until 5 m comes. `Budget` says so of its rule "decided"."""
+    seen = ["5"] * 2 + [r"5 \text{ km}"] * 3 + ["7"] * 3
+    early, late = vote(seen, PARTITION), vote([*seen, r"5 \text{ m}"], PARTITION)
+    assert early.counts == {r"5 \text{ km}": 5, "7": 3} and early.decided(remaining=1)
+    assert late.answer == "7" and late.counts == {"7": 3, r"5 \text{ km}": 3, "5": 2, r"5 \text{ m}": 1}

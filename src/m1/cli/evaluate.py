@@ -77,11 +77,11 @@ def evaluate(
 def compare(
     a: Annotated[Path, typer.Argument(help="Result folder of `m1 eval`.")],
     b: Annotated[Path, typer.Argument(help="Another result folder, of the same problems.")],
-    seed: Annotated[int, typer.Option(help="Seed of the resampling.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the test's random signs.")] = 0,
 ) -> None:
     """Test whether B is better than A.
 
-    By a paired bootstrap over problems. The last line is JSON.
+    By a paired sign-flip test over problems. The last line is JSON.
     """
     from m1.cli import render
     from m1.evaluation.compare import compare

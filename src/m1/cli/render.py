@@ -16,6 +16,7 @@ from rich.console import Console, Group
 from rich.table import Column, Table
 from rich.text import Text
 
+from m1.evaluation.intervals import percent
 from m1.progress import OnProgress
 from m1.recipe import Stage
 from m1.secrets import redact
@@ -89,8 +90,8 @@ def stage_result(stage: Stage, result: Any) -> None:
     if stage.kind == "eval":
         for name, measured in result.items():
             n = measured["settings"]["n"]
-            accuracy = f"pass@1 {measured['pass@1']:.3f} ± {measured['pass@1_ci95']:.3f}"
-            line(f"{name}: {accuracy}, maj@{n} {measured['maj@k'][str(n)]['value']:.3f}", to=errors)
+            accuracy = f"pass@1 {percent(measured['pass@1'], measured['pass@1_ci95'])}"
+            line(f"{name}: {accuracy}, maj@{n} {percent(**measured['maj@k'][str(n)])}", to=errors)
 
 
 def json_data(data: Any) -> None:
@@ -113,10 +114,9 @@ def ranking(result: dict[str, Any], out: str) -> None:
 def evaluation(task: str, result: dict[str, Any], out: Path) -> None:
     """Prints the accuracies and the speed of an evaluation, and how many grades are in doubt."""
     n = result["settings"]["n"]
-    majority = result["maj@k"][str(n)]
     line(f"{task}: {result['n_problems']} problems, {n} samples each")
-    line(f"pass@1 {100 * result['pass@1']:.1f} ± {100 * result['pass@1_ci95']:.1f} %")
-    line(f"maj@{n} {100 * majority['value']:.1f} ± {100 * majority['ci95']:.1f} %")
+    line(f"pass@1 {percent(result['pass@1'], result['pass@1_ci95'])}")
+    line(f"maj@{n} {percent(**result['maj@k'][str(n)])}")
     speed = f"{result['tokens_per_second']:,.0f} tokens/s, " if result["tokens_per_second"] is not None else ""
     line(f"{speed}written to {out / 'result.json'}")
     if undecided := sum(count for name, count in result["grading"].items() if name != "graded"):
@@ -147,13 +147,13 @@ def budgets(result: dict[str, Any], out: str) -> None:
     """Prints each model's accuracy at the longest budget, and the leads over the first model."""
     for name, measured in result["models"].items():
         last = measured["points"][-1]
-        accuracy = f"{100 * last['accuracy']:.1f} ± {100 * last['ci95']:.1f} % at {last['seconds']:g} s"
+        accuracy = f"{percent(last['accuracy'], last['ci95'])} at {last['seconds']:g} s"
         samples, speed = last["samples"], measured["tokens_per_second"]
         line(f"{name}: {accuracy}, {samples:.1f} samples per problem, {speed:,.0f} tokens/s")
     first = next(iter(result["models"]))
     for name, lead in result["leads"].items():
-        points = f"{100 * lead['value']:+.1f} ± {100 * lead['ci95']:.1f} points"
-        line(f"{name} is right {points} more often than {first}, averaged over the budgets")
+        value, low, high = (f"{100 * number:+.1f}" for number in (lead["value"], *lead["ci95"]))
+        line(f"{name} is right {value} points [{low}, {high}] more often than {first}, averaged over the budgets")
     line(f"written to {Path(out, 'budget.json')} and budget.png")
 
 

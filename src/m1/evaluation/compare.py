@@ -1,20 +1,18 @@
-"""Tests whether one result is better than another on the same problems, by a paired bootstrap over problems.
+"""Tests whether one result is better than another on the same problems.
 
-The problems are the random sample, as in every interval of this package. Both results of a resampled problem are taken
-together, so the difficulty that they share cancels out (Efron and Tibshirani 1993, chapter 13; Koehn 2004). The
-interval is the percentile interval of the difference. p is the level at which this interval would just touch 0.
+The problems are the random sample, as in every interval of this package. Both results of a problem are taken together,
+so the difficulty that they share cancels out. The test and the interval are `m1.evaluation.intervals.difference`.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-import numpy as np
-
 from m1.errors import UserError
+from m1.evaluation.intervals import RESAMPLES, difference
 from m1.jsonl import read_json, read_jsonl
 
-RESAMPLES = 10_000
-CHUNK = 500  # resamples at a time, for memory
 MOST_DIFFERENT = 10
 
 
@@ -23,7 +21,7 @@ def compare(a: str | Path, b: str | Path, seed: int = 0) -> dict[str, Any]:
 
     Args:
         a, b: finished result folders of `m1 eval`, on the same problems.
-        seed: of the resampling.
+        seed: of the random signs.
 
     Raises:
         UserError: a folder without a finished result, or results of different problems or golds.
@@ -33,10 +31,10 @@ def compare(a: str | Path, b: str | Path, seed: int = 0) -> dict[str, Any]:
     first, second = (result["per_problem"] for result in results)
     ids = sorted(first)
     k = max(set(results[0]["maj@k"]) & set(results[1]["maj@k"]), key=int)
-    accuracy = [np.array([side[i]["pass@1"] for i in ids]) for side in (first, second)]
-    majority = [np.array([side[i]["maj@k"][k] for i in ids]) for side in (first, second)]
-    difference = accuracy[1] - accuracy[0]
-    order = sorted(np.flatnonzero(difference), key=lambda i: (-abs(difference[i]), ids[i]))
+    accuracy = [[side[i]["pass@1"] for i in ids] for side in (first, second)]
+    majority = [[side[i]["maj@k"][k] for i in ids] for side in (first, second)]
+    unlike = [(i, a, b) for i, a, b in zip(ids, *accuracy, strict=True) if a != b]
+    unlike.sort(key=lambda row: -abs(row[2] - row[1]))
     return {
         "a": str(a),
         "b": str(b),
@@ -45,43 +43,18 @@ def compare(a: str | Path, b: str | Path, seed: int = 0) -> dict[str, Any]:
         "seed": seed,
         "settings_that_differ": _differing(*results),
         "measures": {
-            "pass@1": paired_bootstrap(accuracy[0], accuracy[1], seed),
-            f"maj@{k}": paired_bootstrap(majority[0], majority[1], seed),
+            "pass@1": _measure(accuracy, seed),
+            f"maj@{k}": _measure(majority, seed),
         },
-        "most_different": [
-            {"problem": ids[i], "a": accuracy[0][i], "b": accuracy[1][i]} for i in order[:MOST_DIFFERENT]
-        ],
+        "most_different": [{"problem": i, "a": a, "b": b} for i, a, b in unlike[:MOST_DIFFERENT]],
     }
 
 
-def paired_bootstrap(a: np.ndarray, b: np.ndarray, seed: int = 0, resamples: int = RESAMPLES) -> dict[str, Any]:
-    """Estimates the mean difference b - a and its 95 % interval.
-
-    Args:
-        a, b: [problems], one number per problem.
-        seed: of the resampling.
-        resamples: number of resamples.
-
-    Returns:
-        {"a", "b": means, "difference", "ci95": [low, high], "p": two-sided, of no difference}.
-    """
-    rng = np.random.default_rng(seed)
-    difference = b - a
-    parts = []
-    for start in range(0, resamples, CHUNK):
-        drawn = rng.integers(len(difference), size=(min(CHUNK, resamples - start), len(difference)))
-        parts.append(difference[drawn].mean(axis=1))
-    means = np.concatenate(parts)
-    # A tied resample counts for both sides. One is added, because finitely many resamples can't show that p is 0.
-    tail = min((means <= 0).sum(), (means >= 0).sum())
-    low, high = np.percentile(means, [2.5, 97.5])
-    return {
-        "a": float(a.mean()),
-        "b": float(b.mean()),
-        "difference": float(difference.mean()),
-        "ci95": [float(low), float(high)],
-        "p": min(1.0, 2 * float(tail + 1) / (resamples + 1)),
-    }
+def _measure(sides: Sequence[Sequence[float]], seed: int) -> dict[str, Any]:
+    """{"a", "b": means, "difference", "ci95": [low, high], "p"}."""
+    a, b = sides
+    found = difference(a, b, seed)
+    return {"a": fmean(a), "b": fmean(b), "difference": found.value, "ci95": found.ci95, "p": found.p}
 
 
 def _result(folder: Path) -> dict[str, Any]:

@@ -10,9 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from m1.evaluation.metrics import estimate
+from m1.evaluation.intervals import difference, estimate
+from m1.evaluation.metrics import classes_of, majority_at_k
 from m1.grading import Grader
-from m1.reasoning.voting import vote
 from m1.tasks.problem import Problem
 
 POINTS = 16  # number of budgets at which accuracy is computed; each is longer than the one before by the same factor
@@ -27,11 +27,11 @@ class Outcome(NamedTuple):
     """The result that a run would have had at some budget.
 
     Attributes:
-        right: whether the vote over the samples finished by then is right.
+        accuracy: of the vote over the samples finished by then: 1, 0, or the share of a tie.
         samples: number of these samples.
     """
 
-    right: bool
+    accuracy: float
     samples: int
 
 
@@ -69,14 +69,19 @@ def _outcomes(
 ) -> Outcomes:
     outcomes: Outcomes = {problem: [] for problem in golds}
     for run in sorted(runs, key=lambda run: run["seed"]):
+        classes = classes_of([answer for _, answer, _ in run["samples"]], grader.partition)
+        correct = [_is_right(answer, golds[run["problem"]], grader) for _, answer, _ in run["samples"]]
         of_run = []
         for budget in budgets:
-            answers = [answer for ended, answer, _ in run["samples"] if ended <= budget]
-            winner = vote(answers, grader.partition).answer
-            right = winner is not None and grader.grade(winner, golds[run["problem"]])
-            of_run.append(Outcome(right, len(answers)))
+            count = sum(ended <= budget for ended, _, _ in run["samples"])
+            [accuracy] = majority_at_k([classes[:count]], [correct[:count]], count)
+            of_run.append(Outcome(accuracy, count))
         outcomes[run["problem"]].append(of_run)
     return outcomes
+
+
+def _is_right(answer: str | None, golds: Sequence[str], grader: Grader) -> bool:
+    return answer is not None and grader.grade(answer, golds)
 
 
 def _curve(
@@ -97,14 +102,14 @@ def _curve(
     """
     points = []
     for i, seconds in enumerate(budgets):
-        accuracy = estimate(_shares(outcomes, i))
+        accuracy = estimate(_accuracies(outcomes, i))
         by_seed = zip(*outcomes.values(), strict=True)
-        of_seeds = [sum(run[i].right for run in seed) / len(outcomes) for seed in by_seed]
+        of_seeds = [sum(run[i].accuracy for run in seed) / len(outcomes) for seed in by_seed]
         samples = sum(run[i].samples for problem in outcomes.values() for run in problem) / len(runs)
         point = {"seconds": seconds, "accuracy": accuracy.value, "ci95": accuracy.ci95}
         points.append({**point, "of_seeds": of_seeds, "samples": samples})
     ended = [(run["problem"], answer, tokens) for run in runs for _, answer, tokens in run["samples"]]
-    right = sum(answer is not None and grader.grade(answer, golds[problem]) for problem, answer, _ in ended)
+    right = sum(_is_right(answer, golds[problem], grader) for problem, answer, _ in ended)
     tokens = sum(tokens for _, _, tokens in ended)
     return {
         "points": points,
@@ -123,18 +128,17 @@ def _seconds_to(runs: Sequence[Run], votes: int) -> float | None:
 
 def _lead(own: Outcomes, other: Outcomes, budgets: Sequence[float]) -> dict[str, Any]:
     """How much more often the vote is right than another model's on the same problems: at each budget, and averaged
-    over the budgets. With 95 % intervals over problems."""
-    differences = [
-        [a - b for a, b in zip(_shares(own, i), _shares(other, i), strict=True)] for i in range(len(budgets))
-    ]
-    of_problems = [sum(of_problem) / len(budgets) for of_problem in zip(*differences, strict=True)]
-    points = [{"seconds": seconds, **asdict(estimate(row))} for seconds, row in zip(budgets, differences, strict=True)]
-    return {**asdict(estimate(of_problems)), "points": points}
+    over the budgets. With intervals and p-values over problems."""
+    points = []
+    for i, seconds in enumerate(budgets):
+        points.append({"seconds": seconds, **asdict(difference(_accuracies(other, i), _accuracies(own, i)))})
+    return {**asdict(difference(_accuracies(other), _accuracies(own))), "points": points}
 
 
-def _shares(outcomes: Outcomes, i: int) -> list[float]:
-    """The share of runs that are right at budget i, per problem."""
-    return [sum(run[i].right for run in runs) / len(runs) for runs in outcomes.values()]
+def _accuracies(outcomes: Outcomes, i: int | None = None) -> list[float]:
+    """The mean accuracy of the runs per problem: at budget i, or over all budgets."""
+    chosen = slice(None) if i is None else slice(i, i + 1)
+    return [statistics.fmean(at.accuracy for run in runs for at in run[chosen]) for runs in outcomes.values()]
 
 
 def draw(result: Mapping[str, Any]) -> Figure:
@@ -154,9 +158,10 @@ def draw(result: Mapping[str, Any]) -> Figure:
 def draw_accuracy(axes: Axes, models: Mapping[str, Any]) -> None:
     """Draws each model's accuracy, with its 95 % interval, against seconds. `models` are curves by name."""
     for name, model in models.items():
-        seconds, middle, half = ([p[key] for p in model["points"]] for key in ("seconds", "accuracy", "ci95"))
-        axes.plot(seconds, middle, marker=".", label=name)
-        low, high = ([m + sign * h for m, h in zip(middle, half, strict=True)] for sign in (-1, 1))
+        points = model["points"]
+        seconds = [p["seconds"] for p in points]
+        axes.plot(seconds, [p["accuracy"] for p in points], marker=".", label=name)
+        low, high = ([p["ci95"][end] for p in points] for end in (0, 1))
         axes.fill_between(seconds, low, high, alpha=0.15)
     axes.set(xscale="log", xlabel=SECONDS_AXIS, ylabel="accuracy of the vote", ylim=(0, 1.02))
     axes.xaxis.set_minor_formatter(NullFormatter())  # minor labels would overlap

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from m1.errors import UserError
 from m1.evaluation.curves import draw
+from m1.evaluation.intervals import percent
 from m1.jsonl import read_json, read_jsonl, write_json, write_text
 
 PAGE = Path(__file__).with_name("report.html")
@@ -92,8 +93,8 @@ def _table(results: dict[str, dict[str, Any]]) -> str:
         majority = r["maj@k"][str(n)]
         cells = (
             html.escape(name),
-            f"{100 * r['pass@1']:.1f} ± {100 * r['pass@1_ci95']:.1f} %",
-            f"{100 * majority['value']:.1f} ± {100 * majority['ci95']:.1f} %",
+            percent(r["pass@1"], r["pass@1_ci95"]),
+            percent(**majority),
             f"{100 * r['truncated']:.1f} %",
             f"{r['tokens_per_second']:,.0f}",
             f"{r['parameters']:,}",
@@ -137,9 +138,8 @@ def _seconds_curve(results: dict[str, dict[str, Any]]) -> Figure:
         curve = result["accuracy_against_seconds"]
         x, y = [p["seconds"] for p in curve], [p["accuracy"] for p in curve]
         axis.plot(x, y, marker=".", label=name)
-        axis.fill_between(
-            x, [p["accuracy"] - p["ci95"] for p in curve], [p["accuracy"] + p["ci95"] for p in curve], alpha=0.12
-        )
+        low, high = ([p["ci95"][end] for p in curve] for end in (0, 1))
+        axis.fill_between(x, low, high, alpha=0.12)
     axis.set(xlabel="measured seconds of generation, all problems", ylabel="accuracy of the vote", ylim=(-0.02, 1.02))
     axis.legend()
     return figure
