@@ -209,7 +209,7 @@ PAPER = {
 
 
 def h200() -> str:
-    """`benchmarks/h200.sh`."""
+    """`benchmarks/gpu.sh decode` on an H200."""
     bench = result("h200-decode")
     cells = [(row["batch"], row["new_tokens"]) for row in bench["rows"] if row["name"] == "ours-hybrid"]
     found = {(row["name"], row["batch"], row["new_tokens"]): row for row in bench["rows"]}
