@@ -241,6 +241,24 @@ def short_h200() -> str:
     return some_columns(h200(), range(5))
 
 
+def gpu_jobs() -> str:
+    """`m1 bench jobs` on a GPU, at two shapes."""
+    rows, names = [], {"ours-hybrid": "hybrid", "ours-transformer": "transformer", "vllm": "transformer, vLLM"}
+    for shape in ("smollm2-135m", "m1-3b"):
+        bench = result(f"gpu-jobs-{shape}")
+        for row in bench["rows"]:
+            times = [f"{row[key]:.2f}" if key in row else "" for key in ("times_vllm", "prefill_times_vllm")]
+            cells = [shape, row["job"].replace("x", " x "), names[row["name"]], f"{row['tokens_per_second']:,.0f}"]
+            rows.append([*cells, f"{row['seconds']:.2f} s", times[0], f"{row['prefill_seconds']:.2f} s", times[1]])
+    columns = ["shape", "prompts x tokens x samples x new", "engine", "tokens/s", "job", "times vLLM"]
+    vllm = next(row["versions"]["vllm"] for row in bench["rows"] if row["name"] == "vllm")
+    machine = bench["machine"]
+    return markdown([*columns, "prefill", "times vLLM"], rows) + (
+        f"\n{machine['gpu']}, torch {machine['torch']}, vLLM {vllm}, bfloat16, random weights; medians of "
+        f"{bench['options']['repeats']} runs.\n"
+    )
+
+
 def some_columns(table: str, chosen: Iterable[int]) -> str:
     lines = [line.split("|")[1:-1] for line in table.splitlines() if line.startswith("|")]
     return "".join(f"|{'|'.join(line[i] for i in chosen)}|\n" for line in lines)
@@ -248,7 +266,7 @@ def some_columns(table: str, chosen: Iterable[int]) -> str:
 
 TABLES: dict[str, list[Callable[[], str]]] = {
     "README.md": [pocket, short_h200, short_long_chains],
-    "docs/engine.md": [decode, decode_step],
+    "docs/engine.md": [gpu_jobs, decode, decode_step],
     "docs/kernels.md": [kernels],
     "docs/evaluation.md": [intervals, differences],
     "docs/grading.md": [grading],
