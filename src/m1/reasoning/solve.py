@@ -30,7 +30,7 @@ def solve(
     """Draws samples of a problem until the budget stops them, and votes over their answers.
 
     Unfinished samples are aborted when the budget's rule applies or its seconds are over. The time is checked before
-    every engine step, so the budget is exceeded by one step at most.
+    every engine step, so the budget is exceeded by one step at most, on a GPU by two.
 
     The clock includes grading. A sample that finishes in the last, late step is compared only as text. The clock also
     includes the verifier, whose calls can't be interrupted. A call that began in time is waited for, and samples that
