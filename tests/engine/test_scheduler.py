@@ -165,7 +165,7 @@ def serve(scheduler, arrivals, late):
         while arrivals and arrivals[0][1][4] <= step:
             i, (size, start, n, max_tokens, _, life, resumable, ignore_eos) = arrivals.pop(0)
             params = SamplingParams(n, max_tokens, seed=i, ignore_eos=ignore_eos)
-            request = Request([1 + (start + j) % 5 for j in range(size)], params, i, resumable)
+            request = Request([1 + (start + j) % 5 for j in range(size)], params, i, resumable=resumable)
             scheduler.add(request)
             live.append((request, None if life is None else step + life))
         plan = scheduler.schedule()

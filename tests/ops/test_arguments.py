@@ -98,6 +98,16 @@ OPS = {
         "page_table": torch.tensor([0, 3, 1, 2, 7, 4]).int().repeat(5, 1)[:, :3],
         "slots": torch.tensor([2, 1]),
     },
+    ops.rotate_and_cache: {
+        "qkv": normal(3, 10, 16),
+        "cos": normal(3, 16),
+        "sin": normal(3, 16),
+        "k_cache": normal(8, 2, 32, 16),
+        "v_cache": normal(8, 2, 32, 16),
+        "page_table": torch.tensor([0, 3, 1, 2, 7, 4]).int().repeat(5, 1)[:, :3],
+        "slots": torch.tensor([2, 1, 2]),
+        "positions": torch.tensor([0, 60, 1]),
+    },
     ops.add_rms_norm: {"hidden": normal(3, 32), "update": normal(3, 32), "weight": normal(32)},
     ops.swiglu: {"gate_up": normal(3, 64)},
     ops.sample_token: {"logits": normal(3, 40), "uniform": torch.rand(3), "temperature": torch.ones(3)},
@@ -117,9 +127,10 @@ ONLY = {  # arguments that must have this very dtype; the others take any of the
     (ops.prefill_ssd, "ssm_state"): [torch.float32],
     (PackedLinear, "weight"): DTYPES,
     (multiply, "x"): DTYPES,
+    **{(ops.rotate_and_cache, name): [torch.float32] for name in ("qkv", "k_cache", "v_cache")},  # one dtype for all
     **{(ops.add_rms_norm, name): [torch.float32] for name in ("hidden", "update", "weight")},  # one dtype for all
 }
-PAGED = [ops.decode_attention, ops.prefill_attention]
+PAGED = [ops.decode_attention, ops.prefill_attention, ops.rotate_and_cache]
 FREE = ["transposed", *(f"dimension {i} {change}" for i in (0, 1) for change in ("longer", "shorter"))]
 # Mutations that give other valid arguments: nothing else fixes this size.
 VALID = {
@@ -213,7 +224,7 @@ def test_the_table_of_valid_mutations_holds(op, name, mutation):
     value = dict(mutations(op, name, OPS[op][name]))[mutation]
     result = call(op, {other: t.clone() for other, t in OPS[op].items()} | {name: value})
     outputs = result.out_features if op is PackedLinear else len(result[0] if isinstance(result, tuple) else result)
-    assert outputs == len(OPS[op]["q"] if name == "page_table" else value)
+    assert outputs == len(next(iter(OPS[op].values())) if name == "page_table" else value)
 
 
 # Shapes of the results; float32 and int64 where said, else in the first argument's dtype.

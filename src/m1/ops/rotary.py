@@ -7,8 +7,11 @@ from m1.ops.backend import Backend, choose, inference_operator, own_backend
 from m1.ops.shapes import KERNEL_FLOATS, Rule, Shapes
 
 RULES: dict[str, Rule] = {
-    "the heads of qkv must be those of queries, and of keys and values": lambda heads, kv_heads: heads > 2 * kv_heads,
+    "kv_heads must divide the heads of qkv, and be less than half of them": lambda heads, kv_heads: (
+        kv_heads and heads % kv_heads == 0 and heads > 2 * kv_heads
+    ),
     "head_dim must be even": lambda head_dim: head_dim % 2 == 0,
+    "page_table must have an entry": lambda S, M: S * M > 0,
 }
 CHECK = Shapes(
     "rotate_and_cache", where=RULES,
