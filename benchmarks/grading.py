@@ -2,9 +2,12 @@ r"""How far the grader can be trusted, on answers others have labelled: writes r
 
     python benchmarks/grading.py --data FOLDER
 
-FOLDER holds graded_outputs.jsonl, reasoning_samples.jsonl, grading_cases.jsonl, math500.jsonl, olympiadbench.jsonl and
-olympiadbench_meta.jsonl. About a minute on two cores.
+FOLDER holds graded_outputs.jsonl, reasoning_samples.jsonl, grading_cases.jsonl, math500.jsonl, olympiadbench.jsonl,
+olympiadbench_meta.jsonl, and example_model_solutions.jsonl from github.com/openai/grade-school-math (commit 3101c7d,
+grade_school_math/data). About a minute on two cores.
 
+- Rules were written while looking at the first three: they are "tuned". The solutions of OpenAI's GSM8K models are
+  "unseen": no rule was written or changed for them. Their last line, "A: 18", is written as the data set's "#### 18".
 - Labelled answers: agreement per category, precision and recall of "correct", and every disagreement with the reason
   from benchmarks/grading_notes.json; a disagreement without one is an error. The audit grader is measured beside it.
   Gold and prediction of grading_cases are whole texts or bare answers: both are read by `extract_answer`, and a text
@@ -32,20 +35,26 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="the folder of the labelled files")
     data = parser.parse_args().data
     notes = read_json(ROOT / "benchmarks/grading_notes.json")
-    result: dict[str, Any] = {"labelled": {}}
+    result: dict[str, Any] = {}
     with Grader(workers=2) as grader:
-        for name, rows in labelled(data).items():
-            verdicts = grader_verdicts(grader, rows)
-            result["labelled"][name] = compare(rows, verdicts, notes["disagreements"])
+        for kind, files in (("tuned", tuned(data)), ("unseen", {"gsm8k_solutions": gsm8k_solutions(data)})):
+            measured = {
+                name: compare(rows, grader_verdicts(grader, rows), notes["disagreements"])
+                for name, rows in files.items()
+            }
+            result[kind] = {key: sum(m[key] for m in measured.values()) for key in ("rows", "agreed")}
+            result[kind]["files"] = measured
         result["math500"] = math500(data, grader, notes["pairs"])
         result["olympiadbench_lists"] = olympiadbench_lists(data, grader)
         result["counts"] = dict(grader.counts)
     write_json(ROOT / "results/grading.json", result)
-    for name, measured in result["labelled"].items():
-        print(name, {key: measured[key] for key in ("rows", "agreed", "precision", "recall", "audit_agreed")})
+    for kind in ("tuned", "unseen"):
+        print(kind, {key: result[kind][key] for key in ("rows", "agreed")})
+        for name, measured in result[kind]["files"].items():
+            print(" ", name, {key: measured[key] for key in ("rows", "agreed", "precision", "recall", "audit_agreed")})
 
 
-def labelled(data: Path) -> dict[str, list[dict[str, Any]]]:
+def tuned(data: Path) -> dict[str, list[dict[str, Any]]]:
     """File -> rows {"id", "category", "golds", "answer", "label"}."""
     files = {}
     for name in ("graded_outputs", "reasoning_samples"):
@@ -61,6 +70,20 @@ def labelled(data: Path) -> dict[str, list[dict[str, Any]]]:
         for row in read_jsonl(data / "grading_cases.jsonl")
     ]
     return files
+
+
+def gsm8k_solutions(data: Path) -> list[dict[str, Any]]:
+    """The same rows of four models' solutions of each test problem."""
+    rows = []
+    for number, row in enumerate(read_jsonl(data / "example_model_solutions.jsonl")):
+        gold = row["ground_truth"].rpartition("A: ")[2].replace(",", "")
+        for model in ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification"):
+            text = row[model]["solution"].replace("\nA: ", "\n#### ")
+            rows.append(
+                {"id": f"{model}/{number}", "category": model, "golds": [gold], "answer": extract_answer(text)}
+                | {"label": row[model]["is_correct"]}
+            )
+    return rows
 
 
 def grader_verdicts(grader: Grader, rows: list[dict[str, Any]]) -> list[bool]:

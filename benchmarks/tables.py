@@ -97,13 +97,16 @@ def grading() -> str:
         "graded_outputs": "graded_outputs (Qwen2.5-Math's, short)",
         "reasoning_samples": "reasoning_samples (R1, its distillations, QwQ)",
         "grading_cases": "grading_cases (math-verify's own tests)",
+        "gsm8k_solutions": "GSM8K solutions (OpenAI's 6B and 175B models)",
     }
     rows = []
-    for name, measured in result("grading")["labelled"].items():
-        rates = [f"{measured[key]:.3f}" for key in ("precision", "recall")]
-        counts = [str(measured[key]) for key in ("rows", "agreed", "audit_agreed")]
-        rows.append([names[name], *counts[:2], *rates, counts[2]])
-    return markdown(["labelled answers", "rows", "agreement", "precision", "recall", "audit's agreement"], rows)
+    for kind in ("tuned", "unseen"):
+        for name, measured in result("grading")[kind]["files"].items():
+            rates = [f"{measured[key]:.3f}" for key in ("precision", "recall")]
+            counts = [f"{measured[key]:,}" for key in ("rows", "agreed", "audit_agreed")]
+            rows.append([names[name], kind, *counts[:2], *rates, counts[2]])
+    head = ["labelled answers", "rules are", "rows", "agreement", "precision", "recall", "audit's agreement"]
+    return markdown(head, rows)
 
 
 def intervals() -> str:
@@ -206,7 +209,7 @@ PAPER = {
 
 
 def h200() -> str:
-    """`benchmarks/h200.sh`."""
+    """`benchmarks/gpu.sh decode` on an H200."""
     bench = result("h200-decode")
     cells = [(row["batch"], row["new_tokens"]) for row in bench["rows"] if row["name"] == "ours-hybrid"]
     found = {(row["name"], row["batch"], row["new_tokens"]): row for row in bench["rows"]}
@@ -238,6 +241,24 @@ def short_h200() -> str:
     return some_columns(h200(), range(5))
 
 
+def gpu_jobs() -> str:
+    """`m1 bench jobs` on a GPU, at two shapes."""
+    rows, names = [], {"ours-hybrid": "hybrid", "ours-transformer": "transformer", "vllm": "transformer, vLLM"}
+    for shape in ("smollm2-135m", "m1-3b"):
+        bench = result(f"gpu-jobs-{shape}")
+        for row in bench["rows"]:
+            times = [f"{row[key]:.2f}" if key in row else "" for key in ("times_vllm", "prefill_times_vllm")]
+            cells = [shape, row["job"].replace("x", " x "), names[row["name"]], f"{row['tokens_per_second']:,.0f}"]
+            rows.append([*cells, f"{row['seconds']:.2f} s", times[0], f"{row['prefill_seconds']:.2f} s", times[1]])
+    columns = ["shape", "prompts x tokens x samples x new", "engine", "tokens/s", "job", "times vLLM"]
+    vllm = next(row["versions"]["vllm"] for row in bench["rows"] if row["name"] == "vllm")
+    machine = bench["machine"]
+    return markdown([*columns, "prefill", "times vLLM"], rows) + (
+        f"\n{machine['gpu']}, torch {machine['torch']}, vLLM {vllm}, bfloat16, random weights; medians of "
+        f"{bench['options']['repeats']} runs.\n"
+    )
+
+
 def some_columns(table: str, chosen: Iterable[int]) -> str:
     lines = [line.split("|")[1:-1] for line in table.splitlines() if line.startswith("|")]
     return "".join(f"|{'|'.join(line[i] for i in chosen)}|\n" for line in lines)
@@ -245,7 +266,7 @@ def some_columns(table: str, chosen: Iterable[int]) -> str:
 
 TABLES: dict[str, list[Callable[[], str]]] = {
     "README.md": [pocket, short_h200, short_long_chains],
-    "docs/engine.md": [decode, decode_step],
+    "docs/engine.md": [gpu_jobs, decode, decode_step],
     "docs/kernels.md": [kernels],
     "docs/evaluation.md": [intervals, differences],
     "docs/grading.md": [grading],

@@ -40,15 +40,41 @@ class Mutant(NamedTuple):
 SAMPLING, SCHEDULER = "engine/test_sampling.py", "engine/test_scheduler.py"
 MUTANTS = [
     # the prefix cache and admission
-    Mutant("engine/scheduler.py", "self.cached.move_to_end(key)", "pass", SCHEDULER, "FIFO instead of LRU"),
     Mutant(
-        "engine/scheduler.py", "full = len(self.cached) == self.prefix_cache",
-        "full = len(self.cached) >= self.prefix_cache - 1 > 0", SCHEDULER, "one prefix entry too few",
+        "engine/scheduler.py", "self.cached.remove(entry)\n            self.cached.append(entry)", "pass", SCHEDULER,
+        "FIFO instead of LRU",
+    ),
+    Mutant(
+        "engine/scheduler.py", "if not self.unused and self.cached:", "if len(self.unused) <= 1 and self.cached:",
+        SCHEDULER, "one prefix entry too few",
+    ),
+    Mutant(
+        "engine/scheduler.py", "request.resumable and length < size", "length < size", SCHEDULER,
+        "any request continues the state at a sequence's end",
+    ),
+    # pages, swaps and overlapping steps
+    Mutant("engine/pages.py", "if not self._holders[page]:", "if True:", SCHEDULER, "a shared page is freed"),
+    Mutant("engine/scheduler.py", "max(self.running)", "min(self.running)", SCHEDULER, "the oldest is swapped out"),
+    Mutant(
+        "engine/executor.py", "torch.where(rows[:, ENDED] > 0, -1, slots)", "slots", "engine/test_invariants.py",
+        "a sequence that has ended moves its slot",
+    ),
+    Mutant(
+        "engine/executor.py", "register[swap.slot] = row", "pass", "engine/test_invariants.py",
+        "a sequence comes back with another's registers",
+    ),
+    Mutant(
+        "train/rollout.py", "self.llm.reload_weights()", "pass", "train/test_stages.py",
+        "GRPO samples with the weights of its first generation",
+    ),
+    Mutant(
+        "train/trainer.py", "if state.global_step >= state.max_steps:", "if False:", "train/test_stages.py",
+        "a stage killed after its last step takes another",
     ),
     Mutant("engine/scheduler.py", "if budget <= 0:", "if budget < 0:", SCHEDULER, "one prefill chunk too many a step"),
     Mutant(
-        "engine/scheduler.py", "return len(request.tokens) > self.long_prompt, tuple", "return False, tuple",
-        "engine/test_rotary.py", "a long prompt restores a short one's keys",
+        "engine/scheduler.py", "return len(request.tokens) > self.long_prompt", "return False", "engine/test_rotary.py",
+        "a long prompt restores a short one's keys",
     ),
     Mutant(
         "engine/scheduler.py", "own.union(request.params.stop_token_ids)",
@@ -56,14 +82,56 @@ MUTANTS = [
         "ignore_eos drops stop_token_ids",
     ),
     Mutant(
-        "engine/engine.py", "return 0 if self.scheduler.waiting else len(self.scheduler.free)",
-        "return len(self.scheduler.free)", "engine/test_engine.py", "a new wave while requests wait",
+        "engine/engine.py", "0 if self.scheduler.waiting or self.scheduler.swapped else len(self.scheduler.free)",
+        "len(self.scheduler.free)", "engine/test_engine.py", "a new wave while requests wait",
     ),
     Mutant(
         "engine/engine.py", "next(token for token in tokens if not 0 <= token < self.vocab_size)", 
         "max(tokens, key=abs)", "engine/test_engine.py", "a valid token is blamed",
     ),
     # seeds
+    Mutant(
+        "evaluation/evaluate.py", "missing, fold_in(seed, i))", "missing, seed)", "evaluation/test_evaluate.py",
+        "problems of an evaluation share a seed",
+    ),
+    Mutant(
+        "evaluation/evaluate.py", "missing, fold_in(seed, i))", "missing, fold_in(seed, i + len(rows)))",
+        "evaluation/test_evaluate.py", "seeds depend on what was there before",
+    ),
+    Mutant(
+        "evaluation/samplers.py", "replace(params, seed=request.seed), i, request.rounds)",
+        "replace(params, seed=request.seed, n=len(request.rounds)), i)", "evaluation/test_samplers.py",
+        "a resumed evaluation draws the first samples again",
+    ),
+    Mutant(
+        "evaluation/samplers.py", "seed = fold_in(leader.seed, round_)", "seed = leader.seed",
+        "evaluation/test_samplers.py", "transformers' batches of one problem share a seed",
+    ),
+    Mutant(
+        "evaluation/endpoint.py", '"seed": fold_in(request.seed, round_) % 2**31', '"seed": request.seed % 2**31',
+        "evaluation/test_endpoint.py", "a server's samples of one problem share a seed",
+    ),
+    Mutant(
+        "evaluation/time_budget.py", "fold_in(seed, i)", "fold_in(0, i)", "evaluation/test_curves.py",
+        "equal seeds in every repetition of a problem",
+    ),
+    Mutant(
+        "evaluation/time_budget.py", "fold_in(seed, i)", "fold_in(seed, 0)", "evaluation/test_curves.py",
+        "equal seeds for all problems",
+    ),
+    Mutant(
+        "reasoning/solve.py", "seed=fold_in(params.seed, len(requests))", "seed=params.seed",
+        "reasoning/test_solve.py", "equal seeds in every wave of samples",
+    ),
+    Mutant(
+        "engine/generate.py", "seed=fold_in(params.seed, i)), i, missing)",
+        "seed=fold_in(params.seed, i), n=len(missing)), i)", "engine/test_llm.py",
+        "a resumed `m1 generate` draws the first samples again",
+    ),
+    Mutant(
+        "engine/chat.py", "seed=fold_in(self.params.seed, len(messages))", "seed=self.params.seed",
+        "cli/test_chat.py", "equal seeds in every turn of a chat",
+    ),
     Mutant(
         "engine/sequence.py", "seed=fold_in(params.seed, i)", "seed=params.seed", "engine/test_engine.py",
         "prompts of one call share a seed",
@@ -107,7 +175,7 @@ MUTANTS = [
         SAMPLING, "top_p and min_p before the temperature",
     ),
     Mutant(
-        "engine/sampling.py", "FLOAT32.tiny <= self.temperature", "0 < self.temperature", SAMPLING,
+        "recipe.py", "tiny <= params.temperature", "0 < params.temperature", SAMPLING,
         "a temperature that is 0 in float32",
     ),
     # drawing a token
@@ -149,7 +217,7 @@ MUTANTS = [
         "special tokens in texts",
     ),
     Mutant(
-        "reasoning/solve.py", "prompt_template: str = MATH_PROMPT", 'prompt_template: str = "{problem}"',
+        "reasoning/solve.py", "prompt: ProblemPrompt = MATH", 'prompt: ProblemPrompt = ProblemPrompt("{problem}")',
         "reasoning/test_solve.py", "solve doesn't ask for a boxed answer",
     ),
     Mutant(
@@ -288,7 +356,7 @@ MUTANTS = [
         "the longest row chooses every row's frequencies",
     ),
     Mutant(
-        "engine/runner.py", "positions.new_full((1,), total)", "positions[-1:] + 1", "engine/test_rotary.py",
+        "engine/executor.py", "for x in (totals, slots)", "for x in (starts + lengths, slots)", "engine/test_rotary.py",
         "a chunk has the frequencies of its own end",
     ),
     Mutant(

@@ -51,7 +51,7 @@ def test_report(pocket):
     assert caches["grpo"] < 0.6 * caches["teacher"]
     page = (pocket / "runs" / "report.html").read_text()
     assert "Accuracy against seconds per problem" in page
-    assert page.count("data:image/png;base64,") == 4 and "://" not in page and "{{" not in page
+    assert page.count("data:image/png;base64,") == 3 and "://" not in page and "{{" not in page
 
 
 def test_running_again_does_nothing_again(pocket, capsys):

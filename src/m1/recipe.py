@@ -21,9 +21,13 @@ from m1.layer_choice import check_choice, ranking_file
 from m1.options import build, option
 from m1.outputs import refuse_sources
 from m1.progress import Progress, silent
+from m1.tasks.benchmarks import Columns
 from m1.tasks.chain import ChainSizes
+from m1.tasks.prompts import ProblemPrompt, read_examples, read_template, read_text, task_template
 
 MODEL_NAME = re.compile(r"\w[\w .,+-]*")  # a key of [models], used as a folder name and as a curve's label
+FLOAT32 = 2.0**-126, 2.0**128 - 2.0**104  # the smallest and the largest positive number, without loss of precision
+INT64_MAX = 2**63 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,9 +109,10 @@ class Stage:
     def sources(self) -> list[Path]:
         """The files and folders that the stage reads."""
         data = getattr(self, "data", None)
-        template = getattr(self, "prompt_template", None) or ""
-        paths = [data.path if isinstance(data, Data) else data, getattr(self, "prompts", None)]
-        paths += [template[1:] if template.startswith("@") else None, *self.checkpoints()]
+        texts = [getattr(self, name, None) or "" for name in ("prompt_template", "system_prompt")]
+        paths = [data.path if isinstance(data, Data) else data]
+        paths += [getattr(self, name, None) for name in ("prompts", "few_shot")]
+        paths += [*(text[1:] for text in texts if text.startswith("@")), *self.checkpoints()]
         ranking = ranking_file(getattr(self, "keep_attention", None))
         return [Path(path) for path in [*paths, ranking] if path]
 
@@ -247,7 +252,72 @@ class LoadOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateStage(Stage, LoadOptions):
+class SamplingOptions:
+    """How a command samples tokens: the user's part of the engine's `SamplingParams`.
+
+    Raises:
+        UserError: a value out of range.
+    """
+
+    max_new_tokens: int = option(1024, "Maximum number of new tokens per sample.")
+    temperature: float = option(0.7, "Divides the logits; 0 is greedy.")
+    top_k: int = option(0, "Sample only from the k likeliest tokens (0: all).")
+    top_p: float = option(1.0, "Sample only from the likeliest tokens that together have this probability (1: all).")
+    min_p: float = option(
+        0.0, "Sample only from tokens with this share of the likeliest one's probability or more (0: all)."
+    )
+
+    def __post_init__(self) -> None:
+        _at_least_one(self, "max_new_tokens")
+        check_distribution(self)
+
+
+def check_distribution(params: Any) -> None:
+    """Raises UserError if temperature, top_k, top_p or min_p, of options or of `SamplingParams`, is out of range."""
+    tiny, most = FLOAT32
+    checks = {
+        "temperature": (
+            params.temperature == 0 or tiny <= params.temperature <= most,
+            f"0 (greedy) or a number that float32 holds, {tiny:.2g} to {most:.2g}",
+        ),
+        "top_k": (0 <= params.top_k <= INT64_MAX, f"0 (all tokens) to {INT64_MAX}"),
+        "top_p": (0 < params.top_p <= 1, "above 0, and 1 at most"),
+        "min_p": (0 <= params.min_p <= 1, "0 to 1"),
+    }
+    for name, (fits, range_) in checks.items():
+        if not fits:
+            raise UserError(f"{name}={getattr(params, name)} is out of range: must be {range_}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptOptions:
+    """How a command puts a problem to the model."""
+
+    prompt_template: str | None = option(
+        None,
+        "User message with {problem} in it, or @FILE. Default: the task's own, which asks for steps and a \\boxed{} "
+        "answer; for chain problems {problem} alone.",
+    )
+    system_prompt: str | None = option(None, "System message, or @FILE. Default: the chat template's own.")
+    few_shot: str | None = option(
+        None, "JSONL of {problem, solution} or {problem, answer}: examples, shown as earlier turns of the chat."
+    )
+
+    def load_prompt(self, default: str) -> ProblemPrompt:
+        """Reads the prompt with its files. `default` is the template when none is given.
+
+        Raises:
+            UserError: an unreadable file, a template without {problem}, an example without problem or solution.
+        """
+        return ProblemPrompt(
+            default if self.prompt_template is None else read_template(self.prompt_template),
+            None if self.system_prompt is None else read_text(self.system_prompt, "system prompt"),
+            () if self.few_shot is None else read_examples(self.few_shot),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateStage(Stage, SamplingOptions, PromptOptions, LoadOptions):
     """Stage `generate`: samples every prompt of a file with the engine."""
 
     kind = "generate"
@@ -258,13 +328,6 @@ class GenerateStage(Stage, LoadOptions):
     prompts: str = option(help='JSONL of {"prompt"}, {"problem"} or {"messages"}, each with an optional "id".')
     out: str = option(help="JSONL file, one line per finished sample. Run again to resume.")
     n: int = option(1, "Number of samples per prompt.")
-    max_new_tokens: int = option(1024, "Maximum number of new tokens per sample.")
-    temperature: float = option(0.7, "Divides the logits; 0 is greedy.")
-    top_k: int = option(0, "Sample only from the k likeliest tokens (0: all).")
-    top_p: float = option(1.0, "Sample only from the likeliest tokens that together have this probability (1: all).")
-    min_p: float = option(
-        0.0, "Sample only from tokens with this share of the likeliest one's probability or more (0: all)."
-    )
     stop: list[str] = option([], "Stop a sample before this text. Repeatable.")
     max_num_seqs: int = option(
         256, "Maximum number of samples decoded in parallel. More raises throughput and per-sample latency."
@@ -274,19 +337,40 @@ class GenerateStage(Stage, LoadOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskOptions(ChainSizes):
-    """Options that all measurements of accuracy share: the task and its sampling."""
+class SolveOptions(SamplingOptions, PromptOptions, LoadOptions):
+    """Options that `m1 solve` shares with other commands: the sampling, the prompt and the loading."""
 
-    task: str = option("chain", "chain, math500, aime24, aime25, amc23, olympiadbench, minerva or gsm8k.")
-    max_new_tokens: int = option(1024, "Maximum number of new tokens per sample.")
-    temperature: float = option(0.7, "Divides the logits; 0 is greedy.")
-    prompt_template: str | None = option(None, "User message with {problem} in it, or @FILE. Default: the task's own.")
+
+@dataclass(frozen=True, kw_only=True)
+class ChatOptions(SamplingOptions, LoadOptions):
+    """Options that `m1 chat` shares with other commands: the sampling and the loading."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskOptions(ChainSizes, SamplingOptions, PromptOptions):
+    """Options that all measurements of accuracy share: the task, its sampling and its prompt."""
+
+    task: str = option(
+        "chain",
+        "chain, math500, aime24, aime25, amc23, olympiadbench, minerva or gsm8k; or any name, for problems of `data`.",
+    )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        _at_least_one(self, "max_new_tokens")
-        if not 0 <= self.temperature < math.inf:
-            raise UserError(f"temperature={self.temperature} is out of range: need 0 or more")
+        ChainSizes.__post_init__(self)
+        SamplingOptions.__post_init__(self)
+
+    def task_prompt(self) -> ProblemPrompt:
+        """The prompt, with the task's own template as the default. Raises UserError as `load_prompt`."""
+        return self.load_prompt(task_template(self.task))
+
+    def used(self, settings: type, prompt: ProblemPrompt) -> dict[str, Any]:
+        """The options that the dataclass `settings` declares, with the prompt's content in place of its files.
+
+        The sizes of chains are left out: a hash of the problems covers them.
+        """
+        names = {field.name for field in dataclasses.fields(settings)}
+        names -= {field.name for field in dataclasses.fields(ChainSizes)}
+        return {name: value for name, value in dataclasses.asdict(self).items() if name in names} | prompt.settings()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,6 +379,9 @@ class EvalSettings(TaskOptions):
 
     n: int = option(16, "Number of samples per problem.")
     seed: int = option(0, "Seed of the random draws.")
+    by_round: bool = option(
+        False, "Sample every problem once before any twice: slower, but gives accuracy against seconds."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -322,7 +409,7 @@ class BudgetSettings(TaskOptions, LoadOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeasuredStage(Stage):
+class MeasuredStage(Stage, Columns):
     """A stage that measures every model of `models` on the same problems, the first `limit` of a task."""
 
     models: dict[str, str] = option(help="Checkpoint folders or Hub ids by name.")

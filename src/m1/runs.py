@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 SETTINGS, SECONDS, LOCK = "settings.json", "seconds.json", ".lock"
 BOOKKEEPING = {form for name in (SETTINGS, SECONDS, MANIFEST, LOCK) for form in (name, f".{name}.part")}
-PACKAGES = ("torch", "transformers", "trl", "accelerate")  # packages whose versions a manifest lists
+PACKAGES = ("m1-reasoning", "math-verify", "torch", "transformers", "trl", "accelerate")
 SHOWN = 60  # maximum number of characters of a setting in an error message
 
 
@@ -166,13 +166,11 @@ class Run:
         """Writes the manifest, which marks the run as finished. Write everything else before."""
         if not self.writes:
             return
-        import importlib.metadata  # half of what `m1 --help` would import
-
         manifest = {
             "command": self.command,
             "settings": self.settings,
             "seconds": round(self.seconds, 1),
-            "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+            "versions": versions(),
             "git_commit": _git_commit(),
         }
         write_json(self.folder / MANIFEST, manifest)
@@ -327,6 +325,13 @@ def refuse_foreign(command: str, out: str | Path, is_file: bool = False) -> None
     """Raises UserError if `out` holds anything but this command's output, of any settings."""
     if conflict := Run(command, out, {}, is_file=is_file).conflict():
         raise UserError(f"{conflict}: choose another output, or move it aside, as --force does")
+
+
+def versions() -> dict[str, str]:
+    """The versions of M1 and of the packages that results depend on."""
+    import importlib.metadata  # half of what `m1 --help` would import
+
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def sha256(path: str | Path) -> str | None:

@@ -71,7 +71,7 @@ def test_bytes_and_operations_by_hand(bench):
     only = ("--backends", "reference", "--device", "cpu", *FLOAT32)
     rows = json.loads(bench(*ATTENTION, *only)[1][-1])["rows"]
     numbers = 2 * (2 * 3 * 16) + 2 * (2 * 2 * 16)  # keys and values; queries and y
-    assert moved_and_done(rows[0]) == (4 * numbers + 2 * 8, 4 * 2 * 2 * 16 * 3)  # and two lengths of 8 bytes
+    assert moved_and_done(rows[0]) == (4 * numbers + 2 * 12, 4 * 2 * 2 * 16 * 3)  # lengths of 8 bytes, pages of 4
 
     rows = json.loads(bench(*SCAN, *only)[1][-1])["rows"]
     parameters, tokens = 64 * 16 + 64 + 64 * 4 + 64, 2 * 5

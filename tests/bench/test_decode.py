@@ -5,7 +5,6 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-import m1.engine.engine as engine_module
 from m1.bench import decoders
 from m1.bench.decode import floor_seconds
 from m1.bench.options import DecodeOptions
@@ -61,7 +60,7 @@ def test_plot_never_replaces_a_file(monkeypatch, tmp_path):
 
 
 def test_a_batch_without_room_goes_in_parts(monkeypatch):
-    monkeypatch.setattr(engine_module, "slots_that_fit", lambda *_: 2)
+    monkeypatch.setattr(decoders, "sequences_that_fit", lambda *_: 2)
     monkeypatch.setattr(decoders, "seconds_of_step", lambda options, engine, context: float(context))
     monkeypatch.setattr(decoders, "seconds_of_prompt", lambda options, engine: 7.0)
     options = DecodeOptions(**OPTIONS | {"cells": "6x100", "contexts": 2})

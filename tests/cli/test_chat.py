@@ -75,7 +75,7 @@ def test_without_a_template_there_is_no_chat(llm):
         Chat(llm, PARAMS)
 
 
-def test_command(llm, hybrid_dir):
+def test_command(llm, hybrid_dir, tmp_path):
     def chat(text, *options):
         options = ["chat", str(hybrid_dir), "--max-new-tokens", "12", *options]
         return CliRunner().invoke(app, options, input=text)
@@ -89,6 +89,12 @@ def test_command(llm, hybrid_dir):
     assert again.exit_code == 0 and again.stdout.split() == f"{first}\n{first}".translate(CONTROLS).split()
     assert isinstance(chat("x" * 600).exception, UserError)
     assert chat(b"a\xff\n").exit_code == 0
+    (tmp_path / "system").write_text("Be brief.")
+    first = conversation(llm, {"role": "system", "content": "Be brief."})[2]["content"]
+    brief = chat(QUESTIONS[0], "--system-prompt", f"@{tmp_path / 'system'}")
+    assert brief.stdout.split() == first.translate(CONTROLS).split()
+    greedy = [chat(QUESTIONS[0], *how).stdout for how in (("--top-k", "1"), ("--temperature", "0"))]
+    assert greedy[0] == greedy[1] != out.stdout
 
 
 # what the console shows in place of control characters

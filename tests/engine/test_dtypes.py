@@ -5,6 +5,7 @@ import torch
 from checkpoints import FAMILIES, save_checkpoint, scramble, tiny_teacher
 
 from m1.engine import Engine, SamplingParams
+from m1.engine.scheduler import Chunk, Placed, Plan
 from m1.errors import UserError
 from m1.model.checkpoint import load_model
 from m1.model.convert import convert
@@ -60,8 +61,8 @@ def test_a_low_dtype_is_near_float32(checkpoint):
             model, _ = load_model(checkpoint("llama", mixer), dtype=dtype)
             executor = Engine(model, [], max_model_len=64).executor
             with torch.inference_mode():
-                executor.slots.clear(0)
-                logits = executor.runner.prefill(torch.tensor(prompt, device=model.device), 0, 0, len(prompt))
+                executor.execute(Plan(place=[Placed(0, 0, 0)], prefill=[Chunk(0, 0, prompt, len(prompt), None)]))
+                logits = executor.logits[0][0][0]
             logprobs[dtype] = logits.float().log_softmax(-1)
         for dtype in DTYPES[1:]:
             error = (logprobs[dtype] - logprobs[torch.float32]).abs().mean()

@@ -1,5 +1,6 @@
 """The engine against transformers' own generate and against full forwards; stopping, forking, refusing."""
 
+import copy
 import warnings
 from dataclasses import replace
 
@@ -75,7 +76,7 @@ def test_prompts_of_one_call_have_streams_of_their_own(model):
 
 def test_no_slot_is_free_while_requests_wait(model):
     """A prompt whose prefill takes several steps waits for its sequences' slots."""
-    engine = Engine(model, [], max_num_seqs=4, prefill_chunk=8)
+    engine = Engine(model, [], max_num_seqs=4, prefill_chunk=8, prefill_budget=8)
     assert engine.free_slots == 4
     engine.submit(Request([3] * 20, replace(GREEDY, n=2)))
     engine.step()
@@ -188,3 +189,24 @@ def test_an_interrupted_step_leaves_nothing_behind(model, monkeypatch, part):
     prompts = [[3] * 20, [3] * 21, [1] * 20]
     again, fresh = (e.generate(prompts, GREEDY) for e in (engine, Engine(model, [], max_model_len=64)))
     assert [s.token_ids for s in again] == [s.token_ids for s in fresh]
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_loaded_weights_are_a_new_engines(model, quantize):
+    """Into a model of its own, and of the model itself after training in place. Nothing of the old weights is left."""
+    prompts, options = [[1, 2, 3], [1, 2, 3, 4, 5]], {"max_model_len": 64, "quantize": quantize}
+    trained = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    old, new = (Engine(m, [], **options).generate(prompts, GREEDY) for m in (model, trained))
+    assert [s.logprobs for s in old] != [s.logprobs for s in new]
+    engine = Engine(copy.deepcopy(model), [], **options)
+    engine.generate(prompts, GREEDY)
+    engine.load_weights(trained)
+    assert [s.logprobs for s in engine.generate(prompts, GREEDY)] == [s.logprobs for s in new]
+    own = Engine(model, [], **options)
+    own.generate(prompts, GREEDY)
+    model.load_state_dict(trained.state_dict())
+    own.load_weights(model)
+    assert [s.logprobs for s in own.generate(prompts, GREEDY)] == [s.logprobs for s in new]

@@ -4,8 +4,6 @@ import pytest
 import torch
 
 from m1.engine import Engine, Request, SamplingParams
-from m1.engine.graphs import GraphRunner
-from m1.engine.runner import Runner
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -15,22 +13,23 @@ def model(model):
     return model.to(DEVICE)
 
 
-def generate(model, runner, count):
+def generate(model, graphs, count, **options):
     engine = Engine(model, [], max_num_seqs=11, max_model_len=64)
-    engine.executor.runner = runner(model, engine.executor.slots)
+    engine.executor.use_graphs(graphs)
     prompts = [[1 + i] * (1 + 3 * i) for i in range(count)]
-    requests = [Request(p, SamplingParams(max_tokens=5 + i, temperature=0), i) for i, p in enumerate(prompts)]
+    requests = [Request(p, SamplingParams(max_tokens=5 + i, **options), i) for i, p in enumerate(prompts)]
     for _ in engine.run(requests):
         pass
-    return [r.sequences[0] for r in requests], engine.executor.runner
+    return [r.sequences[0] for r in requests], engine.executor
 
 
-def test_graphs_equal_eager_steps(model):
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"seed": 3}, {"seed": 3, "top_k": 9}])
+def test_graphs_equal_eager_steps(model, options):
     """Samples end one after another, so that sizes 16, 8, 4, 2 and 1 all come about."""
-    with torch.inference_mode():
-        expected, _ = generate(model, Runner, 11)
-        actual, runner = generate(model, GraphRunner, 11)
-    assert set(runner.graphs) == {1, 2, 4, 8, 16}
+    expected, _ = generate(model, False, 11, **options)
+    actual, executor = generate(model, True, 11, **options)
+    used = executor.network if "top_k" in options else executor.step
+    assert set(used.captured) == {1, 2, 4, 8, 16}
     for a, b in zip(actual, expected, strict=True):
         assert a.token_ids == b.token_ids
         torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), rtol=1e-4, atol=1e-4)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from m1.engine import Engine, Request, SamplingParams
 from m1.engine.sequence import requests_for
+from m1.model.cache_layout import AttentionCache
 
 PATIENT = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -19,23 +20,24 @@ def poisoned_slots(monkeypatch):
     """What is left of a sequence, and memory that no sequence wrote, is NaN."""
 
     @torch.inference_mode()
-    def poison(engine, slots):
+    def poison(engine, slots, pages):
         for layer in engine.executor.slots.layers:
             for buffer in layer:
-                buffer[slots] = torch.nan
+                buffer[pages if isinstance(layer, AttentionCache) else slots] = torch.nan
 
     def then_poison_what_is_free(plain):
         def method(engine, *args):
-            before = set(engine.scheduler.free)
+            before = set(engine.scheduler.free), set(engine.scheduler.pages.free)
             result = plain(engine, *args)
-            poison(engine, [slot for slot in engine.scheduler.free if slot not in before])
+            free = engine.scheduler.free, engine.scheduler.pages.free
+            poison(engine, *([i for i in now if i not in then] for now, then in zip(free, before, strict=True)))
             return result
 
         return method
 
     def init(engine, *args, plain=Engine.__init__, **options):
         plain(engine, *args, **options)
-        poison(engine, list(range(engine.num_slots + 1)))
+        poison(engine, *(slice(None),) * 2)
 
     for name in ("step", "abort", "finish"):
         monkeypatch.setattr(Engine, name, then_poison_what_is_free(getattr(Engine, name)))
@@ -49,7 +51,7 @@ def run(engine, request):
 
 
 def alone(model, request, chunk=512):
-    engine = Engine(model, [], max_model_len=128, prefill_chunk=chunk, prefix_cache=0)
+    engine = Engine(model, [], max_model_len=128, prefill_chunk=chunk, prefix_cache=0, page_size=16)
     return run(engine, Request(request.tokens, request.params))
 
 
@@ -68,10 +70,21 @@ REQUESTS = st.lists(
 
 
 @PATIENT
-@given(requests=REQUESTS, slots=st.integers(1, 5), chunk=st.sampled_from([7, 512]), seed=st.integers(0, 3))
-def test_a_sample_depends_on_itself_alone(model, requests, slots, chunk, seed):
-    """float32: bit-equal to the request alone in an engine, under any admission, abortion, number of slots."""
-    engine = Engine(model, [], max_num_seqs=slots, max_model_len=64, prefill_chunk=chunk, prefix_cache=2)
+@given(
+    requests=REQUESTS,
+    slots=st.integers(1, 5),
+    chunk=st.sampled_from([7, 512]),
+    pages=st.sampled_from([10, 99]),
+    lag=st.integers(0, 1),
+    seed=st.integers(0, 3),
+)
+def test_a_sample_depends_on_itself_alone(model, requests, slots, chunk, pages, lag, seed):
+    """float32: bit-equal to the request alone in an engine, under any admission, abortion, number of slots and pages,
+    and with steps that overlap."""
+    options = {"prefill_chunk": chunk, "prefix_cache": 2, "page_size": 16}
+    engine = Engine(model, [], max_num_seqs=slots, max_model_len=64, **options)
+    del engine.scheduler.pages.free[pages:]
+    engine.lag = lag
     submitted, step = [], 0
     pending = sorted(enumerate(requests), key=lambda item: item[1][4])
     while pending or engine.busy:
@@ -192,19 +205,61 @@ def test_a_plan_needs_no_token_values(model):
     with torch.inference_mode():
         while engine.busy:
             plan = engine.scheduler.schedule()
-            flying.append((plan, *engine.executor.execute(plan)))
+            flying.append((plan, engine.executor.execute(plan)))
             if len(flying) == 2:
-                plan, tokens, logprobs = flying.popleft()
-                engine.scheduler.update(plan, tokens.tolist(), logprobs.tolist())
+                plan, drawn = flying.popleft()
+                engine.scheduler.update(plan, *drawn.wait())
     sequences = [s for request in requests for s in request.sequences]
     assert [(s.token_ids, s.logprobs) for s in sequences] == [(s.token_ids, s.logprobs) for s in expected]
 
 
-def test_slots_take_no_more_than_memory(hybrid, monkeypatch):
+@pytest.mark.parametrize("prefix_cache", [0, 8])
+@pytest.mark.parametrize("page_size", [16, 256])
+def test_slots_and_pages_take_no_more_than_memory(model, monkeypatch, page_size, prefix_cache):
     from m1.engine import slots
-    from m1.model.cache_layout import slot_bytes
 
-    one = slot_bytes(hybrid.config, 64, torch.float32)
-    monkeypatch.setattr(slots, "free_memory", lambda device: 10 * one)
-    assert Engine(hybrid, [], max_num_seqs=100, max_model_len=64).num_slots == 7  # 80 %, less the spare one
-    assert Engine(hybrid, [], max_num_seqs=3, max_model_len=64).num_slots == 3
+    found = []
+    for megabytes in (8, 16, 64, 256):
+        monkeypatch.setattr(slots, "free_memory", lambda device, bytes=megabytes * 2**20: bytes)
+        options = {"max_num_seqs": 40, "max_model_len": 512, "page_size": page_size, "prefix_cache": prefix_cache}
+        engine = Engine(model, [], **options)
+        taken = sum(buffer.nbytes for layer in engine.executor.slots.layers for buffer in layer)
+        assert taken <= 0.8 * megabytes * 2**20
+        found.append((engine.num_slots, len(engine.scheduler.pages.free)))
+        assert engine.num_slots == 40 or taken > 0.6 * megabytes * 2**20
+    assert found == sorted(found) and found[-1] == (40, (40 + prefix_cache) * 512 // page_size)
+
+
+def test_swapped_out_sequences_are_as_they_were(model):
+    """Six sequences of up to 4 pages on 10 pages, with settings and streams of their own."""
+    params = [SamplingParams(max_tokens=40, temperature=t, top_k=k, seed=3) for t, k in ((0, 0), (1, 0), (1, 5))] * 2
+    requests = [Request([1 + i] * 9, own, i) for i, own in enumerate(params)]
+    engine = Engine(model, [], max_model_len=64, prefix_cache=0, page_size=16)
+    del engine.scheduler.pages.free[10:]
+    for _ in engine.run(requests):
+        pass
+    assert engine.stats.swaps > 2 and engine.stats.prefilled == 6 * 9
+    for request in requests:
+        (sequence,) = request.sequences
+        assert [(sequence.token_ids, sequence.logprobs)] == alone(model, request)
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("page_size", [16, 256])
+def test_a_chats_next_turn_continues_the_state_at_the_end(model, page_size, lag):
+    """The sequence stops by a token, after which a step with `lag` has already been launched."""
+    greedy = SamplingParams(max_tokens=30, temperature=0)
+    first = Engine(model, [], max_model_len=128).generate([[5, 6, 7]], greedy)[0].token_ids
+    stop = next(token for token in first[8:] if token not in first[:8])
+    engine = Engine(model, [stop], max_model_len=128, page_size=page_size, prefix_cache=2)
+    engine.lag = lag
+    opening = Request([5, 6, 7], greedy, resumable=True)
+    run(engine, opening)
+    answer = opening.sequences[0].token_ids
+    assert opening.sequences[0].finish_reason == "stop" and answer == first[: first.index(stop) + 1]
+    turn = Request([5, 6, 7, *answer, 9, 9, 3], greedy, resumable=True)
+    ((tokens, logprobs),) = run(engine, turn)
+    assert engine.stats.prefilled == 3 + 4  # the stop token was drawn, not run
+    ((expected, expected_logprobs),) = run(Engine(model, [stop], max_model_len=128), Request(turn.tokens, greedy))
+    assert tokens == expected
+    torch.testing.assert_close(torch.tensor(logprobs), torch.tensor(expected_logprobs), rtol=1e-4, atol=1e-4)

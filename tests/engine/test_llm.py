@@ -8,9 +8,9 @@ from commands import m1
 from typer.testing import CliRunner
 
 from m1.cli import app
-from m1.engine import SamplingParams
+from m1.engine import Request, SamplingParams, fold_in
 from m1.engine.generate import generate_file
-from m1.engine.llm import LLM
+from m1.engine.llm import LLM, TextSequence
 from m1.errors import UserError
 from m1.jsonl import read_jsonl
 
@@ -134,8 +134,11 @@ def test_a_file_goes_on_where_it_was_cut_off(hybrid_dir, tmp_path):
     kept = out.read_text()
     assert len(kept.splitlines()) == 3
     out.write_text(kept + '{"id": "torn')
-    generate_file(llm, prompts, out, params)
-    rows = list(read_jsonl(out))
+    assert generate_file(llm, prompts, out, params).tokens == 3 * 24  # the missing samples and no others
+    generate_file(llm, prompts, tmp_path / "whole.jsonl", params)
+    rows, whole = (list(read_jsonl(path)) for path in (out, tmp_path / "whole.jsonl"))
+    assert {(r["id"], r["sample"]): r["text"] for r in rows} == {(r["id"], r["sample"]): r["text"] for r in whole}
+    assert len({r["text"] for r in whole}) == 6
     assert out.read_text().startswith(kept)
     assert sorted((r["id"], r["sample"]) for r in rows) == [(i, j) for i in ("0", "7", "sum") for j in (0, 1)]
     assert all(r["tokens"] == 24 and r["finish_reason"] == "length" and r["logprob"] < 0 for r in rows)
@@ -172,6 +175,35 @@ def test_the_prompt_template_is_for_problems(hybrid_dir, tmp_path):
         assert m1("generate", "--model", hybrid_dir, *options, "--prompt-template", template) == 0
         texts[name] = [row["text"] for row in read_jsonl(tmp_path / f"{name}.out")]
     assert texts["plain"] == texts["written"]
+
+
+def test_a_system_prompt_and_examples_are_for_problems(hybrid_dir, tmp_path):
+    (tmp_path / "shots.jsonl").write_text('{"problem": "1+1", "answer": 2}')
+    chat = [{"role": r, "content": c} for r, c in (("system", "Hi"), ("user", "1+1"), ("assistant", "2"))]
+    write(tmp_path / "short.jsonl", [{"problem": "2+2?"}, {"prompt": "ab"}])
+    write(tmp_path / "written.jsonl", [{"messages": chat + CHAT}, {"prompt": "ab"}])
+    options = {"short": ["--system-prompt", "Hi", "--few-shot", tmp_path / "shots.jsonl"], "written": []}
+    for name, own in options.items():
+        files = ["--prompts", tmp_path / f"{name}.jsonl", "--out", tmp_path / f"{name}.out"]
+        assert m1("generate", "--model", hybrid_dir, *files, "--max-new-tokens", 5, *own) == 0
+    texts = [[row["text"] for row in read_jsonl(tmp_path / f"{name}.out")] for name in options]
+    assert texts[0] == texts[1]
+
+
+def test_indices_choose_samples_of_a_prompt(llm):
+    """Whichever are asked for, in any order: each is the one that it would be among all."""
+    whole = [s.sequence.token_ids for s in llm.generate(["ab"], replace(PARAMS, n=6))]
+    request = Request(llm.encode("ab"), replace(PARAMS, seed=fold_in(PARAMS.seed, 0)), indices=(4, 1))
+    some = {s.sequence.index: s.sequence.token_ids for s in llm.stream_requests([request]) if s.sequence.done}
+    assert request.params.n == 2 and some == {4: whole[4], 1: whole[1]}
+
+
+def test_only_running_samples_are_read(hybrid_dir, monkeypatch):
+    """Those that wait for a slot cost a step nothing, however many they are."""
+    llm, reads, read = LLM.from_pretrained(hybrid_dir, max_num_seqs=2), [], TextSequence.read
+    monkeypatch.setattr(TextSequence, "read", lambda sample: reads.append(sample) or read(sample))
+    samples = llm.generate(["ab"], replace(PARAMS, n=20, max_tokens=4))
+    assert len(samples) == 20 and len(reads) <= 20 * 4
 
 
 def test_a_context_that_ends_early_is_said_once(hybrid_dir, tmp_path, capsys):

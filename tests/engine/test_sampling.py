@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from m1.engine import SamplingParams
-from m1.engine.sampling import SamplingBatch, fold_in, uniforms
+from m1.engine.sampling import SamplingBatch, fold_in, stream_bits, uniforms
 from m1.errors import UserError
 
 
 def draw(logits, params, streams=None, drawn=None):
     streams = [fold_in(0, i) for i in range(len(logits))] if streams is None else streams
-    batch = SamplingBatch(params, streams, logits.device)
-    return batch.sample(logits, np.zeros(len(logits), int) if drawn is None else drawn)
+    batch = SamplingBatch.of(params, streams, logits.device)
+    return batch.sample(logits, torch.zeros(len(logits), dtype=torch.long) if drawn is None else torch.tensor(drawn))
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def random_logits(rows, size, seed, tied=False):
 
 
 def truncated(logits, *params):
-    return SamplingBatch(params, [0] * len(params), logits.device).truncate(logits)
+    return SamplingBatch.of(params, [0] * len(params), logits.device).truncate(logits)
 
 
 def kept(logits, *params):
@@ -222,17 +222,17 @@ def test_extreme_temperatures(temperature, truncation):
 
 
 def test_uniforms_are_uniform_and_streams_differ():
-    streams = np.array([fold_in(seed, sample) for seed in range(100) for sample in range(100)], dtype=np.uint64)
+    streams = torch.tensor([stream_bits(fold_in(seed, sample)) for seed in range(100) for sample in range(100)])
     assert len(set(streams.tolist())) == 10_000
     for index in (0, 1, 1000):
-        values = uniforms(streams, np.full(10_000, index))
+        values = uniforms(streams, torch.full((10_000,), index)).numpy()
         assert (
             values.min() >= 0
             and values.max() < 1
             and abs(values.mean() - 0.5) < 0.01
             and abs(values.std() - 0.2887) < 0.01
         )
-    along = uniforms(streams[:1], np.arange(10_000))
+    along = uniforms(streams[:1], torch.arange(10_000)).numpy()
     assert abs(np.corrcoef(along[:-1], along[1:])[0, 1]) < 0.03
 
 

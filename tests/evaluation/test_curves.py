@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from m1.cli import app
 from m1.errors import UserError
+from m1.evaluation import time_budget
 from m1.evaluation.curves import POINTS, SHORTEST, accuracy_curves
 from m1.evaluation.intervals import difference, estimate
 from m1.grading import Grader
@@ -116,10 +117,11 @@ def test_impossible_models_are_refused(arguments, message, tmp_path):
 
 WORKER = """
 import json, sys
-print(json.dumps({"ready": True, "versions": {}}), flush=True)
+print(json.dumps({"ready": True, "versions": {}, "settings": {}}), flush=True)
 for line in sys.stdin:
     work = json.loads(line)
     assert work["tokens"][-1] < 300 and (work["new_tokens"], work["temperature"]) in ((2, 0.7), (8, 0.7))
+    assert (work["top_k"], work["top_p"], work["min_p"]) == (0, 0.9, 0.0)
     samples = [{"seconds": work["seconds"] / 2, "token_ids": TOKENS}]
     print(json.dumps({"seconds": work["seconds"], "samples": samples}), flush=True)
 """
@@ -130,15 +132,46 @@ def test_vllm_samples_too(models, tmp_path, monkeypatch):
     (tmp_path / "worker.py").write_text(WORKER.replace("TOKENS", str(tokens)))
     monkeypatch.setattr(vllm_client, "PYTHON", Path(sys.executable))
     monkeypatch.setattr(vllm_client, "WORKER", tmp_path / "worker.py")
-    out = budget(*models, "--vllm", "one", "--out", tmp_path / "out")
+    out = budget(*models, "--vllm", "one", "--top-p", 0.9, "--out", tmp_path / "out")
     assert out.exit_code == 0, out.output
     rows = [row for row in read_jsonl(tmp_path / "out/runs.jsonl") if row["model"] == "one, vLLM"]
     assert [row["samples"] for row in rows] == [[[0.1, "7", len(tokens)]]] * 4
     result = json.loads((tmp_path / "out/budget.json").read_text())
     assert list(result["models"]) == ["one", "one, vLLM", "two"]
     assert result["models"]["one, vLLM"]["tokens_per_second"] == pytest.approx(len(tokens) / 0.2)
-    without = budget(*models, "--out", tmp_path / "out")
+    without = budget(*models, "--top-p", 0.9, "--out", tmp_path / "out")
     assert isinstance(without.exception, UserError) and "other settings" in str(without.exception)
+
+
+def test_every_run_has_a_seed_of_its_own(models, tmp_path, monkeypatch):
+    """But models share it: they are compared on the same draws."""
+    asked = []
+
+    class Solver:
+        def __init__(self, *arguments):
+            pass
+
+        def solve(self, text, seed, seconds):
+            asked.append((text, seed))
+            return seconds, []
+
+    monkeypatch.setattr(time_budget, "EngineSolver", Solver)
+    out = budget(*models, "--out", tmp_path)
+    assert out.exit_code == 0, out.output
+    assert len(asked) == 8 and asked[::2] == asked[1::2] and len({seed for _, seed in asked}) == 4
+
+
+def test_versions_and_settings_are_in_the_result(models, tmp_path):
+    (tmp_path / "shots.jsonl").write_text('{"problem": "1+1 mod 10", "solution": "1+1=2"}')
+    options = ("--system-prompt", "Be brief.", "--few-shot", tmp_path / "shots.jsonl", "--min-p", 0.1)
+    done = budget(*models[:2], *options, "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    result = json.loads((tmp_path / "out/budget.json").read_text())
+    assert {"m1-reasoning", "math-verify", "torch", "transformers"} <= set(result["versions"])
+    assert result["settings"]["system_prompt"] == "Be brief." and result["settings"]["min_p"] == 0.1
+    (tmp_path / "shots.jsonl").write_text('{"problem": "1+1 mod 10", "solution": "2"}')
+    again = budget(*models[:2], *options, "--out", tmp_path / "out")
+    assert isinstance(again.exception, UserError) and "other settings" in str(again.exception)
 
 
 def test_chains_that_repeat_themselves(models, tmp_path):

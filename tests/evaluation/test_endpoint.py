@@ -11,26 +11,33 @@ from itertools import pairwise
 import pytest
 from openai_server import completion
 
-from m1.engine import SamplingParams
+from m1.engine import SamplingParams, fold_in
 from m1.errors import UserError
-from m1.evaluation.endpoint import CHOICES, EndpointSampler
+from m1.evaluation.endpoint import EndpointSampler
 from m1.evaluation.samplers import SampleRequest
 
 PARAMS = SamplingParams(max_tokens=50, temperature=0.6)
 
 
+def messages(text):
+    return [{"role": "user", "content": text}]
+
+
 def requests(count, n=1):
-    return [SampleRequest(f"p{i}", f"question {i}", tuple(range(n)), seed=1000 * i) for i in range(count)]
+    return [SampleRequest(f"p{i}", messages(f"question {i}"), tuple(range(n)), seed=1000 * i) for i in range(count)]
 
 
-def sample(server, requests, **options):
+def sample(server, requests, params=PARAMS, **options):
     options = {"wait": 0.01, "timeout": 5.0, "concurrency": 4} | options
-    return list(EndpointSampler(server.url + "/", "some-model", **options).generate(requests, PARAMS))
+    return list(EndpointSampler(server.url + "/", "some-model", **options).generate(requests, params))
 
 
 def echo(body, number):
-    texts = [rf"{body['messages'][0]['content']} \boxed{{{i}}}" for i in range(body["n"])]
-    return 200, completion(*texts, logprobs=[-0.5, -0.25])
+    return 200, completion(rf"{body['messages'][0]['content']} \boxed{{{body.get('seed')}}}", logprobs=[-0.5, -0.25])
+
+
+def seed_of(problem, round_):
+    return fold_in(1000 * problem, round_) % 2**31
 
 
 def test_every_sample_arrives_once(serve, monkeypatch):
@@ -38,14 +45,16 @@ def test_every_sample_arrives_once(serve, monkeypatch):
     server = serve(echo)
     samples = sample(server, requests(5, n=3))
     assert sorted((s.problem, s.round) for s in samples) == [(f"p{i}", r) for i in range(5) for r in range(3)]
-    assert all(s.text == rf"question {s.problem[1]} \boxed{{{s.round}}}" for s in samples)
+    assert all(s.text == rf"question {s.problem[1]} \boxed{{{seed_of(int(s.problem[1]), s.round)}}}" for s in samples)
     assert {(s.tokens, s.logprob, s.finish_reason) for s in samples} == {(2, -0.75, "stop")}
     assert all(0 < s.seconds < 5 for s in samples)
-    body = next(body for body in server.bodies if body["messages"][0]["content"] == "question 2")
-    assert body == {
-        "model": "some-model", "messages": [{"role": "user", "content": "question 2"}], "n": 3, "max_tokens": 50,
-        "temperature": 0.6, "top_p": 1.0, "seed": 2000, "logprobs": True,
-    }  # fmt: skip
+    assert sorted(body.pop("seed") for body in server.bodies) == sorted(
+        seed_of(i, r) for i in range(5) for r in range(3)
+    )
+    assert {
+        "model": "some-model", "messages": messages("question 2"), "max_tokens": 50, "temperature": 0.6, "top_p": 1.0,
+        "top_k": 0, "min_p": 0.0, "logprobs": True,
+    } in server.bodies  # fmt: skip
     assert {headers["Authorization"] for headers in server.headers} == {"Bearer secret"}
 
 
@@ -56,18 +65,16 @@ def test_no_key_no_header(serve, monkeypatch):
     assert "Authorization" not in server.headers[0]
 
 
-def test_many_samples_are_asked_for_in_parts_with_their_own_seeds(serve):
+def test_a_sample_has_the_same_seed_whatever_else_is_asked_for(serve):
     server = serve(echo)
-    samples = sample(server, requests(1, n=2 * CHOICES + 1))
-    assert [s.round for s in sorted(samples, key=lambda s: s.round)] == list(range(2 * CHOICES + 1))
-    assert sorted((body["n"], body["seed"]) for body in server.bodies) == [(1, 16), (8, 0), (8, 8)]
+    whole = {s.round: s.text for s in sample(server, requests(1, n=5))}
+    alone = sample(server, [SampleRequest("p0", messages("question 0"), (3,), seed=0)])
+    assert alone[0].text == whole[3] and len(set(whole.values())) == 5
 
 
-def test_a_server_that_gives_one_choice_is_asked_again(serve):
-    server = serve(lambda body, number: (200, completion(f"sample {number}")))
-    samples = sample(server, requests(1, n=3))
-    assert [(s.round, s.text) for s in samples] == [(i, f"sample {i}") for i in range(3)]
-    assert [(body["n"], body["seed"]) for body in server.bodies] == [(3, 0), (2, 1), (1, 2)]
+def test_only_the_first_choice_is_read(serve):
+    samples = sample(serve(lambda *_: (200, completion("a", "b"))), requests(1, n=3))
+    assert [(s.round, s.text) for s in sorted(samples, key=lambda s: s.round)] == [(r, "a") for r in range(3)]
 
 
 def test_requests_run_at_the_same_time_but_no_more_than_asked(serve):
@@ -87,9 +94,9 @@ def test_requests_run_at_the_same_time_but_no_more_than_asked(serve):
     assert most == 3
 
 
-def test_tokens_without_logprobs_add_up_to_the_servers_count(serve):
-    answer = completion("a", "b") | {"usage": {"completion_tokens": 7}}
-    assert [s.tokens for s in sample(serve(lambda *_: (200, answer)), requests(1, n=2))] == [4, 3]
+def test_tokens_without_logprobs_are_the_servers_count(serve):
+    answer = completion("a") | {"usage": {"completion_tokens": 7}}
+    assert [s.tokens for s in sample(serve(lambda *_: (200, answer)), requests(1))] == [7]
     answer = {"choices": completion("a")["choices"]}
     assert [(s.tokens, s.logprob) for s in sample(serve(lambda *_: (200, answer)), requests(1))] == [(None, None)]
 
@@ -160,7 +167,7 @@ def test_a_refusal_ends_it_at_once(serve):
     assert len(server.bodies) == 1
 
 
-@pytest.mark.parametrize("field", ["seed", "logprobs"])
+@pytest.mark.parametrize("field", ["seed", "logprobs", "top_k", "min_p"])
 def test_a_field_the_server_does_not_know_is_left_out(serve, field):
     def answer(body, number):
         return (400, {"error": f"unknown argument {field}"}) if field in body else echo(body, number)
@@ -168,6 +175,13 @@ def test_a_field_the_server_does_not_know_is_left_out(serve, field):
     server = serve(answer)
     assert len(sample(server, requests(3), concurrency=1)) == 3
     assert [field in body for body in server.bodies] == [True, False, False, False]
+
+
+def test_a_filter_that_is_on_is_never_left_out(serve):
+    server = serve(lambda body, number: (400, {"error": "unknown argument top_k"}))
+    with pytest.raises(UserError, match=r"answers 400 .*top_k"):
+        sample(server, requests(1), SamplingParams(top_k=20))
+    assert server.bodies[0]["top_k"] == 20
 
 
 def test_a_server_that_is_not_there_ends_it_at_once(serve):

@@ -41,7 +41,7 @@ def refused(result, *words):
 def test_an_endpoint_and_a_comparison(run, serve, problems, tmp_path):
     def answer(body, number):
         first = int(body["messages"][0]["content"][2])
-        return 200, completion(*[rf"\boxed{{{first + (body['model'] == 'good' or first % 2)}}}"] * body["n"])
+        return 200, completion(rf"\boxed{{{first + (body['model'] == 'good' or first % 2)}}}")
 
     server = serve(answer)
     base = ("--endpoint", server.url, "--task", "gsm8k", "--data", problems, "--n", 2, "--prompt-template")
@@ -56,6 +56,30 @@ def test_an_endpoint_and_a_comparison(run, serve, problems, tmp_path):
     assert comparison["measures"]["maj@2"]["b"] == 1
     assert [row["problem"] for row in comparison["most_different"]] == ["p0", "p2"]
     refused(run("compare", tmp_path / "bad", tmp_path), "result.json is missing")
+
+
+def test_a_task_of_ones_own(run, serve, tmp_path):
+    """Its own name and columns, a system prompt from a file, examples, and how tokens are drawn."""
+    rows = [{"nr": f"n{i}", "q": f"{i}+1", "gold": i + 1, "answer": "no"} for i in range(4)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "system").write_text("Be brief.")
+    (tmp_path / "shots.jsonl").write_text('{"problem": "7+1", "solution": "It is 8."}')
+    server = serve(lambda body, number: (200, completion(rf"\boxed{{{int(body['messages'][-1]['content'][0]) + 1}}}")))
+    base = ("--endpoint", server.url, "--model", "m", "--task", "sums", "--data", tmp_path / "data.jsonl", "--n", 1)
+    columns = ("--problem-column", "q", "--answer-column", "gold", "--id-column", "nr")
+    prompt = ("--system-prompt", f"@{tmp_path / 'system'}", "--few-shot", tmp_path / "shots.jsonl")
+    drawn = ("--top-p", 0.9, "--top-k", 20, "--min-p", 0.1, "--prompt-template", "{problem}=?")
+    code, out, _ = run(*base, *columns, *prompt, *drawn, "--out", tmp_path / "o")
+    assert code == 0 and out.startswith("sums: 4 problems") and "pass@1 100.0" in out
+    assert [m["content"] for m in server.bodies[0]["messages"]][:3] == ["Be brief.", "7+1=?", "It is 8."]
+    assert {(body["top_p"], body["top_k"], body["min_p"]) for body in server.bodies} == {(0.9, 20, 0.1)}
+    settings = json.loads((tmp_path / "o" / "result.json").read_text())["settings"]
+    assert (settings["task"], settings["top_p"], settings["system_prompt"]) == ("sums", 0.9, "Be brief.")
+    refused(run(*base, *columns[2:], "--out", tmp_path / "p"), "needs a text `problem`")
+    refused(run(*base, "--problem-column", "Q", "--out", tmp_path / "p"), "nothing in column 'Q'", "'q'")
+    refused(run(*base, *columns, "--top-p", 0, "--out", tmp_path / "p"), "top_p=0.0 is out of range")
+    refused(run(*base, *columns, "--system-prompt", "@no", "--out", tmp_path / "p"), "can't read the system prompt no")
+    refused(run(*base, *columns, "--few-shot", "no.jsonl", "--out", tmp_path / "p"), "can't read no.jsonl")
 
 
 @pytest.mark.parametrize("generator", ["engine", "transformers"])

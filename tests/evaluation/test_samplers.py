@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from m1.engine import SamplingParams
+from m1.engine import LLM, SamplingParams, fold_in
 from m1.errors import M1Warning, UserError
 from m1.evaluation import samplers
 from m1.evaluation.samplers import EngineSampler, SampleRequest, TransformersSampler
@@ -19,8 +19,12 @@ LOCAL = [EngineSampler, TransformersSampler]
 PARAMS = SamplingParams(max_tokens=6, temperature=1.0)
 
 
+def request(problem, text, rounds=(0,), seed=0):
+    return SampleRequest(problem, [{"role": "user", "content": text}], rounds, seed)
+
+
 def requests(count, rounds=(0,), seed=0):
-    return [SampleRequest(f"p{i}", "x" * (3 * i + 1), rounds, seed + 1000 * i) for i in range(count)]
+    return [request(f"p{i}", "x" * (3 * i + 1), rounds, seed + 1000 * i) for i in range(count)]
 
 
 @pytest.fixture
@@ -68,10 +72,38 @@ def test_seeds(hybrid, tokenizer, kind):
 
 
 def test_an_engine_sample_depends_on_its_prompt_and_seed_alone(hybrid, tokenizer):
+    """Whatever else is asked for, of the same problem or of others; and a prompt is prefilled once."""
     sampler = EngineSampler(hybrid, tokenizer, 2)
-    together = {s.problem: s.text for s in sampler.generate(requests(5), PARAMS)}
-    alone = {s.problem: s.text for request in requests(5) for s in sampler.generate([request], PARAMS)}
-    assert together == alone
+    together = {(s.problem, s.round): s.text for s in sampler.generate(requests(5, (0, 1, 2)), PARAMS)}
+    assert sampler.llm.engine.stats.prefilled == sum(len(encode_chat(tokenizer, r.messages)) for r in requests(5))
+    alone = {
+        (s.problem, s.round): s.text
+        for round_ in (2, 0, 1)
+        for one in requests(5, (round_,))
+        for s in sampler.generate([one], PARAMS)
+    }
+    assert together == alone and len(set(together.values())) > 10
+
+
+def test_the_engine_does_the_work_of_m1_generate(hybrid, tokenizer):
+    """The same samples in as many steps: the batch is as full."""
+    llm = LLM(hybrid, tokenizer, max_num_seqs=4)
+    texts = [s.text for s in llm.generate([r.messages for r in requests(5)], replace(PARAMS, n=3))]
+    sampler = EngineSampler(hybrid, tokenizer, 4)
+    asked = [replace(r, seed=fold_in(PARAMS.seed, i)) for i, r in enumerate(requests(5, (0, 1, 2)))]
+    samples = sorted(sampler.generate(asked, PARAMS), key=lambda s: (s.problem, s.round))
+    assert [s.text for s in samples] == texts and sampler.llm.engine.stats == llm.engine.stats
+
+
+@pytest.mark.parametrize("kind", LOCAL)
+@pytest.mark.parametrize("one", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}], ids=str)
+def test_filters_of_tokens(hybrid, tokenizer, kind, one):
+    """Each of them alone leaves the likeliest token."""
+    greedy, filtered = (
+        [s.text for s in kind(hybrid, tokenizer, 4).generate(requests(3), params)]
+        for params in (replace(PARAMS, temperature=0), replace(PARAMS, **one))
+    )
+    assert sorted(greedy) == sorted(filtered)
 
 
 @pytest.mark.parametrize("kind", LOCAL)
@@ -87,7 +119,7 @@ def test_the_checkpoints_own_sampling_settings_are_not_used(hybrid, tokenizer):
     hybrid.generation_config.update(top_k=1, top_p=1e-6, min_p=1.0, do_sample=True)
     before = hybrid.generation_config
     sampler = TransformersSampler(hybrid, tokenizer, 4)
-    samples = {s.text for request in requests(1, tuple(range(8))) for s in sampler.generate([request], PARAMS)}
+    samples = {s.text for s in sampler.generate(requests(1, tuple(range(8))), PARAMS)}
     assert len(samples) > 4
     assert hybrid.generation_config is before and before.top_k == 1
 
@@ -109,7 +141,7 @@ def test_time_the_caller_takes_is_not_on_the_clock(hybrid, tokenizer, kind, monk
 def test_prompts_that_do_not_fit(hybrid, tokenizer, kind):
     """The context is 512 tokens."""
     with pytest.raises(UserError, match=r"prompt .*has \d+ tokens, .* context"):
-        list(kind(hybrid, tokenizer, 4).generate([SampleRequest("p", "x" * 512, (0,), 0)], PARAMS))
+        list(kind(hybrid, tokenizer, 4).generate([request("p", "x" * 512)], PARAMS))
     with pytest.raises(UserError, match="max_num_seqs=0"):
         list(kind(hybrid, tokenizer, 0).generate(requests(1), PARAMS))
     bare = byte_tokenizer()
@@ -121,10 +153,10 @@ def test_prompts_that_do_not_fit(hybrid, tokenizer, kind):
 @pytest.mark.parametrize("kind", LOCAL)
 def test_samples_end_with_the_context(hybrid, tokenizer, kind):
     hybrid.generation_config.eos_token_id = tokenizer.eos_token_id = None
-    long = SampleRequest("long", "x" * 500, (0,), 0)
+    long = request("long", "x" * 500)
     with pytest.warns(M1Warning, match="max_tokens is 40, more than the model's context of 512 tokens leaves"):
         sample = next(kind(hybrid, tokenizer, 4).generate([long], replace(PARAMS, max_tokens=40)))
-    prompt = len(encode_chat(tokenizer, long.prompt))
+    prompt = len(encode_chat(tokenizer, long.messages))
     assert sample.tokens == 512 - prompt > 1 and sample.finish_reason == "length"
 
 
@@ -132,7 +164,7 @@ def test_samples_end_with_the_context(hybrid, tokenizer, kind):
 def test_a_long_prompt_does_not_cut_the_others(hybrid, tokenizer, kind):
     """It leaves a few tokens of the context; each sample is as long as its own prompt allows."""
     hybrid.generation_config.eos_token_id = tokenizer.eos_token_id = None
-    asked = [SampleRequest("short", "x", (0, 1), 0), SampleRequest("long", "x" * 500, (0,), 1), *requests(3)]
+    asked = [request("short", "x", (0, 1)), request("long", "x" * 500, seed=1), *requests(3)]
     with pytest.warns(M1Warning, match="max_tokens is 40"):
         samples = list(kind(hybrid, tokenizer, 8).generate(asked, replace(PARAMS, max_tokens=40)))
     room = 512 - len(encode_chat(tokenizer, "x" * 500))

@@ -184,8 +184,9 @@ def test_outputs_that_are_inputs(run, here, force):
         *(command(name, here, teacher) for name in ("convert", "rank-layers")),
         *(command(name, here, here) for name in ("convert", "generate", "eval", "budget", "import-official", "bench")),
         *(
-            command(name, here, here / "template", prompt_template=f"@{here / 'template'}")
-            for name in ("eval", "budget")
+            command(name, here, here / "template", **{option: f"{mark}{here / 'template'}"})
+            for name in ("generate", "eval", "budget")
+            for option, mark in (("prompt_template", "@"), ("system_prompt", "@"), ("few_shot", ""))
         ),
         ("convert", "--teacher", teacher, "--keep-attention", f"@{ranking}:2", "--out", ranking),
         *(training(name, here / f"{name}.toml", model, model=model) for name in ("sft", "distill", "grpo")),

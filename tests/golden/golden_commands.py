@@ -115,7 +115,7 @@ def evaluate(model, out, *options):
     m1("eval", "--model", model, "--out", out, *sizes, batch_option(), 5, *options)
     samples = {f"{row['problem']}/{row['round']}": steady(row) for row in rows(out / "samples.jsonl")}
     result = json.loads((out / "result.json").read_text())
-    del result["settings"], result["model"]  # what was asked for
+    del result["settings"], result["model"], result["versions"]  # what was asked for, and of what
     return {"samples": dict(sorted(samples.items())), "result": steady(result)}
 
 

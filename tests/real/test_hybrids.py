@@ -91,7 +91,7 @@ def test_truncation_is_transformers_but_for_ties(smol, saved_in, prompts):
 
     def kept(**options):
         params = SamplingParams(**options)
-        return SamplingBatch([params] * len(logits), [0] * len(logits), logits.device).truncate(logits) > -torch.inf
+        return SamplingBatch.of([params] * len(logits), [0] * len(logits), logits.device).truncate(logits) > -torch.inf
 
     for p in (0.5, 0.9, 0.95):
         theirs = TopPLogitsWarper(p)(None, logits.float()) > -torch.inf

@@ -18,7 +18,7 @@ from m1.model import M1ForCausalLM
 from m1.model.tokenizer import byte_tokenizer
 from m1.reasoning.budget import Budget
 from m1.reasoning.solve import solve
-from m1.tasks.prompts import MATH_PROMPT
+from m1.tasks.prompts import MATH_PROMPT, PLAIN
 
 GRADER = Grader()
 GRADER.start = lambda within: None  # the answers here are decided without a worker
@@ -305,7 +305,7 @@ def solve_really(real, seed, budget, durations=(1.0,), weights="uniform"):
     engine = real.engine
     engine.schedule(durations)
     params = SamplingParams(max_tokens=6, seed=seed)
-    solution = solve("1+1", real, GRADER, params, budget, weights, "{problem}", clock=lambda: engine.now)
+    solution = solve("1+1", real, GRADER, params, budget, weights, PLAIN, clock=lambda: engine.now)
     assert real.engine is engine and not engine.busy and engine.free_slots == engine.num_slots
     return solution
 

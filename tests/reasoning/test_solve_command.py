@@ -55,11 +55,22 @@ def test_everything_is_written(run, answers, tmp_path):
 
 def test_the_prompt_asks_for_a_box_unless_told(run, answers, monkeypatch, tmp_path):
     asked, encode = [], LLM.encode
-    monkeypatch.setattr(LLM, "encode", lambda llm, prompt: asked.append(prompt[0]["content"]) or encode(llm, prompt))
+    monkeypatch.setattr(LLM, "encode", lambda llm, prompt: asked.append(prompt[-1]["content"]) or encode(llm, prompt))
     (tmp_path / "template").write_text("Q: {problem}")
     for options in ([], ["--prompt-template", f"@{tmp_path / 'template'}"], ["--prompt-template", "{problem}"]):
         assert run("--n", 1, *options)[0] == 0
     assert asked == [MATH_PROMPT.replace("{problem}", "1+1"), "Q: 1+1", "1+1"]
+
+
+def test_sampling_prompt_and_versions_are_written(run, answers, tmp_path):
+    (tmp_path / "shots.jsonl").write_text('{"problem": "2+2", "answer": 4}')
+    options = ["--top-p", 0.9, "--top-k", 20, "--min-p", 0.1, "--system-prompt", "Be brief."]
+    path = tmp_path / "solution.json"
+    assert run("--n", 1, *options, "--few-shot", tmp_path / "shots.jsonl", "--json", path)[0] == 0
+    saved = json.loads(path.read_text())
+    assert [saved["sampling"][name] for name in ("top_p", "top_k", "min_p")] == [0.9, 20, 0.1]
+    assert saved["system_prompt"] == "Be brief." and len(saved["few_shot"]) == 64
+    assert {"m1-reasoning", "math-verify", "torch"} <= set(saved["versions"])
 
 
 @pytest.mark.parametrize(
@@ -114,6 +125,8 @@ def test_seconds_alone_are_enough(run, answers, tmp_path):
         (["--quantize", "int3"], "quantize = 'int3' should be "),
         (["--prompt-template", "no place"], "has no {problem} in it"),
         (["--temperature", -1], "temperature=-1.0"),
+        (["--top-p", 2], "top_p=2.0"),
+        (["--few-shot", "nowhere.jsonl"], "can't read nowhere.jsonl"),
         (["--n", 1, "--json", "/dev/null/solution.json"], "can't write /dev/null/solution.json"),
     ],
 )

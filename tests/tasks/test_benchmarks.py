@@ -6,7 +6,7 @@ import os
 import pytest
 
 from m1.errors import UserError
-from m1.tasks.benchmarks import HUB, HUB_ID, load_task
+from m1.tasks.benchmarks import HUB, HUB_ID, Columns, load_task
 from m1.tasks.chain import ChainSizes
 from m1.tasks.problem import Problem
 
@@ -61,6 +61,27 @@ def test_rows(tmp_path, row, expected):
 def test_bad_rows(tmp_path, row, words):
     with pytest.raises(UserError, match=words):
         one(tmp_path, row)
+
+
+def test_a_task_and_columns_of_ones_own(tmp_path):
+    rows = [{"nr": 7, "q": "1+1", "gold": "2", "answer": "no"}, {"nr": 8, "q": "2+2", "gold": 4.0, "answer": "no"}]
+    data = write(tmp_path / "rows.jsonl", *rows)
+    columns = Columns(problem_column="q", answer_column="gold", id_column="nr")
+    found = load_task("my.task-1", data, columns=columns)
+    assert found == [Problem("7", "1+1", ("2",)), Problem("8", "2+2", ("4",))]
+    assert [p.id for p in load_task("my.task-1", data, columns=Columns(problem_column="q"))] == [
+        "my.task-1/1",
+        "my.task-1/2",
+    ]
+    for bad in ({"problem_column": "text"}, {"answer_column": "text"}, {"id_column": "text"}):
+        with pytest.raises(UserError, match="row 1: has nothing in column 'text'; its columns are "):
+            load_task("math500", data, columns=Columns(**{"problem_column": "q"} | bad))
+
+
+@pytest.mark.parametrize(("task", "data", "words"), [("math501", None, "known: chain, "), ("a/b", "x", "a name has")])
+def test_bad_task_names(task, data, words):
+    with pytest.raises(UserError, match=f"task '{task}'.*{words}"):
+        load_task(task, data)
 
 
 def test_limit_and_repeated_ids(tmp_path):

@@ -164,6 +164,25 @@ def test_grpo_runs_on_engine_rollouts(hybrid_dir, tmp_path):
     assert manifest["settings"]["model"] == str(hybrid_dir) and manifest["versions"]["trl"]
 
 
+def test_every_generation_has_the_weights_of_its_step(hybrid_dir, tmp_path, monkeypatch):
+    """The engine stays, and takes the trained weights before each generation: log-probabilities are the trainer's."""
+    drifts = []
+
+    def call(self, prompts, trainer, plain=rollout.EngineRollouts.__call__):
+        self.checked = False
+        return plain(self, prompts, trainer)
+
+    def check(*arguments, plain=rollout.check_parity):
+        drifts.append(plain(*arguments))
+
+    monkeypatch.setattr(rollout.EngineRollouts, "__call__", call)
+    monkeypatch.setattr(rollout, "check_parity", check)
+    trainer = TRAINER | {"num_generations": 4, "max_completion_length": 8, "max_steps": 3, "learning_rate": 1e-2}
+    trainer |= {"steps_per_generation": 1, "per_device_train_batch_size": 8}
+    GRPOStage(model=str(hybrid_dir), out=str(tmp_path), data=CHAIN, trainer=trainer).run()
+    assert len(drifts) == 3 and max(drifts) < 1e-4
+
+
 def test_parity_gate_refuses_wrong_logprobs(hybrid_dir, tmp_path, monkeypatch):
     from m1.engine.sampling import SamplingBatch
 

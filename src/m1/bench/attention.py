@@ -30,7 +30,7 @@ def run(options: AttentionOptions) -> dict[str, Any]:
 
 
 def make_layer(options: AttentionOptions, generator: torch.Generator) -> Inputs:
-    """Random arguments of `decode_attention`, with full caches."""
+    """Random arguments of `decode_attention`, with full caches of one page per sequence."""
     device = generator.device
     normal = partial(torch.randn, generator=generator, dtype=options.torch_dtype, device=device)
     cache = (options.batch, options.kv_heads, options.keys, options.head_dim)
@@ -39,10 +39,11 @@ def make_layer(options: AttentionOptions, generator: torch.Generator) -> Inputs:
         "k_cache": normal(*cache),
         "v_cache": normal(*cache),
         "lengths": torch.full((options.batch,), options.keys, device=device),
+        "page_table": torch.arange(options.batch, dtype=torch.int32, device=device)[:, None],
     }
 
 
 def start_own(layer: Inputs, backend: Backend) -> Step:
     """This package's decode step with one backend."""
-    q, keys, values, lengths = layer.values()
-    return lambda: {"y": decode_attention(q, keys, values, lengths, backend=backend)}
+    q, keys, values, lengths, page_table = layer.values()
+    return lambda: {"y": decode_attention(q, keys, values, lengths, page_table, backend=backend)}

@@ -1,14 +1,12 @@
 """`m1 bench decode`: measures how fast this engine and its peers generate whole batches.
 
 Weights and prompts are random, the temperature is 1, and no sample stops early. The speed is the batch's new tokens,
-divided by the time from the first prompt's submission to the last token. Engines take turns, so that a disturbance
-affects all of them.
+divided by the time from the first prompt's submission to the last token.
 """
 
 import statistics
 from collections import Counter
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +15,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from m1.bench.contest import begin
-from m1.bench.decoders import Decoder, TimedRun, is_hybrid, make_model, start
+from m1.bench.decoders import TimedRun, is_hybrid, left_out, make_model, start, take_turns
 from m1.bench.options import Cell, DecodeOptions
 from m1.bench.roofline import Limits
 from m1.model.cache_layout import layer_bytes
 from m1.model.configuration import ATTENTION, layer_kinds
-from m1.peers.vllm_client import version
 
 
 def run(options: DecodeOptions, on_line: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
@@ -32,24 +29,14 @@ def run(options: DecodeOptions, on_line: Callable[[str], None] = lambda line: No
         on_line: receives a line of text after each timed batch.
     """
     limits, result = begin(options)
-    result |= {"skipped": [], "rows": []}
-    with ExitStack() as stack:
-        decoders: dict[str, Decoder] = {}
-        for name in options.chosen_engines():
-            if name == "vllm" and (options.device != "cpu" or version() is None):
-                result["skipped"].append("vllm: `make peers` installs it for CPUs; it isn't there")
-                continue
-            decoders[name] = stack.enter_context(start(name, options))
-            if name == "vllm":
-                on_line(f"vllm {version()}")
-        for cell in options.chosen_cells():
-            runs: dict[str, list[TimedRun]] = {name: [] for name in decoders}
-            for _ in range(options.repeats):
-                for name, decoder in decoders.items():
-                    runs[name].append(decoder(*cell))
-                    on_line(f"{name}: {cell.batch} x {cell.new_tokens} in {runs[name][-1].seconds:.1f} s")
-            result["rows"] += rows_of(options, cell, runs, limits)
-    return result
+    cells = options.chosen_cells()
+
+    def on_run(name: str, i: int, run: TimedRun) -> None:
+        on_line(f"{name}: {cells[i].batch} x {cells[i].new_tokens} in {run.seconds:.1f} s")
+
+    runs = take_turns(options, cells, start, on_run)
+    rows = [row for cell, taken in zip(cells, runs, strict=True) for row in rows_of(options, cell, taken, limits)]
+    return result | {"skipped": left_out(options), "rows": rows}
 
 
 def rows_of(
@@ -64,7 +51,12 @@ def rows_of(
         seconds = [run.seconds for run in taken]
         row = {"name": name, "batch": batch, "new_tokens": new, "runs": len(taken), "seconds": median}
         row |= {"seconds_min": min(seconds), "seconds_max": max(seconds), "tokens_per_second": batch * new / median}
-        facts = {"together": together, "largest_batch": taken[0].largest, "peak_memory_bytes": taken[0].peak_bytes}
+        facts: dict[str, Any] = {
+            "together": together,
+            "largest_batch": taken[0].largest,
+            "peak_memory_bytes": taken[0].peak_bytes,
+        }
+        facts |= {"versions": taken[0].versions}
         row |= {key: value for key, value in facts.items() if value is not None}
         if name.startswith("ours") and not name.endswith("-int8"):
             floor = floor_seconds(options, name, together, new, limits) * batch / together

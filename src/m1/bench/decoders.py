@@ -5,21 +5,21 @@ A decoder warms up before its first run of a batch, so that compiling, capturing
 
 import gc
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from m1.bench.models import SHAPES
-from m1.bench.options import DecodeOptions
+from m1.bench.options import DecodeOptions, EngineOptions
 from m1.engine import Engine, Request, SamplingParams
-from m1.engine.slots import slots_that_fit
+from m1.engine.slots import PAGE_SIZE, sequences_that_fit
 from m1.errors import UserError
 from m1.model import M1Config, M1ForCausalLM
 from m1.model.configuration import ATTENTION, MAMBA
-from m1.peers.vllm_client import start_vllm
+from m1.peers.vllm_client import find_python, start_vllm
 
 STEPS, WARMUPS = 24, 4  # timed steps at each context, and untimed steps before them
 
@@ -32,14 +32,17 @@ class TimedRun(NamedTuple):
         together: number of samples that were decoded in parallel.
         largest: the largest batch that fits into memory, None if unknown.
         peak_bytes: peak memory in bytes, None if unknown.
+        versions: of a peer and its libraries, None for this engine.
     """
 
     seconds: float
     together: int
     largest: int | None = None
     peak_bytes: int | None = None
+    versions: dict[str, str] | None = None
 
 
+Timed = TypeVar("Timed")
 Decoder = Callable[[int, int], TimedRun]  # arguments: batch, new tokens per sample
 
 
@@ -54,7 +57,7 @@ def make_model(shape: str, dtype: torch.dtype, hybrid: bool, max_model_len: int)
     return M1ForCausalLM(M1Config(**sizes, layer_types=kinds)).to(dtype).eval()
 
 
-def model_on_device(options: DecodeOptions, hybrid: bool) -> PreTrainedModel:
+def model_on_device(options: EngineOptions, hybrid: bool) -> PreTrainedModel:
     """The benchmark's model on its device."""
     with torch.device(options.device):
         return make_model(options.shape, options.torch_dtype, hybrid, options.max_model_len)
@@ -66,7 +69,58 @@ def random_prompts(shape: str, count: int, length: int) -> list[list[int]]:
     return torch.randint(SHAPES[shape]["vocab_size"], (count, length), generator=generator).tolist()
 
 
-def clock(options: DecodeOptions) -> float:
+def take_turns(
+    options: EngineOptions,
+    works: Sequence[Iterable[int]],
+    start: Callable[[str, Any], AbstractContextManager[Callable[..., Timed]]],
+    on_run: Callable[[str, int, Timed], None],
+) -> list[dict[str, list[Timed]]]:
+    """Runs each of `works` `options.repeats` times with each chosen engine.
+
+    On a CPU engines take turns, so that a disturbance affects all of them. On a GPU one engine follows the other,
+    because each needs most of the memory.
+
+    Args:
+        start: starts an engine by name. It is called with a work's numbers.
+        on_run: receives the engine's name, the work's index and the run, after each run.
+
+    Returns:
+        For each work, the runs by the engine's name.
+    """
+    runs: list[dict[str, list[Timed]]] = [{} for _ in works]
+
+    def measure(names: list[str]) -> None:
+        with ExitStack() as stack:
+            engines = {name: stack.enter_context(start(name, options)) for name in names}
+            for i, work in enumerate(works):
+                for _ in range(options.repeats):
+                    for name, run in engines.items():
+                        runs[i].setdefault(name, []).append(run(*work))
+                        on_run(name, i, runs[i][name][-1])
+
+    chosen = [name for name in options.chosen_engines() if name != "vllm" or not left_out(options)]
+    for names in [[name] for name in chosen] if options.device == "cuda" else [chosen]:
+        measure(names)
+        free_memory(options)
+    return runs
+
+
+def left_out(options: EngineOptions) -> list[str]:
+    """What the result says about vLLM if it was chosen but isn't there: one line or none."""
+    if "vllm" not in options.chosen_engines() or find_python(options.vllm_python, options.device):
+        return []
+    fix = "`make peers` installs it" if options.device == "cpu" else "give --vllm-python"
+    return [f"vllm isn't there: {fix}"]
+
+
+def free_memory(options: EngineOptions) -> None:
+    """Returns the memory of deleted models and engines to the GPU."""
+    gc.collect()
+    if options.device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def clock(options: EngineOptions) -> float:
     """The clock's seconds, after all queued work on a GPU is done."""
     if options.device == "cuda":
         torch.cuda.synchronize()
@@ -124,14 +178,13 @@ def at_contexts(options: DecodeOptions, hybrid: bool, quantize: str | None = Non
     """
 
     def run(batch: int, new: int) -> TimedRun:
-        gc.collect()
+        free_memory(options)
         if options.device == "cuda":
-            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         model = model_on_device(options, hybrid)
         length, parts = options.prompt + new, options.contexts or 1
-        largest = slots_that_fit(model.config, length, model.dtype, model.device)
-        engine = Engine(model, [], batch, max_model_len=length, prefix_cache=0, quantize=quantize)
+        largest = sequences_that_fit(model.config, length, PAGE_SIZE, model.dtype, model.device)
+        engine = Engine(model, [], min(batch, largest), max_model_len=length, prefix_cache=0, quantize=quantize)
         together = engine.num_slots
         contexts = [options.prompt + (2 * i + 1) * new // (2 * parts) for i in range(parts)]
         step = sum(seconds_of_step(options, engine, context) for context in contexts) / parts
@@ -203,7 +256,8 @@ def transformers_generate(options: DecodeOptions) -> Decoder:
 def vllm(options: DecodeOptions) -> Iterator[Decoder]:
     """A decoder that runs the transformer in vLLM."""
     most = max(cell.batch for cell in options.chosen_cells())
-    with start_vllm(model_on_device(options, hybrid=False), options.max_model_len, most) as ask:
+    python = find_python(options.vllm_python, options.device)
+    with start_vllm(model_on_device(options, hybrid=False), options.max_model_len, most, python) as ask:
         warm: set[int] = set()
 
         def run(batch: int, new: int) -> TimedRun:
@@ -211,6 +265,6 @@ def vllm(options: DecodeOptions) -> Iterator[Decoder]:
             if batch not in warm:
                 ask(work | {"new_tokens": 2})
                 warm.add(batch)
-            return TimedRun(ask(work)["seconds"], batch)
+            return TimedRun(ask(work)["seconds"], batch, versions=ask.versions)
 
         yield run

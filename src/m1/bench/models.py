@@ -1,4 +1,4 @@
-"""The shapes of the models that `m1 bench decode` builds, with random weights."""
+"""The shapes of the models that `m1 bench decode` and `m1 bench jobs` build, with random weights."""
 
 from typing import Any
 
@@ -15,6 +15,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     "100m": dict(
         hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12, num_key_value_heads=4,
         head_dim=64, vocab_size=16000, attention=(3, 7, 11),
+    ),
+    "smollm2-135m": dict(
+        hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
+        head_dim=64, vocab_size=49152, attention=(3, 7, 11, 15, 19, 23, 27), tie_word_embeddings=True,
     ),
     "m1-3b": dict(
         hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24, num_key_value_heads=8,

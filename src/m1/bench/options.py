@@ -4,11 +4,13 @@ The command line is made of these classes, and `m1 --help` must not wait for tor
 is imported inside functions only.
 """
 
+import random
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, get_args
 
 from m1.bench.models import SHAPES
 from m1.errors import UserError
+from m1.jsonl import read_jsonl
 from m1.options import option
 
 if TYPE_CHECKING:
@@ -203,6 +205,47 @@ class AttentionOptions(KernelOptions):
         self.require_for_kernels(self.head_dim % 16 == 0, "head_dim", "must be a multiple of 16")
 
 
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions(Options):
+    """The options of benchmarks that compare whole engines on one model.
+
+    Attributes:
+        shape: the model's shape, a key of `SHAPES`.
+        engines: some of `known`, separated by commas.
+        vllm_python: the Python of an environment with vLLM. None: see `vllm_client.find_python`.
+        known: the engines that this benchmark can run.
+    """
+
+    known: ClassVar[tuple[str, ...]]
+
+    shape: str = option("30m", f"Shape of the model: {', '.join(SHAPES)}.")
+    engines: str = option(
+        "ours-hybrid,ours-transformer,vllm",
+        "Engines to compare, separated by commas: ours-hybrid, ours-transformer (each also with -int8), vllm, and for "
+        "decode transformers.",
+    )
+    dtype: Dtype = option("float32", "Data type of weights and activations: float32 or bfloat16.")
+    repeats: int = option(3, "Timed runs per batch and engine. On a CPU, engines take turns.")
+    vllm_python: str | None = option(
+        None, "Python of an environment with vLLM. Default: that of `make peers` on a CPU, else the one that runs M1."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.shape in SHAPES, "shape", f"choose {', '.join(SHAPES)}")
+        for engine in self.chosen_engines():
+            self.require(engine in self.known, "engines", f"no engine {engine!r}; choose from {', '.join(self.known)}")
+
+    def chosen_engines(self) -> list[str]:
+        """The names of the engines to time."""
+        return self.engines.split(",")
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of the longest prompt and sample together."""
+        raise NotImplementedError
+
+
 class Cell(NamedTuple):
     """One batch that `m1 bench decode` times: `batch` samples of `new_tokens` tokens each."""
 
@@ -211,38 +254,26 @@ class Cell(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecodeOptions(Options):
+class DecodeOptions(EngineOptions):
     """The options of `m1 bench decode`: a model, the batches to decode, and the engines to compare.
 
     Attributes:
-        shape: the model's shape, a key of `SHAPES`.
         cells: the batches as text: "16x512,64x2048" is 16 samples of 512 new tokens, then 64 of 2048.
         prompt: tokens per prompt.
-        engines: some of `ENGINES`, separated by commas.
         contexts: time a few steps at this many context lengths of each batch. None: decode every token.
     """
 
     name = "decode"
+    known = ENGINES
 
-    shape: str = option("30m", "Shape of the model: 30m, 100m or m1-3b; tiny for a quick try.")
     cells: str = option("16x512,64x512,64x2048,16x8192", "Batches, as BATCHxNEW_TOKENS separated by commas.")
     prompt: int = option(128, "Tokens per prompt.")
-    engines: str = option(
-        "ours-hybrid,ours-transformer,vllm",
-        "Engines, separated by commas: ours-hybrid, ours-transformer (each also with -int8), transformers, "
-        "vllm (see `make peers`).",
-    )
-    dtype: Dtype = option("float32", "Data type of weights and activations: float32 or bfloat16.")
-    repeats: int = option(3, "Timed runs per cell and engine. Engines take turns.")
     contexts: int | None = option(
         None, "Time a few steps at this many context lengths of each batch, instead of decoding every token."
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require(self.shape in SHAPES, "shape", f"choose {', '.join(SHAPES)}")
-        for engine in self.chosen_engines():
-            self.require(engine in ENGINES, "engines", f"no engine {engine!r}; choose from {', '.join(ENGINES)}")
         at_least_1 = all(number >= 1 for cell in self.chosen_cells() for number in cell)
         self.require(at_least_1, "cells", "each number must be at least 1")
         if self.contexts and not all(engine in OURS for engine in self.chosen_engines()):
@@ -255,11 +286,95 @@ class DecodeOptions(Options):
         except ValueError:
             raise UserError(f"--cells {self.cells}: give BATCHxNEW_TOKENS, such as 16x512,64x2048") from None
 
-    def chosen_engines(self) -> list[str]:
-        """The names of the engines to time."""
-        return self.engines.split(",")
-
     @property
     def max_model_len(self) -> int:
         """Tokens of the longest prompt and sample together."""
         return self.prompt + max(cell.new_tokens for cell in self.chosen_cells())
+
+
+class Job(NamedTuple):
+    """One job that `m1 bench jobs` times, all of it submitted at once.
+
+    Attributes:
+        prompts: number of prompts, all different.
+        tokens: tokens per prompt.
+        samples: sequences sampled from each prompt.
+        new_tokens: maximum number of new tokens per sequence.
+    """
+
+    prompts: int
+    tokens: int
+    samples: int
+    new_tokens: int
+
+    def __str__(self) -> str:
+        return "x".join(map(str, self))
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of a prompt and its longest sample together."""
+        return self.tokens + self.new_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobsOptions(EngineOptions):
+    """The options of `m1 bench jobs`: a model, the jobs, and the engines to compare.
+
+    Attributes:
+        jobs: the jobs as text: "512x128x1x256" is 512 prompts of 128 tokens, one sample of each, 256 new tokens.
+        max_num_seqs: maximum number of sequences decoded together. None: all of a job's.
+        lengths: a JSONL file whose rows have `tokens`, such as the output of `m1 generate`. New tokens are drawn from
+            them for each prompt, at most the job's. None: each sequence has the job's.
+    """
+
+    name = "jobs"
+    known = (*OURS, "vllm")
+
+    jobs: str = option("32x128x1x128,1x512x16x64", "Jobs, as PROMPTSxTOKENSxSAMPLESxNEW_TOKENS separated by commas.")
+    max_num_seqs: int | None = option(None, "Maximum number of sequences decoded together. Default: all of a job's.")
+    lengths: str | None = option(
+        None,
+        "Draw each prompt's new tokens from the field `tokens` of this JSONL file's rows, at most NEW_TOKENS. "
+        "Default: NEW_TOKENS each.",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for job in self.chosen_jobs():
+            self.require(min(job) >= 1, "jobs", "each number must be at least 1")
+            self.require(job.new_tokens >= 2, "jobs", "NEW_TOKENS must be at least 2: one comes with the prefill")
+            self.new_tokens(job)
+
+    def chosen_jobs(self) -> list[Job]:
+        """The jobs to time. Raises UserError if `jobs` isn't of the form PROMPTSxTOKENSxSAMPLESxNEW_TOKENS,..."""
+        try:
+            return [Job(*map(int, job.split("x"))) for job in self.jobs.split(",")]
+        except (TypeError, ValueError):
+            form = "give PROMPTSxTOKENSxSAMPLESxNEW_TOKENS, such as 512x128x1x256"
+            raise UserError(f"--jobs {self.jobs}: {form}") from None
+
+    def num_seqs(self, job: Job) -> int:
+        """Maximum number of the job's sequences decoded together."""
+        return min(job.prompts * job.samples, self.max_num_seqs or job.prompts * job.samples)
+
+    def new_tokens(self, job: Job) -> list[int]:
+        """New tokens of each prompt's samples, the same in every call.
+
+        Raises:
+            UserError: the file of lengths has no rows, or one without a positive integer `tokens`.
+        """
+        if self.lengths is None:
+            return [job.new_tokens] * job.prompts
+        counts: list[int] = []
+        for row in read_jsonl(self.lengths):
+            count, number = row.get("tokens"), len(counts) + 1
+            valid = isinstance(count, int) and count >= 1
+            self.require(valid, "lengths", f"row {number} has tokens={count!r}; give the number of its tokens")
+            counts.append(row["tokens"])
+        self.require(bool(counts), "lengths", "the file has no rows")
+        return [min(count, job.new_tokens) for count in random.Random(0).choices(counts, k=job.prompts)]
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of the longest prompt and sample together."""
+        return max(job.max_model_len for job in self.chosen_jobs())

@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from m1.bench.options import AttentionOptions, DecodeOptions, Options, ScanOptions, StateOptions
+from m1.bench.options import AttentionOptions, DecodeOptions, JobsOptions, Options, ScanOptions, StateOptions
 from m1.bench.results import result_file
 from m1.cli.arguments import Force, options_of
 from m1.jsonl import write_json
@@ -59,6 +59,20 @@ def bench_decode(out: Out = None, plot: Plot = None, force: Force = False, **val
     if plot:
         plot_result(result, plot)
         render.line(f"written to {plot}", to=render.errors)  # the last line of stdout is the JSON
+
+
+@app.command("jobs")
+@options_of(JobsOptions)
+def bench_jobs(out: Out = None, force: Force = False, **values: Any) -> None:
+    """Measure the seconds of whole jobs: many prompts, some samples of each.
+
+    Of this engine, on a hybrid and a transformer, and of vLLM.
+    """
+    from m1.bench.jobs import run
+    from m1.cli import render
+
+    options = options_from(JobsOptions, values)
+    measure(partial(run, on_line=partial(render.line, to=render.errors)), options, out, force)
 
 
 def options_from(cls: type[OptionsT], values: dict[str, Any]) -> OptionsT:

@@ -36,13 +36,21 @@ app = typer.Typer(
 @options_of(EvalStage)
 def evaluate(
     model: Annotated[str, typer.Option(help="Checkpoint folder or Hub id; with --endpoint, the model's name there.")],
-    task: Annotated[str, typer.Option(help="chain, math500, aime24, aime25, amc23, olympiadbench, minerva or gsm8k.")],
+    task: Annotated[
+        str,
+        typer.Option(
+            help="chain, math500, aime24, aime25, amc23, olympiadbench, minerva or gsm8k, or any name for the problems "
+            "of --data."
+        ),
+    ],
     out: Annotated[Path | None, typer.Option(help="Result folder. Default: MODEL/eval/TASK.")] = None,
     endpoint: Annotated[
         str | None,
         typer.Option(help="Sample from an OpenAI-compatible server: its base URL. The key is $OPENAI_API_KEY."),
     ] = None,
-    concurrency: Annotated[int, typer.Option(help="Maximum number of open requests to the endpoint.")] = 64,
+    concurrency: Annotated[
+        int, typer.Option(help="Maximum number of open requests to the endpoint, one sample each.")
+    ] = 256,
     timeout: Annotated[
         float, typer.Option(help="Maximum seconds without data from the endpoint. It sends nothing while it samples.")
     ] = 3600,

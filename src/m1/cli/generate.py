@@ -9,7 +9,7 @@ from m1.cli.arguments import Force, options_of
 from m1.errors import UserError
 from m1.options import build
 from m1.outputs import make_room
-from m1.recipe import GenerateStage, LoadOptions
+from m1.recipe import ChatOptions, GenerateStage, SolveOptions
 
 app = typer.Typer()
 
@@ -26,12 +26,12 @@ def generate(force: Force = False, **options: Any) -> None:
 
 
 @app.command()
-@options_of(LoadOptions)
+@options_of(ChatOptions)
 def chat(
     model: Annotated[str, typer.Argument(help="Checkpoint folder or Hub id.")],
-    system: Annotated[str | None, typer.Option(help="System message. Default: the chat template's own.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of new tokens per answer.")] = 1024,
-    temperature: Annotated[float, typer.Option(help="Divides the logits; 0 is greedy.")] = 0.7,
+    system_prompt: Annotated[
+        str | None, typer.Option(help="System message, or @FILE. Default: the chat template's own.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the random draws.")] = 0,
     **options: Any,
 ) -> None:
@@ -44,10 +44,12 @@ def chat(
     from m1.cli import render
     from m1.engine import LLM, SamplingParams
     from m1.engine.chat import Chat
+    from m1.tasks.prompts import read_text
 
-    load = build(LoadOptions, options, "chat")
-    params = SamplingParams(max_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    llm = LLM.from_pretrained(model, load.dtype or "auto", max_num_seqs=1, quantize=load.quantize)
+    chosen = build(ChatOptions, options, "chat")
+    params = SamplingParams.of(chosen, seed=seed)
+    system = None if system_prompt is None else read_text(system_prompt, "system prompt")
+    llm = LLM.from_pretrained(model, chosen.dtype or "auto", max_num_seqs=1, quantize=chosen.quantize)
     conversation = Chat(llm, params, system)
     for question in render.questions():
         if question in ("/exit", "/quit"):
@@ -65,7 +67,7 @@ def chat(
 
 
 @app.command()
-@options_of(LoadOptions)
+@options_of(SolveOptions)
 def solve(
     problem: Annotated[str, typer.Argument(help="The question, as a user would type it.")],
     model: Annotated[str, typer.Option(help="Checkpoint folder or Hub id.")],
@@ -87,16 +89,7 @@ def solve(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the tally, the samples and their cost to this file.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Maximum number of new tokens per sample.")] = 1024,
-    temperature: Annotated[float, typer.Option(help="Divides the logits; 0 is greedy.")] = 0.7,
     max_num_seqs: Annotated[int, typer.Option(help="Maximum number of samples decoded in parallel.")] = 64,
-    prompt_template: Annotated[
-        str | None,
-        typer.Option(
-            help="User message with {problem} in it, or @FILE. Default: the paper's, which asks for steps and a "
-            "\\boxed{} answer."
-        ),
-    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the random draws.")] = 0,
     force: Force = False,
     **options: Any,
@@ -111,24 +104,25 @@ def solve(
     from m1.reasoning.budget import Budget
     from m1.reasoning.solve import solve as run
     from m1.reasoning.verifier import vote_weights
-    from m1.tasks.prompts import MATH_PROMPT, read_template
+    from m1.runs import versions
+    from m1.tasks.prompts import MATH
 
+    chosen = build(SolveOptions, options, "solve")
     budget = Budget(16 if n is None and seconds is None else n, seconds, rule)  # type: ignore[arg-type]
-    params = SamplingParams(max_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    params = SamplingParams.of(chosen, seed=seed)
+    prompt = chosen.load_prompt(MATH.template)
     if json_file:
         make_room(json_file, "solve", ("command", "solve"), force)
     scores = vote_weights(weights)
-    template = MATH_PROMPT if prompt_template is None else read_template(prompt_template)
-    load = build(LoadOptions, options, "solve")
     slots = min(budget.n or max_num_seqs, max_num_seqs)
-    llm = LLM.from_pretrained(model, load.dtype or "auto", max_num_seqs=slots, quantize=load.quantize)
+    llm = LLM.from_pretrained(model, chosen.dtype or "auto", max_num_seqs=slots, quantize=chosen.quantize)
     with Grader() as grader:
         grader.start()  # before the clock starts, like the loading of the model
         with render.watch_vote(budget) as on_step:
-            solution = run(problem, llm, grader, params, budget, scores, template, on_step)
+            solution = run(problem, llm, grader, params, budget, scores, prompt, on_step)
     render.solution(solution)
     if json_file:
         settings = {"problem": problem, "model": model, "budget": asdict(budget), "weights": weights}
-        settings |= {"prompt_template": template, "sampling": asdict(params), "grading": dict(grader.counts)}
-        settings |= asdict(load)
+        settings |= {"sampling": asdict(params), "grading": dict(grader.counts), "versions": versions()}
+        settings |= {name: getattr(chosen, name) for name in ("dtype", "quantize")} | prompt.settings()
         write_json(json_file, {"command": "solve"} | settings | solution.as_json())

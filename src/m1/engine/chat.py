@@ -6,6 +6,7 @@ from dataclasses import replace
 from m1.engine.engine import DEFAULT_MAX_MODEL_LEN
 from m1.engine.llm import LLM
 from m1.engine.sampling import SamplingParams, fold_in
+from m1.engine.sequence import requests_for
 
 
 class Chat:
@@ -41,11 +42,13 @@ class Chat:
         """
         messages, answer = [*self.messages, {"role": "user", "content": text}], ""
         params = replace(self.params, seed=fold_in(self.params.seed, len(messages)))
-        length = len(self.llm.encode(messages)) + params.max_tokens
+        (request,) = requests_for([self.llm.encode(messages)], params)
+        request.resumable = True  # this turn continues the last one's state, and the next one this turn's
+        length = len(request.tokens) + params.max_tokens
         if self.llm.engine and length > self.llm.engine.max_model_len:
             self.llm.engine_for([[]], 2 * length)  # a longer engine, for many turns again
         try:
-            for sample in self.llm.stream([messages], params):
+            for sample in self.llm.stream_requests([request]):
                 piece, answer = sample.text[len(answer) :], sample.text
                 yield piece
         finally:

@@ -5,19 +5,22 @@ The scheduler decides a step on integers (scheduler.py). The executor runs it on
 """
 
 import math
+from collections import deque
 from collections.abc import Generator, Iterable
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from m1.engine.executor import Executor
+from m1.engine.executor import Drawn, Executor
+from m1.engine.pages import Pages
 from m1.engine.sampling import SamplingParams
-from m1.engine.scheduler import Scheduler
+from m1.engine.scheduler import Plan, Scheduler
 from m1.engine.sequence import Request, Sequence, requests_for, shortened
-from m1.engine.slots import slots_that_fit
+from m1.engine.slots import PAGE_SIZE, capacity_for
 from m1.errors import UserError
 
 DEFAULT_MAX_MODEL_LEN = 8192
+PREFILL_BUDGET = {"cuda": 16384}  # prompt tokens between two decode steps; 512 on other devices, where they take longer
 
 
 def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> list[int]:
@@ -39,18 +42,25 @@ class Engine:
     what else is being decoded. Elsewhere, sums may differ in the last bit.
 
     Args:
-        model: the network. Its weights mustn't change while the engine exists: some are packed, others shared.
+        model: the network. Some of its weights are packed, others shared: after a change, call `load_weights`.
         stop_token_ids: generation stops after any of these tokens; the model's eos tokens when None.
         max_num_seqs: maximum number of sequences decoded together; fewer where they don't fit into memory.
         max_model_len: maximum number of tokens of a prompt and its sequence together, which also ends there, with a
             warning. When None, the model's context, but at most 8192.
-        prefill_chunk: maximum number of tokens in a chunk of a prompt. Fewer than twice as many prompt tokens are
-            prefilled between two decode steps.
+        prefill_chunk: maximum number of tokens in a chunk of a prompt. Chunks end at its multiples.
+        prefill_budget: number of prompt tokens between two decode steps after which no further chunk is prefilled. When
+            None, 16384 on a GPU and 512 on a CPU.
         prefix_cache: number of states kept after prompts and their beginnings, for prompts that begin the same way.
+        page_size: tokens per page of keys and values, a power of two from 16. A sequence takes pages as it grows. When
+            they run out, the youngest sequence waits with its state in the host's memory.
         quantize: "int8" rounds the weights of linear layers, for fewer bytes per step (CPU only). None keeps them.
+
+    On a GPU a step is launched before the previous one's tokens are known. So `step` returns a sequence one step after
+    it has drawn its last token, and what is done between two steps takes effect with up to two steps in flight.
 
     Attributes:
         num_slots: maximum number of sequences decoded together, after the memory limit.
+        lag: number of steps whose tokens may be unknown when the next one is launched: 1 on a GPU, 0 on a CPU.
         stats: `Stats`, counters of steps and tokens.
 
     Raises:
@@ -65,37 +75,54 @@ class Engine:
         max_num_seqs: int = 256,
         max_model_len: int | None = None,
         prefill_chunk: int = 512,
+        prefill_budget: int | None = None,
         prefix_cache: int = 8,
+        page_size: int = PAGE_SIZE,
         quantize: str | None = None,
     ):
         self.context: int = getattr(model.config, "max_position_embeddings", None) or DEFAULT_MAX_MODEL_LEN
         self.max_model_len = min(self.context, DEFAULT_MAX_MODEL_LEN) if max_model_len is None else max_model_len
-        sizes = {"max_num_seqs": max_num_seqs, "max_model_len": self.max_model_len, "prefill_chunk": prefill_chunk}
+        budget = PREFILL_BUDGET.get(model.device.type, 512) if prefill_budget is None else prefill_budget
+        sizes = {"max_num_seqs": max_num_seqs, "max_model_len": self.max_model_len}
+        sizes |= {"prefill_chunk": prefill_chunk, "prefill_budget": budget}
         for name, value in sizes.items():
             if value < 1:
                 raise UserError(f"{name}={value}: must be at least 1")
         if self.max_model_len > self.context:
             raise UserError(f"max_model_len={max_model_len}: the model's context is {self.context} tokens")
+        if page_size < 16 or page_size & (page_size - 1):
+            raise UserError(f"page_size={page_size}: must be a power of two, at least 16")
         if quantize not in (None, "int8") or (quantize and model.device.type != "cpu"):
             raise UserError(f"quantize={quantize!r} on {model.device.type}: must be 'int8', on a CPU only")
         self.vocab_size: int = model.config.vocab_size
-        room = slots_that_fit(model.config, self.max_model_len, model.dtype, model.device)
-        self.num_slots = min(max_num_seqs, room)
-        self.executor = Executor(model, self.num_slots, self.max_model_len, quantize == "int8")
+        sizing = max_num_seqs, prefix_cache, self.max_model_len, page_size
+        capacity = capacity_for(model.config, *sizing, model.dtype, model.device)
+        self.num_slots = capacity.slots
+        self.executor = Executor(model, capacity, quantize == "int8")
         stop = stop_tokens(model) if stop_token_ids is None else stop_token_ids
         long_prompt = self.executor.runner.rotary.switch or math.inf
-        self.scheduler = Scheduler(self.num_slots, prefill_chunk, prefix_cache, frozenset(stop), long_prompt)
+        self.scheduler = Scheduler(
+            self.num_slots, Pages(capacity.pages, page_size), prefill_chunk, budget, prefix_cache, frozenset(stop),
+            long_prompt,
+        )  # fmt: skip
+        self.lag = int(model.device.type == "cuda")
+        self._flying: deque[tuple[Plan, Drawn]] = deque()  # executed plans whose tokens aren't known yet
         self.stats = self.scheduler.stats
 
     @property
     def busy(self) -> bool:
         """Whether any sequence is waiting or running."""
-        return bool(self.scheduler.waiting or self.scheduler.running)
+        return self.scheduler.busy
+
+    @property
+    def running(self) -> list[Sequence]:
+        """The sequences that have a slot."""
+        return list(self.scheduler.running.values())
 
     @property
     def free_slots(self) -> int:
-        """How many sequences could start at once: the free slots, or 0 if requests are waiting."""
-        return 0 if self.scheduler.waiting else len(self.scheduler.free)
+        """How many sequences could start at once: the free slots, or 0 if others are waiting."""
+        return 0 if self.scheduler.waiting or self.scheduler.swapped else len(self.scheduler.free)
 
     def submit(self, request: Request) -> None:
         """Queues a request. `step` fills its sequences. Raises UserError as `check`."""
@@ -104,16 +131,21 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Sequence]:
-        """Decides and executes one step. Returns the sequences that ended in it by themselves.
+        """Decides and executes one step. Returns the sequences that ended by themselves, in it or `lag` steps before.
 
         A step that fails or is interrupted leaves states that nobody knows, so it ends all requests.
         """
         try:
-            plan = self.scheduler.schedule()
-            tokens, logprobs = self.executor.execute(plan)
-            return self.scheduler.update(plan, tokens.tolist(), logprobs.tolist())
+            plan, flying, ended = self.scheduler.schedule(), self._flying, []
+            if not plan.empty:
+                flying.append((plan, self.executor.execute(plan)))
+            while len(flying) > (0 if plan.empty else self.lag):
+                earlier, drawn = flying.popleft()
+                ended += self.scheduler.update(earlier, *drawn.wait())
+            return ended
         except BaseException:
             self.scheduler.reset()
+            self._flying.clear()
             raise
 
     def run(self, requests: list[Request]) -> Generator[list[Sequence], None, None]:
@@ -159,6 +191,15 @@ class Engine:
     def finish(self, sequence: Sequence, reason: str) -> None:
         """Ends a sequence for a reason of the caller, such as a stop string that its last token has completed."""
         self.scheduler.finish(sequence, reason)
+
+    @torch.inference_mode()
+    def load_weights(self, model: PreTrainedModel) -> None:
+        """Takes over the weights of a model with the same configuration, such as one that is being trained.
+
+        CUDA graphs stay. All requests end, and the prefix cache is emptied, since its states came from other weights.
+        """
+        self.scheduler.reset()
+        self.executor.runner.load_weights(model)
 
     def abort(self, request: Request) -> None:
         """Ends the request's unfinished sequences with reason "abort". Their slots are free at once."""

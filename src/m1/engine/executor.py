@@ -1,124 +1,268 @@
 """Executes plans on tensors. Owns the slots, the network and the sampler.
 
-A step's inputs stay on the device between steps. Nothing here waits for a token's value.
+A step's inputs stay on the device between steps, and each step makes the inputs of the next. Nothing here waits for a
+token's value: a sequence that draws a stop token ends on the device, and later steps leave its slot as it is.
 """
+
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from m1.engine.graphs import GraphRunner
-from m1.engine.runner import DecodeBatch, Runner
-from m1.engine.sampling import SamplingBatch
-from m1.engine.scheduler import Chunk, Decode, Fork, Plan
-from m1.engine.slots import Slots, Snapshot
+from m1.engine.graphs import Graphs
+from m1.engine.runner import DecodeBatch, PrefillBatch, Runner
+from m1.engine.sampling import SamplingBatch, SamplingParams, stream_bits, truncates
+from m1.engine.scheduler import MAX_STOPS, Chunk, Fork, Plan, Swap
+from m1.engine.slots import Capacity, LayerState, Slots
 
-Drawn = tuple[Tensor, Tensor]  # tokens [rows] int64, their log-probabilities [rows] float32
+TOKEN, LENGTH, DRAWN, ENDED, STREAM, TOP_K, STOPS = range(7)  # columns of Registers.integers; STOPS and those after it
+TEMPERATURE, TOP_P, MIN_P = range(3)  # columns of Registers.floats
+
+
+class Drawn(NamedTuple):
+    """The tokens that a plan drew, on their way to the host.
+
+    Attributes:
+        values: [2, rows] float64 in the host's memory: tokens and their log-probabilities.
+        event: the device's mark that they have arrived; None on a CPU.
+    """
+
+    values: Tensor
+    event: torch.cuda.Event | None
+
+    def wait(self) -> tuple[list[int], list[float]]:
+        """Waits for the tokens and their log-probabilities, and returns them."""
+        if self.event is not None:
+            self.event.synchronize()
+        tokens, logprobs = self.values
+        return tokens.long().tolist(), logprobs.tolist()
+
+
+class Registers(NamedTuple):
+    """What a step knows of each slot's sequence besides its state. It stays on the device.
+
+    Attributes:
+        integers: [slots, 6 + MAX_STOPS] int64: the last token drawn, the number of tokens that the slot has seen, the
+            number of tokens drawn, whether the sequence has ended, its random stream, its top_k, and its stop tokens
+            (-1 for none).
+        floats: [slots, 3] float32: temperature, top_p, min_p.
+    """
+
+    integers: Tensor
+    floats: Tensor
+
+    @classmethod
+    def empty(cls, count: int, device: torch.device) -> "Registers":
+        """Registers of slots without sequences, which have all ended."""
+        integers = torch.zeros(count, STOPS + MAX_STOPS, dtype=torch.long, device=device)
+        integers[:, ENDED] = 1
+        return cls(integers, torch.ones(count, 3, device=device))
+
+    def rows(self, slots: Tensor) -> DecodeBatch:
+        """The input of the next step of these slots."""
+        rows = self.integers[slots]
+        return DecodeBatch(rows[:, TOKEN], torch.where(rows[:, ENDED] > 0, -1, slots), rows[:, LENGTH])
+
+    def sampling(self, slots: Tensor, params: list[SamplingParams]) -> SamplingBatch:
+        """The sampling settings of these slots. `params` are those of the sequences that truncate."""
+        integers, floats = self.integers[slots], self.floats[slots, :, None]
+        stream, top_k = integers[:, STREAM], integers[:, TOP_K, None]
+        return SamplingBatch(params, stream, floats[:, TEMPERATURE], top_k, floats[:, TOP_P], floats[:, MIN_P])
+
+    def advance(self, slots: Tensor, tokens: Tensor) -> None:
+        """Makes the drawn tokens [b] the inputs of the slots' next step. Ended sequences stay as they are."""
+        rows = self.integers[slots]
+        runs = 1 - rows[:, ENDED]
+        rows[:, TOKEN] = tokens
+        rows[:, LENGTH] += runs
+        rows[:, DRAWN] += runs
+        rows[:, ENDED] |= (rows[:, STOPS:] == tokens[:, None]).any(dim=1)
+        self.integers[slots] = rows
+
+
+class Saved(NamedTuple):
+    """A swapped-out sequence: registers, states and pages in the host's memory, and its settings if it truncates."""
+
+    registers: list[Tensor]
+    states: list[LayerState]
+    params: SamplingParams | None
 
 
 class Executor:
     """Executes a scheduler's plans: fills slots, runs the network, and draws tokens.
 
-    `execute` takes a `Plan` and returns the drawn tokens as device tensors, without waiting for their values.
+    `execute` takes a `Plan` and returns the drawn tokens, without waiting for their values.
 
     Args:
         model: the network, on the device that executes.
-        num_slots: the same number as the `Scheduler` has.
-        max_model_len: maximum number of tokens in a slot.
+        capacity: the slots and pages, as many as the `Scheduler` has.
         int8: rounds the weights of all linear layers (`PackedLinear`).
 
     Raises:
         UserError: a model that `Runner` can't run.
     """
 
-    def __init__(self, model: PreTrainedModel, num_slots: int, max_model_len: int, int8: bool):
+    def __init__(self, model: PreTrainedModel, capacity: Capacity, int8: bool):
         self.device = model.device
-        self.slots = Slots(model.config, num_slots, max_model_len, model.dtype, model.device)
-        self.runner = (GraphRunner if model.device.type == "cuda" else Runner)(model, self.slots, int8)
-        self.prefix_cache: dict[int, tuple[Snapshot, Tensor]] = {}  # by entry: a state and the logits after it
-        self.prompt_logits: dict[int, Tensor] = {}  # by slot: [V] after its prompt, until a sequence takes it over
-        self.last_tokens = torch.zeros(num_slots + 1, dtype=torch.long, device=self.device)  # by slot
-        self.sequences: dict[int, Fork] = {}  # by slot: how its sequence started
-        self.batch = Batch(Decode([], [], []), self.sequences, self.last_tokens)
+        self.slots = Slots(model.config, capacity, model.dtype, model.device)
+        self.runner = Runner(model, self.slots, int8)
+        self.registers = Registers.empty(self.slots.spare + 1, self.device)
+        self.logits: dict[int, tuple[Tensor, int]] = {}  # by slot of a prompt or an entry: logits [c, V] and its row
+        self.truncating: dict[int, SamplingParams] = {}  # by slot, for sequences that sample from some tokens only
+        self.swapped: dict[int, Saved] = {}  # by sequence
+        self._batch: tuple[list[int], Tensor] = [], torch.empty(0, dtype=torch.long, device=self.device)
+        self.use_graphs(self.device.type == "cuda")
+
+    def use_graphs(self, graphs: bool) -> None:
+        """Whether decode steps run under CUDA graphs. On a CPU the same code pads the batches."""
+        steps = self._step, lambda slots: (self.runner.decode(self.registers.rows(slots)),)
+        self.step, self.network = (Graphs(s, self.slots.spare, self.device) if graphs else s for s in steps)
 
     def execute(self, plan: Plan) -> Drawn:
-        """Executes a plan. Returns the tokens drawn by its forks, then by its decodes, on the device."""
-        for entry, slot, length in plan.restore:
-            snapshot, self.prompt_logits[slot] = self.prefix_cache[entry]
-            self.slots.restore(slot, length, snapshot)
-        for chunk in plan.prefill:
-            self._prefill(chunk)
-        if not plan.fork and plan.decode.slots == self.batch.slots:  # the same sequences as in the last step
-            return self._decode()
-        self.last_tokens[self.batch.rows.slots] = self.batch.rows.tokens
+        """Executes a plan. Returns the tokens drawn by its forks, then by its decodes."""
+        for id_ in plan.drop:
+            del self.swapped[id_]
+        for swap in plan.swap_out:
+            self._swap_out(swap)
+        self.slots.place(plan.place)
+        for swap in plan.swap_in:
+            self._swap_in(swap)
+        if plan.restore:
+            self.slots.copy(plan.restore)
+            for copy in plan.restore:
+                if copy.source in self.logits:
+                    self.logits[copy.target] = self.logits[copy.source]
+        for chunks in rounds(plan.prefill):
+            self._prefill(chunks)
         drawn = [self._fork(plan.fork)] if plan.fork else []
-        self.batch = Batch(plan.decode, self.sequences, self.last_tokens)
-        tokens, logprobs = zip(*drawn, self._decode(), strict=True)
-        return torch.cat(tokens), torch.cat(logprobs)
+        if plan.decode.slots:
+            drawn.append(self._decode(plan.decode.slots))
+        return self._to_host(drawn)
 
-    def _prefill(self, chunk: Chunk) -> None:
-        if chunk.start == 0:
-            self.slots.clear(chunk.slot)
-        tokens = torch.tensor(chunk.tokens, device=self.device)
-        logits = self.prompt_logits[chunk.slot] = self.runner.prefill(tokens, chunk.slot, chunk.start, chunk.total)
-        if chunk.entry is not None:
-            snapshot = self.slots.snapshot(chunk.slot, chunk.start + len(chunk.tokens))
-            self.prefix_cache[chunk.entry] = snapshot, logits
+    def _prefill(self, chunks: list[Chunk]) -> None:
+        fresh = [chunk.slot for chunk in chunks if chunk.start == 0]
+        if fresh:
+            self.slots.clear(torch.tensor(fresh, device=self.device))
+        logits = self.runner.prefill(prefill_batch(chunks, self.device))
+        self.logits |= {chunk.slot: (logits, row) for row, chunk in enumerate(chunks)}
+        kept = [chunk.keep for chunk in chunks if chunk.keep]
+        if kept:
+            self.slots.copy(kept)
+            for copy in kept:
+                logits, row = self.logits[copy.source]
+                self.logits[copy.target] = logits[row : row + 1].clone(), 0
 
-    def _fork(self, forks: list[Fork]) -> Drawn:
-        """Copies the prompts' slots to the new sequences and draws their first tokens."""
-        logits = torch.stack([self.prompt_logits[fork.source] for fork in forks])
+    def _fork(self, forks: list[Fork]) -> tuple[Tensor, Tensor]:
+        """Copies the prompts' slots to the new sequences, draws their first tokens, and fills their registers."""
+        self.slots.copy([fork.copy for fork in forks])
+        logits = self._logits([fork.copy.source for fork in forks])
+        batch = SamplingBatch.of([fork.params for fork in forks], [fork.stream for fork in forks], self.device)
+        tokens, logprobs = batch.sample(logits, torch.zeros_like(batch.streams))
         for fork in forks:
-            self.sequences[fork.target] = fork
-            if fork.target == fork.source:
-                del self.prompt_logits[fork.source]
-            else:
-                self.slots.copy(fork.source, fork.target, fork.length)
-        tokens, logprobs = _sampling(forks, self.device).sample(logits, np.zeros(len(forks), dtype=np.int64))
-        self.last_tokens[[fork.target for fork in forks]] = tokens
+            self._set_truncating(fork.copy.target, fork.params)
+            if fork.copy.source == fork.copy.target:
+                del self.logits[fork.copy.source]
+        integers = [
+            (0, fork.length - 1, 0, 0, stream_bits(fork.stream), fork.params.top_k, *padded_stops(fork.stop))
+            for fork in forks
+        ]
+        floats = [(fork.params.temperature, fork.params.top_p, fork.params.min_p) for fork in forks]
+        slots = self._tensor([fork.copy.target for fork in forks])
+        self.registers.integers[slots] = self._tensor(integers)
+        self.registers.floats[slots] = torch.tensor(floats, dtype=torch.float32).to(self.device)
+        self.registers.advance(slots, tokens)
         return tokens, logprobs
 
-    def _decode(self) -> Drawn:
-        batch = self.batch
-        if not batch.slots:
-            return self.last_tokens.new_empty(0), torch.empty(0, device=self.device)
-        drawn = batch.sampling.sample(self.runner.decode(batch.rows), batch.drawn)
-        batch.advance(drawn[0])
-        return drawn
+    def _logits(self, slots: list[int]) -> Tensor:
+        """The logits [b, V] after the prompts in these slots. Prompts that ran together have theirs in one tensor."""
+        parts = {id(self.logits[slot][0]): self.logits[slot][0] for slot in slots}
+        lengths = [0, *(len(part) for part in parts.values())]
+        offset = dict(zip(parts, np.cumsum(lengths).tolist(), strict=False))
+        rows = self._tensor([offset[id(part)] + row for part, row in (self.logits[slot] for slot in slots)])
+        return torch.cat(list(parts.values()))[rows]
+
+    def _decode(self, slots: list[int]) -> tuple[Tensor, Tensor]:
+        if self._batch[0] is not slots:
+            self._batch = slots, self._tensor(slots)
+        batch = self._batch[1]
+        params = [self.truncating[slot] for slot in slots if slot in self.truncating] if self.truncating else []
+        if not params:
+            tokens, logprobs = self.step(batch)
+            return tokens, logprobs
+        (logits,) = self.network(batch)
+        tokens, logprobs = self.registers.sampling(batch, params).sample(logits, self.registers.integers[batch, DRAWN])
+        self.registers.advance(batch, tokens)
+        return tokens, logprobs
+
+    def _step(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """A decode step of sequences that sample from all tokens: nothing in it depends on the host."""
+        logits = self.runner.decode(self.registers.rows(slots))
+        tokens, logprobs = self.registers.sampling(slots, []).sample(logits, self.registers.integers[slots, DRAWN])
+        self.registers.advance(slots, tokens)
+        return tokens, logprobs
+
+    def _to_host(self, drawn: list[tuple[Tensor, Tensor]]) -> Drawn:
+        rows = [torch.stack([tokens.double(), logprobs.double()]) for tokens, logprobs in drawn]
+        values = torch.cat(rows, dim=1) if rows else torch.empty(2, 0, dtype=torch.double)
+        if values.device.type != "cuda":
+            return Drawn(values, None)
+        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        host.copy_(values, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        return Drawn(host, event)
+
+    def _swap_out(self, swap: Swap) -> None:
+        registers = [register[swap.slot].clone() for register in self.registers]
+        self.swapped[swap.sequence] = Saved(registers, self.slots.save(swap), self.truncating.get(swap.slot))
+
+    def _swap_in(self, swap: Swap) -> None:
+        registers, states, params = self.swapped.pop(swap.sequence)
+        self.slots.load(swap, states)
+        for register, row in zip(self.registers, registers, strict=True):
+            register[swap.slot] = row
+        self._set_truncating(swap.slot, params)
+
+    def _set_truncating(self, slot: int, params: SamplingParams | None) -> None:
+        self.truncating.pop(slot, None)
+        if params and truncates(params):
+            self.truncating[slot] = params
+
+    def _tensor(self, values: list) -> Tensor:
+        return torch.tensor(values, dtype=torch.long).to(self.device, non_blocking=True)
 
 
-class Batch:
-    """Sequences that are decoded together, and the inputs of their next step.
-
-    It is made anew when a sequence joins or leaves; otherwise `advance` updates it in place.
-
-    Args:
-        decode: the sequences, their slots and their lengths.
-        sequences: by slot, the fork that started the sequence there.
-        last_tokens: [slots] int64, the last token drawn in each slot.
-
-    Attributes:
-        rows: `DecodeBatch` on the device, what the network reads.
-        sampling: `SamplingBatch`, the rows' sampling settings.
-        drawn: [b] int64 on the host, the number of tokens that each sequence has drawn.
-    """
-
-    def __init__(self, decode: Decode, sequences: dict[int, Fork], last_tokens: Tensor):
-        self.slots = decode.slots
-        forks = [sequences[slot] for slot in decode.slots]
-        self.sampling = _sampling(forks, last_tokens.device)
-        lengths = np.array(decode.lengths, dtype=np.int64)
-        self.drawn = lengths - np.array([fork.length for fork in forks], dtype=np.int64) + 1
-        slots, lengths_ = (torch.tensor(t, dtype=torch.long).to(last_tokens.device) for t in (decode.slots, lengths))
-        self.rows = DecodeBatch(last_tokens[slots], slots, lengths_)
-
-    def advance(self, tokens: Tensor) -> None:
-        """Makes the drawn tokens [b] the inputs of the next step."""
-        self.drawn += 1
-        self.rows.tokens.copy_(tokens)
-        self.rows.lengths.add_(1)
+def rounds(chunks: list[Chunk]) -> list[list[Chunk]]:
+    """Groups chunks into prefills. Chunks of one prompt, which are in order, come one after another."""
+    grouped: list[list[Chunk]] = []
+    seen: dict[int, int] = {}
+    for chunk in chunks:
+        number = seen[chunk.slot] = seen.get(chunk.slot, -1) + 1
+        if number == len(grouped):
+            grouped.append([])
+        grouped[number].append(chunk)
+    return grouped
 
 
-def _sampling(forks: list[Fork], device: torch.device) -> SamplingBatch:
-    return SamplingBatch([fork.params for fork in forks], [fork.stream for fork in forks], device)
+def prefill_batch(chunks: list[Chunk], device: torch.device) -> PrefillBatch:
+    """The tensors of chunks, in one copy to the device."""
+    lengths = np.array([len(chunk.tokens) for chunk in chunks])
+    slots, starts, totals = np.array([(chunk.slot, chunk.start, chunk.total) for chunk in chunks]).T
+    ends = np.cumsum(lengths)
+    positions = np.arange(ends[-1]) + np.repeat(starts - ends + lengths, lengths)
+    of_tokens = [
+        np.concatenate([chunk.tokens for chunk in chunks]),
+        positions,
+        *(np.repeat(x, lengths) for x in (totals, slots)),
+    ]
+    parts = [*of_tokens, slots, starts, np.concatenate([[0], ends])]
+    packed = torch.from_numpy(np.concatenate(parts)).to(device, non_blocking=True)
+    tokens, positions_, totals_, owners, slots_, starts_, cu_seqlens = packed.split([len(part) for part in parts])
+    return PrefillBatch(tokens, positions_, totals_, slots_, starts_, cu_seqlens, owners, max_length=int(lengths.max()))
+
+
+def padded_stops(stop: frozenset[int]) -> list[int]:
+    """The first MAX_STOPS stop tokens, filled up with -1."""
+    return [*sorted(stop), *([-1] * MAX_STOPS)][:MAX_STOPS]

@@ -5,13 +5,13 @@ OUT.run/     settings and manifest (runs.py)
 """
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from m1.engine.llm import LLM, Prompt
-from m1.engine.sampling import SamplingParams
-from m1.engine.sequence import requests_for
+from m1.engine.sampling import SamplingParams, fold_in
+from m1.engine.sequence import Request
 from m1.errors import UserError
 from m1.jsonl import read_jsonl
 from m1.model.checkpoint import weights_hash
@@ -19,7 +19,7 @@ from m1.outputs import refuse_sources
 from m1.progress import OnProgress, Progress, ignore, silent
 from m1.recipe import GenerateStage
 from m1.runs import Run, sha256
-from m1.tasks.prompts import read_template
+from m1.tasks.prompts import PLAIN, ProblemPrompt
 
 
 class Generated(NamedTuple):
@@ -36,14 +36,12 @@ class Generated(NamedTuple):
 
 def run(stage: GenerateStage, force: bool = False, progress: Progress = silent) -> Generated:
     """Runs the generate stage of a recipe, and `m1 generate`."""
-    names = ("n", "temperature", "top_k", "top_p", "min_p", "seed")
-    sampling: dict[str, Any] = {name: getattr(stage, name) for name in names}
-    params = SamplingParams(max_tokens=stage.max_new_tokens, stop=tuple(stage.stop), **sampling)
-    template = read_template(stage.prompt_template)
+    params = SamplingParams.of(stage, n=stage.n, seed=stage.seed, stop=tuple(stage.stop))
+    prompt = stage.load_prompt(PLAIN.template)
     options = {"max_num_seqs": stage.max_num_seqs, "quantize": stage.quantize}
     llm = LLM.from_pretrained(stage.model, stage.dtype or "auto", **options)
     with progress("generate", "samples") as on_progress:
-        return generate_file(llm, stage.prompts, stage.out, params, template, on_progress, force, stage.settings())
+        return generate_file(llm, stage.prompts, stage.out, params, prompt, on_progress, force, stage.settings())
 
 
 def generate_file(
@@ -51,14 +49,15 @@ def generate_file(
     prompts: str | Path,
     out: str | Path,
     params: SamplingParams,
-    prompt_template: str = "{problem}",
+    prompt: ProblemPrompt = PLAIN,
     on_progress: OnProgress = ignore,
     force: bool = False,
     settings: dict[str, Any] | None = None,
 ) -> Generated:
     """Samples every prompt of a JSONL file, and writes each sample as soon as it is finished.
 
-    An interrupted run resumes with the missing samples. Their seeds don't depend on the interruption.
+    An interrupted run resumes with the missing samples. The random stream of a sample depends only on the seed, the
+    prompt's number and the sample's, so they are the samples of an uninterrupted run.
 
     Args:
         llm: the model.
@@ -66,7 +65,7 @@ def generate_file(
             `id`; the default is its number, from 0.
         out: JSONL file, one line per finished sample.
         params: of each sample.
-        prompt_template: the user message of a row with `problem`, with {problem} in it.
+        prompt: makes the chat messages of a row with `problem`.
         on_progress: called with the number of finished samples and of all samples.
         force: move `out` aside if it holds something else.
         settings: what the samples depend on, besides the model's weights, the prompts and `params`.
@@ -81,14 +80,17 @@ def generate_file(
     ids = [str(row.get("id", i)) for i, row in enumerate(rows)]
     if len(set(ids)) != len(ids):
         raise UserError(f"{prompts}: ids are not unique")
-    texts = [_prompt_of(row, prompt_template, f"{prompts}, row {i + 1}") for i, row in enumerate(rows)]
-    depends = asdict(params) | {"prompt_template": prompt_template} | (settings or {})
+    texts = [_prompt_of(row, prompt, f"{prompts}, row {i + 1}") for i, row in enumerate(rows)]
+    depends = asdict(params) | prompt.settings() | (settings or {})
     depends |= {"weights": weights_hash(llm.model), "prompts_sha256": sha256(prompts)}
     with Run("generate", out, depends, is_file=True, force=force) as run:
         done = {(row["id"], row["sample"]) for row in run.read(out.name, "id", "sample")}
-        requests = requests_for([llm.encode(text) for text in texts], params)
-        requests = [r for r in requests if any((ids[r.id], j) not in done for j in range(params.n))]
-        total, ended, tokens = len(ids) * params.n, (len(ids) - len(requests)) * params.n, 0
+        requests = [
+            Request(llm.encode(text), replace(params, seed=fold_in(params.seed, i)), i, missing)
+            for i, text in enumerate(texts)
+            if (missing := tuple(j for j in range(params.n) if (ids[i], j) not in done))
+        ]
+        total, ended, tokens = len(ids) * params.n, len(done), 0
         on_progress(ended, total)
         if requests:
             llm.engine_for([request.tokens for request in requests], params.max_tokens)  # made before the clock starts
@@ -99,22 +101,22 @@ def generate_file(
                 continue
             ended, tokens = ended + 1, tokens + len(sequence.token_ids)
             key = {"id": ids[sample.prompt], "sample": sequence.index}
-            if (key["id"], key["sample"]) not in done:
-                how = {"text": sample.text, "finish_reason": sequence.finish_reason}
-                cost = {"tokens": len(sequence.token_ids), "logprob": sum(sequence.logprobs)}
-                run.append(out.name, key | how | cost)
+            how = {"text": sample.text, "finish_reason": sequence.finish_reason}
+            cost = {"tokens": len(sequence.token_ids), "logprob": sum(sequence.logprobs)}
+            run.append(out.name, key | how | cost)
+            sequence.forget()
             on_progress(ended, total)
         seconds = time.monotonic() - began if requests else 0.0
         run.finish()
     return Generated(tokens, seconds)
 
 
-def _prompt_of(row: dict[str, Any], template: str, where: str) -> Prompt:
+def _prompt_of(row: dict[str, Any], prompt: ProblemPrompt, where: str) -> Prompt:
     match row:
         case {"messages": list(messages)}:
             return messages
         case {"problem": str(problem)}:
-            return [{"role": "user", "content": template.replace("{problem}", problem)}]
-        case {"prompt": str(prompt)}:
-            return prompt
+            return prompt.messages(problem)
+        case {"prompt": str(text)}:
+            return text
     raise UserError(f"{where}: needs `prompt` or `problem` (text) or `messages` (a list); has {sorted(row)}")

@@ -1,82 +1,82 @@
-"""Decoding under CUDA graphs: one launch per step instead of one per kernel.
+"""Steps under CUDA graphs: one launch per step instead of one per kernel.
 
 A graph is captured when its batch size is first needed, for each of a few sizes. Other batches are padded to the next
-size with rows of the spare slot. The logits of these rows are dropped.
+size with the spare slot. Their results are dropped.
 """
 
 from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
-
-from m1.engine.runner import DecodeBatch, Runner
-from m1.engine.slots import Slots
 
 SIZES = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024]
 WARMUPS = 2  # runs before a capture, which compile kernels and allocate memory
 
+Step = Callable[[Tensor], tuple[Tensor, ...]]
 
-@dataclass
-class Graph:
-    """A decode step captured for one batch size.
+
+class Graph(NamedTuple):
+    """A step captured for one batch size.
 
     Attributes:
-        rows: the input tensors that the graph reads, each [size].
-        replay: runs the step and returns its logits [size, V].
-        filled: views of `rows` that the last batch filled; the other rows are padding.
+        slots: [size], the input that the graph reads.
+        replay: runs the step and returns its results [size, ...].
     """
 
-    rows: DecodeBatch
-    replay: Callable[[], Tensor]
-    filled: tuple[Tensor, ...] = ()
+    slots: Tensor
+    replay: Callable[[], tuple[Tensor, ...]]
 
 
-class GraphRunner(Runner):
-    """A `Runner` that decodes under CUDA graphs.
+class Graphs:
+    """Runs a step under CUDA graphs. On a CPU, which has no graphs, it pads batches and runs the step directly.
 
-    Takes the arguments of `Runner`. On a CPU, which has no graphs, it pads batches and runs the steps directly.
+    Args:
+        step: takes the slots [b] int64 and returns tensors [b, ...]. It must not wait for the device.
+        spare: the slot that pads a batch. A step must leave it as it was.
+        device: of the slots.
+
+    Attributes:
+        captured: the graphs by batch size.
     """
 
-    def __init__(self, model: PreTrainedModel, slots: Slots, int8: bool = False):
-        super().__init__(model, slots, int8)
-        self.graphs: dict[int, Graph] = {}
-        self.idle = (0, slots.spare, 0)  # a padding row: token 0 at position 0 of the spare slot
+    def __init__(self, step: Step, spare: int, device: torch.device):
+        self.step, self.spare, self.device = step, spare, device
+        self.captured: dict[int, Graph] = {}
+        self._filled: tuple[Tensor, Tensor] | None = None  # the slots that a graph's input was last filled with
+        self._pool: Any = None  # memory that all graphs share, since they run one after another
 
-    def decode(self, rows: DecodeBatch) -> Tensor:
-        """Runs one decode step, padded to a captured batch size. Returns the logits [b, V]."""
-        count = len(rows.tokens)
+    def __call__(self, slots: Tensor) -> tuple[Tensor, ...]:
+        """Runs the step on slots [b]. The results [b, ...] are overwritten by the next call."""
+        count = len(slots)
         size = SIZES[bisect_left(SIZES, count)] if count <= SIZES[-1] else count
-        if size not in self.graphs:
-            self.graphs[size] = self._capture(size)
-        graph = self.graphs[size]
-        if not graph.filled or len(graph.filled[0]) != count:  # the batch has changed
-            for own, idle in zip(graph.rows, self.idle, strict=True):
-                own[count:] = idle
-            graph.filled = tuple(own[:count] for own in graph.rows)
-        torch._foreach_copy_(graph.filled, rows)  # one launch
-        return graph.replay()[:count]
+        graph = self.captured.get(size) or self._capture(size)
+        if self._filled is None or self._filled[0] is not slots or self._filled[1] is not graph.slots:
+            graph.slots[count:] = self.spare
+            graph.slots[:count] = slots
+            self._filled = slots, graph.slots
+        return tuple(result[:count] for result in graph.replay())
 
     def _capture(self, size: int) -> Graph:
-        rows = DecodeBatch(*(torch.full((size,), value, device=self.device) for value in self.idle))
-        run = partial(super().decode, rows)
-        if self.device.type != "cuda":
-            return Graph(rows, run)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARMUPS):
-                run()
-        torch.cuda.current_stream().wait_stream(stream)
-        cuda_graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(cuda_graph):
-            logits = run()
+        slots = torch.full((size,), self.spare, device=self.device)
+        graph = Graph(slots, lambda: self.step(slots))
+        if self.device.type == "cuda":
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(WARMUPS):
+                    self.step(slots)
+            torch.cuda.current_stream().wait_stream(stream)
+            cuda_graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(cuda_graph, pool=self._pool):
+                results = self.step(slots)
+            self._pool = self._pool or cuda_graph.pool()
 
-        def replay() -> Tensor:
-            cuda_graph.replay()
-            return logits
+            def replay() -> tuple[Tensor, ...]:
+                cuda_graph.replay()
+                return results
 
-        return Graph(rows, replay)
+            graph = Graph(slots, replay)
+        self.captured[size] = graph
+        return graph

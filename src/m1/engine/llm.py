@@ -83,6 +83,11 @@ class LLM:
             self.engine = Engine(self.model, self.stop_token_ids, max_model_len=length, **self.engine_options)
         return self.engine
 
+    def reload_weights(self) -> None:
+        """Makes the engine use the model's weights as they are now, after training (see `Engine.load_weights`)."""
+        if self.engine is not None:
+            self.engine.load_weights(self.model)
+
     def generate(self, prompts: list[Prompt], params: SamplingParams) -> list["TextSequence"]:
         """Returns `params.n` samples of each prompt, in the order of the prompts. Raises UserError as `stream`."""
         samples = {(sample.prompt, sample.sequence.index): sample for sample in self.stream(prompts, params)}
@@ -104,20 +109,23 @@ class LLM:
             request.params = self._with_special_stops(request.params)
         longest = max((request.params.max_tokens for request in requests), default=0)
         engine = self.engine_for([request.tokens for request in requests], longest)
-        samples = [
-            TextSequence(sequence, self.tokenizer, frozenset([*self.stop_token_ids, *request.params.stop_token_ids]))
-            for request in requests
-            for sequence in request.sequences
-        ]
+        mine = set(requests)
+        texts: dict[Sequence, TextSequence] = {}  # of the running sequences: there may be many more
         with closing(engine.run(requests)) as steps:
-            for _ in steps:
-                for sample in samples:
+            for ended in steps:
+                for sequence in [*ended, *(running for running in engine.running if running.request in mine)]:
+                    sample = texts.pop(sequence, None) or self._text_of(sequence)
                     length = len(sample.text)
                     if sample.read():
-                        engine.finish(sample.sequence, "stop")
-                    if sample.sequence.done or len(sample.text) != length:
+                        engine.finish(sequence, "stop")
+                    if not sequence.done:
+                        texts[sequence] = sample
+                    if sequence.done or len(sample.text) != length:
                         yield sample
-                samples = [sample for sample in samples if not sample.sequence.done]
+
+    def _text_of(self, sequence: Sequence) -> "TextSequence":
+        skip = frozenset([*self.stop_token_ids, *sequence.request.params.stop_token_ids])
+        return TextSequence(sequence, self.tokenizer, skip)
 
     def _with_special_stops(self, params: SamplingParams) -> SamplingParams:
         """Makes stop strings that are special tokens into stop tokens, since texts don't have them."""

@@ -31,7 +31,7 @@ class Rotary:
             self.long_frequencies: Tensor = scaled[0]
 
     def __call__(self, positions: Tensor, lengths: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Returns cos and sin [rows, 1, head_dim] in `dtype`.
+        """Returns cos and sin [rows, head_dim] in `dtype`.
 
         Args:
             positions: [rows] int64, from 0.
@@ -41,5 +41,5 @@ class Rotary:
         if self.switch is not None:
             frequencies = torch.where(lengths[:, None] > self.switch, self.long_frequencies, frequencies)
         angles = positions[:, None].float() * frequencies
-        angles = torch.cat([angles, angles], dim=-1)[:, None]
+        angles = torch.cat([angles, angles], dim=-1)
         return (angles.cos() * self.scaling).to(dtype), (angles.sin() * self.scaling).to(dtype)

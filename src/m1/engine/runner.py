@@ -1,12 +1,10 @@
-"""The network on slots: prefills one prompt in chunks, or decodes one token of each of many sequences.
+"""The network on slots: prefills chunks of many prompts, or decodes one token of each of many sequences.
 
 Weights come from a loaded model. Linear layers are packed once, for products with few rows; Mamba layers reuse the
-model's modules. Results are batch-invariant in float32 on a CPU: the order of each sum is fixed, and prompts run alone.
+model's modules. Results are batch-invariant in float32 on a CPU: the order of each sum is fixed.
 """
 
 import copy
-from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,16 +13,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from m1.engine.rotary import Rotary
-from m1.engine.slots import Slots, used
+from m1.engine.slots import Slots
 from m1.errors import UserError
 from m1.model.cache_layout import AttentionCache, MambaState
 from m1.model.checkpoint import refuse_quantized_model
-from m1.ops import PackedLinear, add_rms_norm, decode_attention, swiglu
+from m1.ops import PackedLinear, add_rms_norm, decode_attention, prefill_attention, rotate_and_cache, swiglu
 
 MODELS = ("m1", "llama", "qwen2", "qwen3")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-Pack = Callable[..., PackedLinear]
 
 
 class DecodeBatch(NamedTuple):
@@ -32,7 +28,7 @@ class DecodeBatch(NamedTuple):
 
     Attributes:
         tokens: [b] int64, the tokens to run.
-        slots: [b] int64, the slots of their sequences.
+        slots: [b] int64, the slots of their sequences; -1 leaves every slot as it is.
         lengths: [b] int64, how many tokens the slots have seen, which is the position of the new ones.
     """
 
@@ -41,10 +37,34 @@ class DecodeBatch(NamedTuple):
     lengths: Tensor
 
 
+class PrefillBatch(NamedTuple):
+    """The input of a prefill: chunks of c prompts, one after another, T tokens together.
+
+    Attributes:
+        tokens: [T] int64, the tokens to run.
+        positions: [T] int64, their positions in their prompts.
+        totals: [T] int64, the numbers of tokens in their prompts.
+        slots: [c] int64, the slots of the prompts.
+        starts: [c] int64, how many tokens the slots have seen.
+        cu_seqlens: [c + 1] int64, where each chunk begins, and T.
+        owners: [T] int64, the slot of each token.
+        max_length: number of tokens of the longest chunk.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    totals: Tensor
+    slots: Tensor
+    starts: Tensor
+    cu_seqlens: Tensor
+    owners: Tensor
+    max_length: int
+
+
 class Runner:
     """Runs an M1, Llama, Qwen2 or Qwen3 model on the caches in `slots`, for inference.
 
-    `prefill` runs a chunk of one prompt. `decode` runs one token of each of many sequences. Both return logits.
+    `prefill` runs chunks of prompts. `decode` runs one token of each of many sequences. Both return logits.
 
     Args:
         model: the network, whose weights mustn't change afterwards.
@@ -75,9 +95,11 @@ class Runner:
         self.eps = config.rms_norm_eps
         self.embedding: Tensor = network.embed_tokens.weight
         self.rotary = Rotary(network.rotary_emb)
-        pack = partial(packed, int8=int8)
+        self.model = model
+        pack = Packer(int8)
+        self._pack = pack
         self.layers: list[AttentionLayer | MambaLayer] = [
-            AttentionLayer(layer, cache, config, pack)
+            AttentionLayer(layer, cache, slots.page_table, config, pack)
             if isinstance(cache, AttentionCache)
             else MambaLayer(layer, cache, pack)
             for layer, cache in zip(network.layers, slots.layers, strict=True)
@@ -85,15 +107,22 @@ class Runner:
         self.norm: Tensor = network.norm.weight
         self.head = pack(model.get_output_embeddings())
 
-    def prefill(self, tokens: Tensor, slot: int, start: int, total: int) -> Tensor:
-        """Runs a chunk, tokens [T], of a prompt of `total` tokens after the slot's first `start` tokens.
+    def load_weights(self, model: PreTrainedModel) -> None:
+        """Takes over the weights of a model with the same configuration. They go into the runner's own model, too."""
+        own = self.model.state_dict(keep_vars=True)
+        for name, new in model.state_dict(keep_vars=True).items():
+            if own[name] is not new:
+                own[name].data.copy_(new)
+        self._pack.repeat()
+        for layer in self.layers:
+            if isinstance(layer, MambaLayer):
+                layer.load_constants()
 
-        Returns the logits [V] after the last token.
-        """
-        positions = torch.arange(start, start + len(tokens), device=self.device)
-        rotation = self.rotary(positions, positions.new_full((1,), total), self.embedding.dtype)
-        hidden = self._stack(tokens, lambda layer, hidden: layer.prefill(hidden, *rotation, slot, start))
-        return self.head(hidden[-1:])[0]
+    def prefill(self, batch: PrefillBatch) -> Tensor:
+        """Runs chunks of prompts. Returns the logits [c, V] after the last token of each."""
+        rotation = self.rotary(batch.positions, batch.totals, self.embedding.dtype)
+        hidden = self._stack(batch.tokens, lambda layer, hidden: layer.prefill(hidden, *rotation, batch))
+        return self.head(hidden[batch.cu_seqlens[1:] - 1])
 
     def decode(self, rows: DecodeBatch) -> Tensor:
         """Runs one token per row. Returns the logits [b, V] after it."""
@@ -119,7 +148,7 @@ class DecoderLayer:
         pack: packs linear layers into a `PackedLinear`.
     """
 
-    def __init__(self, layer: Any, pack: Pack):
+    def __init__(self, layer: Any, pack: "Packer"):
         self.mixer_norm: Tensor = layer.input_layernorm.weight
         self.mlp_norm: Tensor = layer.post_attention_layernorm.weight
         self.gate_up, self.down = pack(layer.mlp.gate_proj, layer.mlp.up_proj), pack(layer.mlp.down_proj)
@@ -134,48 +163,42 @@ class AttentionLayer(DecoderLayer):
 
     Args:
         layer: the model's decoder layer.
-        cache: keys and values of all slots, [slots, kv_heads, capacity, head_dim] each.
+        cache: keys and values of all pages, [pages, kv_heads, page_size, head_dim] each.
+        page_table: [slots, max_pages] int32, the pages of each slot.
         config: the model's configuration.
         pack: packs linear layers into a `PackedLinear`.
     """
 
-    def __init__(self, layer: Any, cache: AttentionCache[Tensor], config: Any, pack: Pack):
+    def __init__(self, layer: Any, cache: AttentionCache[Tensor], page_table: Tensor, config: Any, pack: "Packer"):
         super().__init__(layer, pack)
         attention = layer.self_attn
-        self.cache = cache
+        self.cache, self.page_table = cache, page_table
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = attention.head_dim
         self.qkv, self.out = pack(attention.q_proj, attention.k_proj, attention.v_proj), pack(attention.o_proj)
-        self.q_norm, self.k_norm = (getattr(attention, name, nn.Identity()) for name in ("q_norm", "k_norm"))
+        norms = [getattr(attention, name, nn.Identity()) for name in ("q_norm", "k_norm")]
+        self.norms = [] if all(type(norm) is nn.Identity for norm in norms) else norms
 
-    def prefill(self, hidden: Tensor, cos: Tensor, sin: Tensor, slot: int, start: int) -> Tensor:
-        """Runs hidden [T, H] of one prompt after the slot's first `start` tokens. Returns [T, H]."""
-        q, k, v = self.queries_keys_values(hidden, cos, sin)
-        end = start + len(hidden)
-        keys, values = used(self.cache, slot, end)
-        keys[:, start:], values[:, start:] = k.transpose(0, 1), v.transpose(0, 1)
-        mask = None
-        if start:
-            mask = torch.ones(len(hidden), end, dtype=torch.bool, device=hidden.device).tril(start)
-        q, keys, values = q.transpose(0, 1)[None], keys[None], values[None]
-        out = F.scaled_dot_product_attention(q, keys, values, mask, is_causal=mask is None, enable_gqa=True)
-        return self.out(out[0].transpose(0, 1).flatten(1))
+    def prefill(self, hidden: Tensor, cos: Tensor, sin: Tensor, batch: PrefillBatch) -> Tensor:
+        """Runs chunks of prompts, hidden [T, H]. Returns [T, H]."""
+        q = self.queries(hidden, cos, sin, batch.owners, batch.positions)
+        y = prefill_attention(
+            q, *self.cache, batch.starts, batch.cu_seqlens, self.page_table, batch.slots, batch.max_length
+        )
+        return self.out(y.flatten(1))
 
     def decode(self, hidden: Tensor, cos: Tensor, sin: Tensor, rows: DecodeBatch) -> Tensor:
         """Runs one token per row, hidden [b, H]. Returns [b, H]."""
-        q, k, v = self.queries_keys_values(hidden, cos, sin)
-        self.cache.keys[rows.slots, :, rows.lengths] = k
-        self.cache.values[rows.slots, :, rows.lengths] = v
-        return self.out(decode_attention(q, *self.cache, rows.lengths + 1, rows.slots).flatten(1))
+        q = self.queries(hidden, cos, sin, rows.slots, rows.lengths)
+        return self.out(decode_attention(q, *self.cache, rows.lengths + 1, self.page_table, rows.slots).flatten(1))
 
-    def queries_keys_values(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """hidden [rows, H] -> q [rows, heads, head_dim], k and v [rows, kv_heads, head_dim]; q and k are rotated."""
-        heads = self.qkv(hidden).view(len(hidden), -1, self.head_dim)
-        q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
-        qk = torch.cat([self.q_norm(q), self.k_norm(k)], dim=1)
-        first, second = qk.chunk(2, dim=-1)
-        qk = qk * cos + torch.cat([-second, first], dim=-1) * sin
-        return qk[:, : self.heads], qk[:, self.heads :], v
+    def queries(self, hidden: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
+        """hidden [rows, H] -> rotated queries [rows, heads, head_dim]. Keys and values go into the cache."""
+        qkv = self.qkv(hidden).view(len(hidden), -1, self.head_dim)
+        if self.norms:
+            parts = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+            qkv = torch.cat([*(norm(part) for norm, part in zip(self.norms, parts, strict=False)), parts[2]], dim=1)
+        return rotate_and_cache(qkv, cos, sin, *self.cache, self.page_table, slots, positions)
 
 
 class MambaLayer(DecoderLayer):
@@ -187,23 +210,23 @@ class MambaLayer(DecoderLayer):
         pack: packs linear layers into a `PackedLinear`.
     """
 
-    def __init__(self, layer: Any, state: MambaState[Tensor], pack: Pack):
+    def __init__(self, layer: Any, state: MambaState[Tensor], pack: "Packer"):
         super().__init__(layer, pack)
         self.state = state
         self.mixer: Any = with_packed_linears(layer.mamba, pack)
         constants = layer.mamba.constants()
-        self.constants = type(constants)(*(t.float().contiguous() for t in constants))
+        self.constants = type(constants)(*(t.float().clone() for t in constants))
 
-    def prefill(self, hidden: Tensor, cos: Tensor, sin: Tensor, slot: int, start: int) -> Tensor:
-        """Runs hidden [T, H] of one prompt after the slot's first `start` tokens. Returns [T, H]."""
-        state = MambaState(self.state.conv[slot], self.state.ssm[slot])
-        activations = self.mixer.activations(hidden)
-        joined = torch.cat([state.conv, self.mixer.conv_inputs(activations).T], dim=1)
-        inputs = activations._make(t[None] for t in activations)
-        y, ssm = self.mixer.scan(inputs, self.constants, None, MambaState(state.conv[None], state.ssm[None]))
-        state.conv.copy_(joined[:, len(hidden) :])
-        state.ssm.copy_(ssm[0])
-        return self.mixer.out_proj(y[0])
+    def load_constants(self) -> None:
+        """Computes the constants again, from other weights."""
+        for own, new in zip(self.constants, self.mixer.constants(), strict=True):
+            own.copy_(new)
+
+    def prefill(self, hidden: Tensor, cos: Tensor, sin: Tensor, batch: PrefillBatch) -> Tensor:
+        """Runs chunks of prompts, hidden [T, H]. Returns [T, H]."""
+        chunks = batch.slots, batch.cu_seqlens, batch.max_length
+        y = self.mixer.prefill(self.mixer.activations(hidden), self.constants, self.state, *chunks)
+        return self.mixer.out_proj(y)
 
     def decode(self, hidden: Tensor, cos: Tensor, sin: Tensor, rows: DecodeBatch) -> Tensor:
         """Runs one token per row, hidden [b, H]. Returns [b, H]."""
@@ -211,20 +234,38 @@ class MambaLayer(DecoderLayer):
         return self.mixer.out_proj(y)
 
 
-def packed(*linears: nn.Linear, int8: bool) -> PackedLinear:
+class Packer:
     """Packs linear layers that share an input into one, whose outputs are theirs in order.
 
-    Raises:
-        UserError: another kind of layer, such as a quantized one or one with an adapter.
+    Args:
+        int8: rounds the weights (`PackedLinear`).
     """
-    for linear in linears:
-        if type(linear) is not nn.Linear:
-            raise _other_weights(type(linear).__name__)
+
+    def __init__(self, int8: bool):
+        self.int8 = int8
+        self._packed: list[tuple[PackedLinear, tuple[nn.Linear, ...]]] = []
+
+    def __call__(self, *linears: nn.Linear) -> PackedLinear:
+        """Packs these layers. Raises UserError for another kind, such as a quantized one or one with an adapter."""
+        for linear in linears:
+            if type(linear) is not nn.Linear:
+                raise _other_weights(type(linear).__name__)
+        layer = PackedLinear(*_joined(linears), int8=self.int8)
+        self._packed.append((layer, linears))
+        return layer
+
+    def repeat(self) -> None:
+        """Packs all layers again, after their weights have changed."""
+        for layer, linears in self._packed:
+            layer.load(*_joined(linears))
+
+
+def _joined(linears: tuple[nn.Linear, ...]) -> tuple[Tensor, Tensor | None]:
     weights = [linear.weight.detach() for linear in linears]
     biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
     # don't copy a single weight: GPU products use it without packing
     weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-    return PackedLinear(weight, torch.cat(biases) if biases else None, int8=int8)
+    return weight, torch.cat(biases) if biases else None
 
 
 def _other_weights(found: str) -> UserError:
@@ -234,7 +275,7 @@ def _other_weights(found: str) -> UserError:
     )
 
 
-def with_packed_linears(module: nn.Module, pack: Pack) -> nn.Module:
+def with_packed_linears(module: nn.Module, pack: "Packer") -> nn.Module:
     """A copy of the module with packed linear layers. It shares all other parameters."""
     if type(module) is nn.Linear:
         return pack(module)

@@ -3,17 +3,17 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from m1.errors import UserError
 from m1.ops import sample_token
+from m1.recipe import INT64_MAX, SamplingOptions, check_distribution
 
-FLOAT32 = torch.finfo(torch.float32)
-MAX = 2**63 - 1  # int64
+STEP, FACTORS = 0x9E3779B97F4A7C15, (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)  # of SplitMix64
 
 
 @dataclass(frozen=True)
@@ -52,60 +52,65 @@ class SamplingParams:
         for name in ("n", "max_tokens", "top_k", "seed"):
             if not isinstance(getattr(self, name), Integral):
                 raise UserError(f"{name}={getattr(self, name)}: must be an integer")
-        checks = {
-            "n": (self.n >= 1, "at least 1"),
-            "max_tokens": (self.max_tokens >= 1, "at least 1"),
-            "temperature": (
-                self.temperature == 0 or FLOAT32.tiny <= self.temperature <= FLOAT32.max,
-                f"0 (greedy) or a number that float32 holds, {FLOAT32.tiny:.2g} to {FLOAT32.max:.2g}",
-            ),
-            "top_k": (0 <= self.top_k <= MAX, f"0 (all tokens) to {MAX}"),
-            "top_p": (0 < self.top_p <= 1, "above 0, and 1 at most"),
-            "min_p": (0 <= self.min_p <= 1, "0 to 1"),
-        }
-        for name, (fits, range_) in checks.items():
-            if not fits:
-                raise UserError(f"{name}={getattr(self, name)} is out of range: must be {range_}")
+        for name in ("n", "max_tokens"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} is out of range: must be at least 1")
+        check_distribution(self)
         if not all(self.stop):
             raise UserError("stop: an empty string would end every sequence at once")
+
+    @classmethod
+    def of(cls, options: SamplingOptions, **others: Any) -> "SamplingParams":
+        """The parameters with a command's options. `others` are those that not every command has: n, seed, stop."""
+        names = ("temperature", "top_k", "top_p", "min_p")
+        return cls(max_tokens=options.max_new_tokens, **{name: getattr(options, name) for name in names}, **others)
 
 
 class SamplingBatch:
     """Samples one token per row of a batch, each row with its own settings and random stream.
 
-    The settings are made into tensors once, since a batch lasts for many steps.
-
-    Args:
-        params: the settings of each row.
-        streams: the random stream of each row, a seed from `fold_in`.
-        device: of the logits.
+    Attributes:
+        streams: [b] int64, the random stream of each row (see `stream_bits`).
+        temperature, top_p, min_p: [b, 1] float32.
+        top_k: [b, 1] int64.
+        max_k: the largest top_k.
+        any_top_p, any_min_p: whether any row has one.
     """
 
-    def __init__(self, params: Sequence[SamplingParams], streams: Sequence[int], device: torch.device):
-        def column(name: str, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.tensor([getattr(p, name) for p in params], dtype=dtype, device=device)[:, None]
+    def __init__(
+        self, params: Sequence[SamplingParams], streams: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor,
+        min_p: Tensor,
+    ):  # fmt: skip
+        """Takes the rows' settings as tensors on the device. `params` are those of the rows that truncate, at least."""
+        self.streams, self.temperature, self.top_k, self.top_p, self.min_p = streams, temperature, top_k, top_p, min_p
+        self.heat = temperature.masked_fill(temperature == 0, 1.0)
+        self.max_k = max((p.top_k for p in params), default=0)
+        self.any_top_p, self.any_min_p = any(p.top_p < 1 for p in params), any(p.min_p > 0 for p in params)
+        self.ranked = (top_k > 0) | (top_p < 1)
 
-        self.streams = np.array(streams, dtype=np.uint64)
-        self.temperature = column("temperature")
-        self.heat = self.temperature.masked_fill(self.temperature == 0, 1.0)
-        self.top_k, self.max_k = column("top_k", torch.long), max((p.top_k for p in params), default=0)
-        self.top_p, self.any_top_p = column("top_p"), any(p.top_p < 1 for p in params)
-        self.min_p, self.any_min_p = column("min_p"), any(p.min_p > 0 for p in params)
-        self.ranked = (self.top_k > 0) | (self.top_p < 1)
+    @classmethod
+    def of(cls, params: Sequence[SamplingParams], streams: Sequence[int], device: torch.device) -> "SamplingBatch":
+        """Makes a batch of each row's settings and its stream, a seed from `fold_in`."""
+        floats = torch.tensor([(p.temperature, p.top_p, p.min_p) for p in params], dtype=torch.float32).to(device)[
+            :, :, None
+        ]
+        integers = [(stream_bits(stream), p.top_k) for stream, p in zip(streams, params, strict=True)]
+        stream, top_k = torch.tensor(integers, dtype=torch.long).to(device).unbind(1)
+        return cls(params, stream, floats[:, 0], top_k[:, None], floats[:, 1], floats[:, 2])
 
-    def sample(self, logits: Tensor, drawn: np.ndarray) -> tuple[Tensor, Tensor]:
+    def sample(self, logits: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
         """Draws one token per row.
 
         Args:
             logits: [b, V] float32, bfloat16 or float16.
-            drawn: [b] integers, the number of tokens that each row has drawn before.
+            drawn: [b] int64, the number of tokens that each row has drawn before.
 
         Returns:
             tokens: [b] int64.
             logprobs: [b] float32, under softmax(logits / temperature) before truncation, or under softmax(logits) at
                 temperature 0. NaN where a row's logits have a NaN.
         """
-        uniform = torch.from_numpy(uniforms(self.streams, drawn)).to(logits.device, non_blocking=True)
+        uniform = uniforms(self.streams, drawn)
         tokens, logprobs = sample_token(logits, uniform, self.temperature[:, 0])
         if self.max_k or self.any_top_p or self.any_min_p:
             whole = tokens
@@ -164,7 +169,7 @@ class SamplingBatch:
         `whole` [b, 1] is the sum of all `_weights`, needed if any top_p is below 1.
         """
         c = likeliest.shape[-1]
-        inside = torch.arange(c, device=likeliest.device) < self.top_k.masked_fill(self.top_k == 0, MAX)
+        inside = torch.arange(c, device=likeliest.device) < self.top_k.masked_fill(self.top_k == 0, INT64_MAX)
         if whole is not None:
             mass = F.pad(self._weights(likeliest, likeliest).cumsum(dim=-1), (1, 0))
             whole = torch.where(self.top_k > 0, mass.gather(1, self.top_k.clamp(max=c)), whole)
@@ -177,22 +182,40 @@ class SamplingBatch:
         return ((logits - likeliest[:, :1]) / self.heat).exp()
 
 
+def truncates(params: SamplingParams) -> bool:
+    """Whether these parameters sample from a part of the tokens only."""
+    return params.top_k > 0 or params.top_p < 1 or params.min_p > 0
+
+
 def fold_in(seed: int, i: int) -> int:
     """Derives the i-th child seed of a seed, e.g. that of a request's i-th sequence."""
-    with np.errstate(over="ignore"):
-        return int(_mix(_mix(np.uint64(seed % 2**64)) + np.uint64(i)))
+    return _mixed(_mixed(seed % 2**64) + i)
 
 
-def uniforms(streams: np.ndarray, index: np.ndarray) -> np.ndarray:
-    """Element `index` [b] of each stream: [b] float64 in [0, 1). Counter-based (SplitMix64), so it has no state."""
-    with np.errstate(over="ignore"):
-        bits = _mix(streams + index.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
-    return np.asarray((bits >> np.uint64(11)) * 2.0**-53)
+def stream_bits(stream: int) -> int:
+    """A stream, 0 to 2^64 - 1, as the int64 with the same bits."""
+    return stream - 2**64 if stream >= 2**63 else stream
 
 
-def _mix(x: np.ndarray | np.uint64) -> np.ndarray | np.uint64:
-    """SplitMix64's finalizer (Steele, Lea, Flood 2014)."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+def uniforms(streams: Tensor, index: Tensor) -> Tensor:
+    """Element `index` of each stream: [b] float64 in [0, 1), for int64 tensors [b]. `fold_in`'s function of bits.
+
+    It is counter-based (SplitMix64), so it has no state, and it runs on any device and in CUDA graphs.
+    """
+    x = streams + (index + 1) * stream_bits(STEP)
+    x = (x ^ _shifted(x, 30)) * stream_bits(FACTORS[0])
+    x = (x ^ _shifted(x, 27)) * stream_bits(FACTORS[1])
+    return _shifted(x ^ _shifted(x, 31), 11) * 2.0**-53
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """x shifted to the right, filled with zeros. torch fills with the sign."""
+    return (x >> bits) & ((1 << 64 - bits) - 1)
+
+
+def _mixed(x: int) -> int:
+    """SplitMix64's finalizer (Steele, Lea, Flood 2014) on 64 bits."""
+    x = (x + STEP) % 2**64
+    x = (x ^ (x >> 30)) * FACTORS[0] % 2**64
+    x = (x ^ (x >> 27)) * FACTORS[1] % 2**64
+    return x ^ (x >> 31)

@@ -16,24 +16,33 @@ class Request:
         tokens: the prompt's token ids.
         params: how to sample. Each sequence's random stream is `fold_in(params.seed, its index)`.
         id: the caller's number for the request. Error messages name it.
+        indices: the sequences' indices; they replace `params.n`. A job that resumes asks for those it lacks. When
+            None, 0 to n - 1.
+        resumable: keeps the states at the ends of its sequences for a prompt that continues one, such as a chat's next
+            turn, and continues such a state itself. That rounds otherwise than a prefill of the whole prompt.
 
     Attributes:
-        sequences: the n samples, which the engine fills.
+        sequences: the samples, which the engine fills.
         done: whether all of them have ended.
     """
 
     tokens: list[int]
     params: SamplingParams
     id: int = 0
+    indices: tuple[int, ...] | None = None
+    resumable: bool = False
     sequences: list["Sequence"] = field(init=False)
     # The scheduler's own fields.
     stop: frozenset[int] = frozenset()  # tokens that end a sequence
     started: int = 0  # number of sequences that have, or had, a slot
     slot: int | None = None  # holds the prompt until a sequence takes it over
     computed: int = 0  # number of prompt tokens the slot has seen
+    pages: list[int] = field(default_factory=list)  # of the slot
 
     def __post_init__(self) -> None:
-        self.sequences = [Sequence(self, index) for index in range(self.params.n)]
+        if self.indices is not None:
+            self.params = replace(self.params, n=len(self.indices))
+        self.sequences = [Sequence(self, index) for index in self.indices or range(self.params.n)]
 
     @property
     def done(self) -> bool:
@@ -47,7 +56,7 @@ class Sequence:
 
     Attributes:
         request: the request it belongs to.
-        index: its number among the request's n sequences, from 0.
+        index: its number among the prompt's samples, from 0.
         token_ids: the tokens drawn so far, including the stop token if it was reached.
         logprobs: their log-probabilities.
         finish_reason: "stop", "length" or "nan" (NaN in the model's logits); "abort" before the end and after an abort.
@@ -64,7 +73,12 @@ class Sequence:
     id: int = -1  # unique among the sequences of an engine
     slot: int = -1
     base: int = 0  # base + a plan's number = tokens the slot has seen when that plan decodes the sequence
-    last_plan: int = 0  # number of the last plan that decodes the sequence
+    last_plan: int = 0  # number of the last plan that decodes the sequence; while swapped out, both as of plan 0
+    pages: list[int] = field(default_factory=list)
+
+    def forget(self) -> None:
+        """Frees the tokens of a sequence that is done, which a job of many requests would keep to its end."""
+        self.token_ids, self.logprobs = [], []
 
 
 def shortened(params: SamplingParams, room: int, limit: str) -> SamplingParams:

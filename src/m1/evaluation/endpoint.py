@@ -9,20 +9,22 @@ import queue
 import random
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import httpx2
 
-from m1.engine import SamplingParams
+from m1.engine import SamplingParams, fold_in
 from m1.errors import UserError
 from m1.evaluation.samplers import Sample, SampleRequest, Samples
 from m1.secrets import HIDDEN, SHORTEST, api_key, redact
 
-CHOICES = 8  # maximum number of samples per request: log-probabilities take about 100 bytes per token
 LONGEST_WAIT = 60.0  # seconds between two tries
-REQUESTED_IF_KNOWN = ("seed", "logprobs")  # fields that are left out if a server refuses them
+# Fields that are left out if a server refuses them: what it can't do, and filters that are off. They are asked for
+# although they are off, since vLLM's own defaults come from the model's generation_config.json.
+OPTIONAL = {"seed", "logprobs"}
+OFF = {"top_k": 0, "min_p": 0.0}
 
 Choice = tuple[str, int | None, float | None, str]  # text, tokens, log-probability, finish reason
 
@@ -34,13 +36,10 @@ class EndpointSampler:
     Args:
         url: base URL of the API, e.g. http://localhost:8000/v1. The key is $OPENAI_API_KEY, if set.
         model: the model's name on that server.
-        concurrency: maximum number of open requests.
+        concurrency: maximum number of open requests, one sample each.
         timeout: maximum seconds without a byte from the server, which is silent while it generates.
         tries: number of tries per request before the evaluation gives up.
         wait: seconds before the second try. The wait doubles with each further try, up to LONGEST_WAIT.
-
-    Attributes:
-        by_round: False; all samples are requested at once.
 
     Raises:
         UserError: a malformed URL, a number out of range, or a key that no HTTP header can hold.
@@ -48,11 +47,10 @@ class EndpointSampler:
 
     url: str
     model: str
-    concurrency: int = 64
+    concurrency: int = 256
     timeout: float = 3600.0
     tries: int = 6
     wait: float = 1.0
-    by_round = False
 
     def __post_init__(self) -> None:
         try:
@@ -69,7 +67,7 @@ class EndpointSampler:
         self._key = api_key()
         # A dummy key, such as "x" for a local server, is a part of words and numbers.
         self._secret = self._key if self._key and len(self._key) >= SHORTEST else None
-        self._unknown: set[str] = set()  # those of REQUESTED_IF_KNOWN that this server refused
+        self._unknown: set[str] = set()  # fields that this server refused
         self._reached = False
 
     def identity(self) -> dict[str, str]:
@@ -81,15 +79,16 @@ class EndpointSampler:
         return {"endpoint": redact(self.url)}
 
     def generate(self, requests: Sequence[SampleRequest], params: SamplingParams) -> Samples:
-        """Sends requests of up to CHOICES samples each, ordered by round. The clock never pauses.
+        """Sends one request per sample, with a seed of its own. The clock never pauses.
 
         Raises:
             UserError: the server can't be reached, refuses a request, or fails in all tries of one.
         """
-        parts = [_part(request, first) for request in requests for first in range(0, len(request.rounds), CHOICES)]
-        jobs: queue.SimpleQueue[SampleRequest] = queue.SimpleQueue()
-        for part in sorted(parts, key=lambda part: part.rounds[0]):
-            jobs.put(part)
+        jobs: queue.SimpleQueue[tuple[SampleRequest, int]] = queue.SimpleQueue()
+        for request in requests:
+            for round_ in request.rounds:
+                jobs.put((request, round_))
+        total = jobs.qsize()
         results: queue.SimpleQueue[Sample | BaseException] = queue.SimpleQueue()
         stop = threading.Event()
         started = time.monotonic()
@@ -97,8 +96,7 @@ class EndpointSampler:
         def work() -> None:
             try:
                 while not stop.is_set():
-                    for sample in self._sample(client, jobs.get_nowait(), params, started, stop):
-                        results.put(sample)
+                    results.put(self._sample(client, *jobs.get_nowait(), params, started, stop))
             except queue.Empty:
                 pass
             except BaseException as error:  # raised in the thread that waits for the results
@@ -110,9 +108,9 @@ class EndpointSampler:
             limits=httpx2.Limits(max_connections=self.concurrency),
         )
         try:
-            for _ in range(min(self.concurrency, len(parts))):
+            for _ in range(min(self.concurrency, total)):
                 threading.Thread(target=work, daemon=True).start()
-            for _ in range(sum(len(part.rounds) for part in parts)):
+            for _ in range(total):
                 result = results.get()
                 if isinstance(result, BaseException):
                     raise result
@@ -125,29 +123,27 @@ class EndpointSampler:
         self,
         client: httpx2.Client,
         request: SampleRequest,
+        round_: int,
         params: SamplingParams,
         started: float,
         stop: threading.Event,
-    ) -> Iterator[Sample]:
-        """Yields all samples of a request. If the server returns fewer choices, the rest is requested again."""
-        rounds = list(request.rounds)
-        while rounds:
-            body = {
-                "model": self.model,
-                "messages": [{"role": "user", "content": request.prompt}],
-                "n": len(rounds),
-                "max_tokens": params.max_tokens,
-                "temperature": params.temperature,
-                "top_p": params.top_p,
-                "seed": (request.seed + rounds[0] - request.rounds[0]) % 2**31,
-                "logprobs": True,
-            }
-            for text, tokens, logprob, finish_reason in self._post(client, body, stop)[: len(rounds)]:
-                seconds = time.monotonic() - started
-                yield Sample(request.problem, rounds.pop(0), text, tokens, logprob, finish_reason, seconds)
+    ) -> Sample:
+        body = {
+            "model": self.model,
+            "messages": request.messages,
+            "max_tokens": params.max_tokens,
+            "temperature": params.temperature,
+            "top_p": params.top_p,
+            "top_k": params.top_k,
+            "min_p": params.min_p,
+            "seed": fold_in(request.seed, round_) % 2**31,
+            "logprobs": True,
+        }
+        choice = self._post(client, body, stop)
+        return Sample(request.problem, round_, *choice, time.monotonic() - started)
 
-    def _post(self, client: httpx2.Client, body: dict[str, Any], stop: threading.Event) -> list[Choice]:
-        """Sends one HTTP request and returns its choices. Temporary errors are retried."""
+    def _post(self, client: httpx2.Client, body: dict[str, Any], stop: threading.Event) -> Choice:
+        """Sends one HTTP request and returns its sample. Temporary errors are retried."""
         wait, problem = self.wait, ""
         for attempt in range(self.tries):
             if attempt and stop.wait(min(wait * random.uniform(0.8, 1.2), LONGEST_WAIT)):
@@ -168,8 +164,8 @@ class EndpointSampler:
             problem = f"{response.status_code} {_excerpt(response)}"
             if response.status_code == 200:
                 try:
-                    return _choices(response.json(), self._secret)
-                except (ValueError, KeyError, TypeError, AttributeError) as error:
+                    return _choice(response.json(), self._secret)
+                except (ValueError, LookupError, TypeError, AttributeError) as error:
                     problem = f"a reply that isn't a chat completion ({type(error).__name__}: {_excerpt(response)})"
             elif response.status_code == 400 and (named := _named(response, asked)):
                 self._unknown.add(named)
@@ -184,28 +180,14 @@ class EndpointSampler:
         )
 
 
-def _part(request: SampleRequest, first: int) -> SampleRequest:
-    return SampleRequest(request.problem, request.prompt, request.rounds[first : first + CHOICES], request.seed + first)
-
-
-def _choices(answer: dict[str, Any], key: str | None) -> list[Choice]:
-    """The choices of a chat completion. If a text repeats the API key, the key is removed.
+def _choice(answer: dict[str, Any], key: str | None) -> Choice:
+    """The first choice of a chat completion. If a text repeats the API key, the key is removed.
 
     Raises:
-        ValueError, KeyError, TypeError, AttributeError: it isn't a chat completion.
+        ValueError, LookupError, TypeError, AttributeError: it isn't a chat completion.
     """
-    choices = answer["choices"]
-    if not choices:
-        raise ValueError("no choices")
-    counts: list[int | None] = [None] * len(choices)
-    if (used := (answer.get("usage") or {}).get("completion_tokens")) is not None:
-        # The server counts all choices together. An even split may be wrong for each, but its sum is right.
-        counts = [used // len(choices) + (i < used % len(choices)) for i in range(len(choices))]
-    return [_choice(choice, count, key) for choice, count in zip(choices, counts, strict=True)]
-
-
-def _choice(choice: dict[str, Any], count: int | None, key: str | None) -> Choice:
-    message = choice["message"]
+    choice = answer["choices"][0]
+    message, count = choice["message"], (answer.get("usage") or {}).get("completion_tokens")
     text, reason = message.get("content") or "", str(choice.get("finish_reason") or "unknown")
     # Servers with a reasoning parser return a sample in two parts. Answers are extracted from the joined text.
     if reasoning := message.get("reasoning_content") or message.get("reasoning"):
@@ -220,7 +202,8 @@ def _choice(choice: dict[str, Any], count: int | None, key: str | None) -> Choic
 
 def _named(response: httpx2.Response, asked: dict[str, Any]) -> str | None:
     """The field that the error message names, among those that can be left out; else None."""
-    return next((name for name in REQUESTED_IF_KNOWN if name in asked and name in response.text), None)
+    left_out = (name for name, value in asked.items() if name in OPTIONAL or OFF.get(name) == value)
+    return next((name for name in left_out if name in response.text), None)
 
 
 def _retry_after(response: httpx2.Response) -> float:

@@ -6,6 +6,10 @@
     OUT/samples.parquet  the same, written at the end if pyarrow is installed
     OUT/result.json      the metrics
 
+All samples are asked for at once: the batch stays full, and a prompt is prefilled once for all of its samples. With
+`by_round`, every problem is sampled once before any is sampled twice. A sample's seed depends only on the run's seed,
+the problem's number and the sample's.
+
 An interrupted run resumes with the missing samples. Seconds and grading counts are stored with the samples, so a
 resumed run continues them. The result's `grading` sums the counts of the samples and of the final votes. A session
 doesn't know the pairs of answers that earlier ones compared, so some pairs are counted twice.
@@ -29,11 +33,10 @@ from m1.jsonl import to_jsonl, write_json, write_text
 from m1.model.checkpoint import load_model
 from m1.progress import OnProgress, Progress, ignore, silent
 from m1.recipe import EvalSettings, EvalStage
-from m1.runs import Run
+from m1.runs import Run, versions
 from m1.tasks.benchmarks import load_task
-from m1.tasks.chain import ChainSizes
 from m1.tasks.problem import Problem, problems_hash
-from m1.tasks.prompts import load_template
+from m1.tasks.prompts import ProblemPrompt
 
 SAMPLERS: dict[str, Callable[..., Sampler]] = {cls.kind: cls for cls in (EngineSampler, TransformersSampler)}
 ROW = (*(field.name for field in fields(Sample)), "answer", "correct", "grading")  # keys of a line of samples.jsonl
@@ -61,7 +64,7 @@ def local_sampler(stage: EvalStage, folder: str | Path) -> Sampler:
 
 def load_problems(stage: EvalStage) -> list[Problem]:
     """Loads the stage's problems. Raises UserError as `load_task`."""
-    return load_task(stage.task, stage.data, stage.limit, stage, stage.seed)
+    return load_task(stage.task, stage.data, stage.limit, stage, stage.seed, stage)
 
 
 def evaluate(
@@ -89,21 +92,17 @@ def evaluate(
         UserError: a prompt too long for the model, a server that fails, an `out` that can't be written or that was made
             with other settings or problems.
     """
-    template = load_template(settings.task, settings.prompt_template)
-    params = SamplingParams(max_tokens=settings.max_new_tokens, temperature=settings.temperature)
-    identity = sampler.identity()
-    # A stage has more fields than EvalSettings. The sizes of chains are left out: the problems' hash covers them.
-    names = {field.name for field in fields(EvalSettings)} - {field.name for field in fields(ChainSizes)}
-    used = {name: value for name, value in asdict(settings).items() if name in names} | {"prompt_template": template}
+    prompt = settings.task_prompt()
+    params, used, identity = SamplingParams.of(settings), settings.used(EvalSettings, prompt), sampler.identity()
     golds, problems_sha256 = {problem.id: problem.answers for problem in problems}, problems_hash(problems)
     depends = used | identity | {"problems_sha256": problems_sha256}
     with Run("eval", out, depends, force=force) as run, Grader() as grader:
         rows = {(row["problem"], row["round"]): row for row in run.read("samples.jsonl", *ROW)}
         total = settings.n * len(problems)
         on_progress(len(rows), total)
-        step = 1 if sampler.by_round else settings.n
+        step = 1 if settings.by_round else settings.n
         for first in range(0, settings.n, step):
-            requests = list(_missing(problems, template, settings.seed, range(first, first + step), rows))
+            requests = list(_missing(problems, prompt, settings.seed, range(first, first + step), rows))
             if not requests:
                 continue
             before = max((row["seconds"] for row in rows.values()), default=0.0)
@@ -114,12 +113,13 @@ def evaluate(
                     rows[sample.problem, sample.round] = row
                     on_progress(len(rows), total)
         before_votes = Counter(grader.counts)
-        metrics = metrics_of(list(rows.values()), golds, settings.n, grader, sampler.by_round)
+        metrics = metrics_of(list(rows.values()), golds, settings.n, grader, settings.by_round)
         checked = audit({**row, "golds": golds[row["problem"]]} for row in rows.values())
         result = {
             "settings": used,
-            "prompt_template_sha256": hashlib.sha256(template.encode()).hexdigest(),
+            "prompt_template_sha256": hashlib.sha256(prompt.template.encode()).hexdigest(),
             "problems_sha256": problems_sha256,
+            "versions": versions(),
             **identity,
             **sampler.facts(),
             **metrics,
@@ -137,16 +137,16 @@ def evaluate(
 
 
 def _missing(
-    problems: Sequence[Problem], template: str, seed: int, rounds: range, rows: dict[tuple[str, int], dict[str, Any]]
+    problems: Sequence[Problem],
+    prompt: ProblemPrompt,
+    seed: int,
+    rounds: range,
+    rows: dict[tuple[str, int], dict[str, Any]],
 ) -> Iterator[SampleRequest]:
-    """Requests for the missing samples of these rounds.
-
-    A request's seed depends on its first missing round. With one round per call, seeds are the same in all sessions.
-    """
+    """Requests for the missing samples of these rounds."""
     for i, problem in enumerate(problems):
         if missing := tuple(r for r in rounds if (problem.id, r) not in rows):
-            prompt = template.replace("{problem}", problem.text)
-            yield SampleRequest(problem.id, prompt, missing, fold_in(seed * 1_000_003 + missing[0], i))
+            yield SampleRequest(problem.id, prompt.messages(problem.text), missing, fold_in(seed, i))
 
 
 def _graded(sample: Sample, golds: dict[str, tuple[str, ...]], grader: Grader) -> dict[str, Any]:

@@ -50,7 +50,6 @@ def write_report(
     figures = [
         *([("Learning curves", _learning_curves(training))] if training else []),
         ("Accuracy against votes", _vote_curve(results)),
-        ("Accuracy against seconds, all problems together", _seconds_curve(results)),
         *(("Accuracy against seconds per problem", draw(budget)) for budget in budgets),
     ]
     page = PAGE.read_text(encoding="utf-8")
@@ -128,19 +127,6 @@ def _vote_curve(results: dict[str, dict[str, Any]]) -> Figure:
     axis.set(xscale="log", xlabel="votes per problem", ylabel="accuracy", ylim=(-0.02, 1.02))
     axis.set_xticks(ticks := [k for k, _ in points], labels=[str(k) for k in ticks])
     axis.minorticks_off()
-    axis.legend()
-    return figure
-
-
-def _seconds_curve(results: dict[str, dict[str, Any]]) -> Figure:
-    figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    for name, result in results.items():
-        curve = result["accuracy_against_seconds"]
-        x, y = [p["seconds"] for p in curve], [p["accuracy"] for p in curve]
-        axis.plot(x, y, marker=".", label=name)
-        low, high = ([p["ci95"][end] for p in curve] for end in (0, 1))
-        axis.fill_between(x, low, high, alpha=0.12)
-    axis.set(xlabel="measured seconds of generation, all problems", ylabel="accuracy of the vote", ylim=(-0.02, 1.02))
     axis.legend()
     return figure
 

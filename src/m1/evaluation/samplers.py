@@ -22,30 +22,31 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from m1.engine import LLM, Request, SamplingParams, stop_tokens
+from m1.engine import LLM, Request, SamplingParams, fold_in, stop_tokens
 from m1.engine.sequence import shortened
 from m1.errors import UserError
 from m1.grading import with_thought
 from m1.model.cache_layout import slot_bytes
 from m1.model.checkpoint import weights_hash
 from m1.model.tokenizer import decode_text, encode_chat
+from m1.tasks.prompts import Messages
 
 CONTEXT_FOR_CACHE = 4096
 
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """A request to a sampler for one sample of a problem per round.
+    """A request to a sampler for some samples of a problem.
 
     Attributes:
         problem: the problem's id.
-        prompt: the user message.
+        messages: the chat that asks for its solution.
         rounds: numbers of the wanted samples among the problem's, from 0.
-        seed: of the first of them. The sampler derives the others' seeds.
+        seed: the problem's. That of a sample is `fold_in(seed, round)`, whatever else is asked for.
     """
 
     problem: str
-    prompt: str
+    messages: Messages
     rounds: tuple[int, ...]
     seed: int
 
@@ -77,14 +78,7 @@ Samples = collections.abc.Generator[Sample, None, None]
 
 
 class Sampler(Protocol):
-    """The interface through which `evaluate` draws samples of a model.
-
-    Attributes:
-        by_round: if True, `generate` is called once per round, for one sample of every problem. The accuracy after 1,
-            2, ... n rounds then has measured seconds. If False, `generate` is called once for all samples.
-    """
-
-    by_round: bool
+    """The interface through which `evaluate` draws samples of a model."""
 
     def identity(self) -> dict[str, str]:
         """The sampler's kind and the model. A run holds samples of one identity only."""
@@ -97,7 +91,7 @@ class Sampler(Protocol):
 
 
 class LocalSampler:
-    """A sampler of a model in this process, asked round by round.
+    """A sampler of a model in this process.
 
     Args:
         model: the network.
@@ -107,7 +101,6 @@ class LocalSampler:
     """
 
     kind: str  # in results
-    by_round = True
 
     def __init__(
         self,
@@ -141,11 +134,15 @@ class EngineSampler(LocalSampler):
         self.llm = LLM(self.model, self.tokenizer, max_num_seqs=self.max_num_seqs, quantize=self.quantize)
 
     def generate(self, requests: Sequence[SampleRequest], params: SamplingParams) -> Samples:
-        """Yields samples in the order in which they finish. Raises UserError for a prompt the engine refuses."""
-        prompts = [encode_chat(self.llm.tokenizer, request.prompt) for request in requests]
+        """Yields samples in the order in which they finish. A prompt is prefilled once for all its samples.
+
+        Raises:
+            UserError: a prompt the engine refuses.
+        """
+        prompts = [encode_chat(self.llm.tokenizer, request.messages) for request in requests]
         engine = self.llm.engine_for(prompts, params.max_tokens)
         submitted = [
-            Request(prompt, replace(params, seed=request.seed, n=len(request.rounds)), i)
+            Request(prompt, replace(params, seed=request.seed), i, request.rounds)
             for i, (request, prompt) in enumerate(zip(requests, prompts, strict=True))
         ]
         started = time.monotonic()
@@ -154,16 +151,16 @@ class EngineSampler(LocalSampler):
                 now, request = time.monotonic(), requests[sequence.request.id]
                 tokens, logprob, reason = sequence.token_ids, sum(sequence.logprobs), sequence.finish_reason
                 text = with_thought(self.llm.decode(sequence.request.tokens), self.llm.decode(tokens))
-                round_ = request.rounds[sequence.index]
-                yield Sample(request.problem, round_, text, len(tokens), logprob, reason, now - started)
+                yield Sample(request.problem, sequence.index, text, len(tokens), logprob, reason, now - started)
+                sequence.forget()
                 started += time.monotonic() - now
 
 
 class TransformersSampler(LocalSampler):
     """Draws an evaluation's samples with transformers' `generate`, in left-padded batches.
 
-    A sample also depends on its batch. The checkpoint's generation_config.json is ignored, so that both local samplers
-    use the same settings.
+    A batch has the seed of its first sample, so a sample also depends on its batch. The checkpoint's
+    generation_config.json is ignored, so that both local samplers use the same settings.
 
     Raises:
         UserError: `max_num_seqs` below 1, or `quantize` given: only the engine rounds weights.
@@ -182,7 +179,7 @@ class TransformersSampler(LocalSampler):
     def generate(self, requests: Sequence[SampleRequest], params: SamplingParams) -> Samples:
         """Yields samples batch by batch. Raises UserError for a prompt that is too long for the model."""
         stop = stop_tokens(self.model, self.tokenizer)
-        prompts = {request.problem: encode_chat(self.tokenizer, request.prompt) for request in requests}
+        prompts = {request.problem: encode_chat(self.tokenizer, request.messages) for request in requests}
         longest, context = max(map(len, prompts.values()), default=0), self.model.config.max_position_embeddings
         if longest >= context:
             raise UserError(f"a prompt has {longest} tokens, and the model's context is {context}: shorten it")
@@ -191,10 +188,10 @@ class TransformersSampler(LocalSampler):
         # rows of a batch end together, so they have the same length
         jobs = [(request, round_) for request in requests for round_ in request.rounds]
         jobs.sort(key=lambda job: -lengths[job[0].problem])
+        drawn = dict(temperature=params.temperature, top_k=params.top_k, top_p=params.top_p, min_p=params.min_p or None)
         config = GenerationConfig(
             do_sample=params.temperature > 0,
-            temperature=params.temperature or None,
-            top_k=0,
+            **drawn if params.temperature > 0 else {"top_k": 0},
             eos_token_id=stop or None,
             pad_token_id=next((token for token in (self.tokenizer.pad_token_id, *stop) if token is not None), 0),
         )
@@ -207,7 +204,9 @@ class TransformersSampler(LocalSampler):
                 for job in jobs[first : first + self.max_num_seqs]
                 if lengths[job[0].problem] == config.max_new_tokens
             ]
-            outputs = self._sample([prompts[request.problem] for request, _ in batch], config, batch[0][0].seed + first)
+            (leader, round_), *_ = batch
+            seed = fold_in(leader.seed, round_)
+            outputs = self._sample([prompts[request.problem] for request, _ in batch], config, seed)
             now = time.monotonic()
             for (request, round_), tokens, logprobs in zip(batch, *outputs, strict=True):
                 end = next((i for i, token in enumerate(tokens, start=1) if token in stop), None)

@@ -9,9 +9,10 @@ from m1.engine import LLM, SamplingParams
 from m1.errors import UserError
 from m1.grading import Grader, extract_answer, with_thought
 from m1.model.tokenizer import encode_chat
-from m1.peers.vllm_client import AskWorker, start_vllm
+from m1.peers.vllm_client import Worker, start_vllm
 from m1.reasoning.budget import Budget
 from m1.reasoning.solve import solve
+from m1.tasks.prompts import ProblemPrompt
 
 
 class Ended(NamedTuple):
@@ -38,7 +39,7 @@ class Solver(Protocol):
         """Samples a problem until its time is over.
 
         Args:
-            text: the user message.
+            text: the problem.
             seed: of the sampling.
             seconds: the time.
 
@@ -54,13 +55,16 @@ class EngineSolver:
 
     Args:
         llm: the model.
+        prompt: makes the chat messages of a problem.
         prompts: token ids of all prompts to come. They determine the engine's max_model_len.
         params: of the sampling, except for the seed and the number of samples.
         grader: decides which answers are equal.
     """
 
-    def __init__(self, llm: LLM, prompts: list[list[int]], params: SamplingParams, grader: Grader):
-        self.llm, self.params, self.grader = llm, params, grader
+    def __init__(
+        self, llm: LLM, prompt: ProblemPrompt, prompts: list[list[int]], params: SamplingParams, grader: Grader
+    ):
+        self.llm, self.prompt, self.params, self.grader = llm, prompt, params, grader
         engine = llm.engine_for(prompts, params.max_tokens)
         engine.generate(prompts[:1], replace(params, max_tokens=2, n=engine.num_slots))
 
@@ -69,7 +73,7 @@ class EngineSolver:
         self.grader.start()
         budget = Budget(seconds=seconds, rule="none")
         params = replace(self.params, seed=seed)
-        solution = solve(text, self.llm, self.grader, params, budget, prompt_template="{problem}")
+        solution = solve(text, self.llm, self.grader, params, budget, prompt=self.prompt)
         return solution.seconds, [Ended(s.seconds, s.answer, s.tokens) for s in solution.samples]
 
 
@@ -81,18 +85,19 @@ class VLLMSolver:
     Args:
         llm: gives the tokenizer and the stop tokens.
         ask: sends work to vLLM's process.
+        prompt: makes the chat messages of a problem.
         prompts: token ids; the first prompt is used to warm up.
-        params: of the sampling; only max_tokens and temperature are used.
+        params: of the sampling: max_tokens, temperature, top_k, top_p and min_p.
     """
 
-    def __init__(self, llm: LLM, ask: AskWorker, prompts: list[list[int]], params: SamplingParams):
-        self.llm, self.ask, self.params = llm, ask, params
+    def __init__(self, llm: LLM, ask: Worker, prompt: ProblemPrompt, prompts: list[list[int]], params: SamplingParams):
+        self.llm, self.ask, self.prompt, self.params = llm, ask, prompt, params
         self.length = llm.length_for(prompts, params.max_tokens)
         self._sample(prompts[0], replace(params, max_tokens=2), [], 1.0)
 
     def solve(self, text: str, seed: int, seconds: float) -> tuple[float, list[Ended]]:
         """Samples a problem with vLLM (see `Solver`)."""
-        prompt = encode_chat(self.llm.tokenizer, text)
+        prompt = encode_chat(self.llm.tokenizer, self.prompt.messages(text))
         answer = self._sample(prompt, self.params, self.llm.stop_token_ids, seconds)
         ended = []
         for sample in answer["samples"]:
@@ -102,12 +107,14 @@ class VLLMSolver:
 
     def _sample(self, prompt: list[int], params: SamplingParams, stop: list[int], seconds: float) -> dict[str, Any]:
         new_tokens = min(params.max_tokens, self.length - len(prompt))  # as in this project's engine
-        work = {"tokens": prompt, "new_tokens": new_tokens, "temperature": params.temperature}
-        return self.ask(work | {"stop": stop, "seconds": seconds})
+        drawn = {name: getattr(params, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+        return self.ask({"tokens": prompt, "new_tokens": new_tokens, **drawn, "stop": stop, "seconds": seconds})
 
 
 @contextmanager
-def vllm_solver(llm: LLM, prompts: list[list[int]], params: SamplingParams, max_num_seqs: int) -> Iterator[VLLMSolver]:
+def vllm_solver(
+    llm: LLM, prompt: ProblemPrompt, prompts: list[list[int]], params: SamplingParams, max_num_seqs: int
+) -> Iterator[VLLMSolver]:
     """Runs vLLM on the model of `llm` until the context ends, and yields a solver.
 
     Raises:
@@ -116,4 +123,4 @@ def vllm_solver(llm: LLM, prompts: list[list[int]], params: SamplingParams, max_
     if llm.model.device.type != "cpu":
         raise UserError(f"vllm: `make peers` installs it for CPUs only, but the model is on {llm.model.device}")
     with start_vllm(llm.model, llm.length_for(prompts, params.max_tokens), max_num_seqs) as ask:
-        yield VLLMSolver(llm, ask, prompts, params)
+        yield VLLMSolver(llm, ask, prompt, prompts, params)

@@ -13,7 +13,7 @@ problem, so a disturbance affects all of them. Solvers are in solvers.py.
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +31,17 @@ from m1.peers.vllm_client import version
 from m1.plots import save_figure
 from m1.progress import OnProgress, Progress, ignore, silent
 from m1.recipe import BudgetSettings, BudgetStage
-from m1.runs import Run
+from m1.runs import Run, versions
 from m1.tasks.benchmarks import load_task
 from m1.tasks.problem import Problem, problems_hash
-from m1.tasks.prompts import load_template
+from m1.tasks.prompts import ProblemPrompt
 
 Models = dict[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]]
 
 
 def run(stage: BudgetStage, force: bool = False, progress: Progress = silent) -> dict[str, Any]:
     """Runs the budget stage of a recipe, and `m1 budget`. Returns the content of budget.json."""
-    problems = load_task(stage.task, stage.data, stage.limit, stage)
+    problems = load_task(stage.task, stage.data, stage.limit, stage, columns=stage)
     models = {name: load_model(folder, dtype=stage.dtype or "auto") for name, folder in stage.models.items()}
     with progress("budget", "runs") as on_progress:
         return measure_budgets(models, problems, stage, Path(stage.out), stage.vllm, on_progress, force)
@@ -77,26 +77,29 @@ def measure_budgets(
     if unknown := [name for name in vllm if name not in models]:
         raise UserError(f"vllm {unknown[0]!r}: give the name of one of the models, {', '.join(models)}")
     _check_dtypes(models, settings, vllm)
-    template = load_template(settings.task, settings.prompt_template)
-    used = {field.name: getattr(settings, field.name) for field in fields(BudgetSettings)}
+    prompt = settings.task_prompt()
+    used = settings.used(BudgetSettings, prompt)
     depends = settings.settings() if isinstance(settings, BudgetStage) else used
-    depends |= {"template": template, "weights": _identities(models, vllm), "problems_sha256": problems_hash(problems)}
+    depends |= {
+        "prompt": prompt.settings(),
+        "weights": _identities(models, vllm),
+        "problems_sha256": problems_hash(problems),
+    }
     names = [own for name in models for own in (name, *([_under_vllm(name)] if name in vllm else []))]
-    texts = [template.replace("{problem}", problem.text) for problem in problems]
     with Run("budget", out, depends, force=force) as run, Grader() as grader, ExitStack() as stack:
         rows = run.read("runs.jsonl", "model", "problem", "seed", "seconds", "samples")
         done = {(row["model"], row["problem"], row["seed"]) for row in rows}
         jobs = [(seed, i, name) for seed in range(settings.seeds) for i in range(len(problems)) for name in names]
         missing = [(seed, i, name) for seed, i, name in jobs if (name, problems[i].id, seed) not in done]
-        solvers = _solvers(models, texts, settings, vllm, grader, stack) if missing else {}
+        solvers = _solvers(models, problems, prompt, settings, vllm, grader, stack) if missing else {}
         for seed, i, name in missing:
             on_progress(len(rows), len(jobs))
-            seconds, samples = solvers[name].solve(texts[i], fold_in(seed, i), settings.seconds)
+            seconds, samples = solvers[name].solve(problems[i].text, fold_in(seed, i), settings.seconds)
             row = {"model": name, "problem": problems[i].id, "seed": seed, "seconds": seconds, "samples": samples}
             rows.append(row)
             run.append("runs.jsonl", row)
         on_progress(len(jobs), len(jobs))
-        result = {"settings": used | {"prompt_template": template}, "problems": len(problems)}
+        result = {"settings": used, "problems": len(problems), "versions": versions()}
         result |= accuracy_curves(rows, names, problems, settings.seconds, grader)
         result["grading"] = dict(grader.counts)
         write_text(run.folder / "problems.jsonl", to_jsonl(map(asdict, problems)))
@@ -131,21 +134,22 @@ def _identities(models: Models, vllm: Sequence[str]) -> dict[str, str]:
 
 def _solvers(
     models: Models,
-    texts: Sequence[str],
+    problems: Sequence[Problem],
+    prompt: ProblemPrompt,
     settings: BudgetSettings,
     vllm: Sequence[str],
     grader: Grader,
     stack: ExitStack,
 ) -> dict[str, Solver]:
     """Makes one warmed-up solver per name. The stack closes those that hold a process."""
-    params = SamplingParams(max_tokens=settings.max_new_tokens, temperature=settings.temperature)
+    params = SamplingParams.of(settings)
     solvers: dict[str, Solver] = {}
     for name, (model, tokenizer) in models.items():
-        prompts = [encode_chat(tokenizer, text) for text in texts]
+        prompts = [encode_chat(tokenizer, prompt.messages(problem.text)) for problem in problems]
         slots = settings.max_num_seqs
         llm = LLM(model, tokenizer, max_num_seqs=slots, prefix_cache=0, quantize=settings.quantize)
-        solvers[name] = EngineSolver(llm, prompts, params, grader)
+        solvers[name] = EngineSolver(llm, prompt, prompts, params, grader)
         if name in vllm:
-            peer = vllm_solver(llm, prompts, params, settings.max_num_seqs)
+            peer = vllm_solver(llm, prompt, prompts, params, settings.max_num_seqs)
             solvers[_under_vllm(name)] = stack.enter_context(peer)
     return solvers

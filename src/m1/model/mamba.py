@@ -16,7 +16,7 @@ from transformers import initialization as init
 
 from m1.model.configuration import M1Config
 from m1.model.mixer import Constants, Mixer, PastState, SlotStates, initial_time_step_bias
-from m1.ops import selective_scan, state_update
+from m1.ops import prefill_scan, selective_scan, state_update
 
 
 class MambaActivations(NamedTuple):
@@ -89,3 +89,10 @@ class MambaMixer(Mixer):
     ) -> Tensor:
         """Runs one token per row (see `Mixer.step`)."""
         return state_update(*activations, *constants, *state, slots)
+
+    def prefill(
+        self, activations: MambaActivations, constants: Constants, state: SlotStates, slots: Tensor, cu_seqlens: Tensor,
+        max_length: int,
+    ) -> Tensor:  # fmt: skip
+        """Runs chunks of sequences (see `Mixer.prefill`)."""
+        return prefill_scan(*activations, *constants, *state, slots, cu_seqlens, max_length)

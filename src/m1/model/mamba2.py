@@ -18,7 +18,7 @@ from transformers import initialization as init
 
 from m1.model.configuration import M1Config
 from m1.model.mixer import Constants, HeadRMSNorm, Mixer, PastState, SlotStates, initial_time_step_bias
-from m1.ops import causal_conv, ssd, ssd_update
+from m1.ops import causal_conv, prefill_ssd, ssd, ssd_update
 
 A_RANGE = (1.0, 16.0)  # initial -A, uniform (Mamba-2)
 GATED_NORM_EPS = 1e-5  # a constant of the released code
@@ -101,3 +101,12 @@ class Mamba2Mixer(Mixer):
         z, xBC, dt = activations
         y = ssd_update(xBC, dt, *constants, *state, slots)
         return self.norm(y.flatten(-2) * F.silu(z))
+
+    def prefill(
+        self, activations: Mamba2Activations, constants: Constants, state: SlotStates, slots: Tensor,
+        cu_seqlens: Tensor, max_length: int,
+    ) -> Tensor:  # fmt: skip
+        """Runs chunks of sequences (see `Mixer.prefill`)."""
+        z, xBC, dt = activations
+        y = prefill_ssd(xBC, dt, *constants, *state, slots, cu_seqlens, max_length)
+        return self.norm(y.flatten(-2) * F.silu(z)).to(z.dtype)

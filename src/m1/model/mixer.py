@@ -46,9 +46,9 @@ class Constants(NamedTuple):
 class Mixer(nn.Module):
     """Base class of the Mamba-1 and Mamba-2 mixers, which replace attention in a decoder layer.
 
-    It has the projections, the caches and `forward`: [b, T, H] -> [b, T, H]. A subclass defines three methods:
-    `activations` returns a NamedTuple of per-token inputs, `scan` runs them for whole sequences, and `step` for one
-    token per row.
+    It has the projections, the caches and `forward`: [b, T, H] -> [b, T, H]. A subclass defines four methods:
+    `activations` returns a NamedTuple of per-token inputs, `scan` runs them for whole sequences, `step` for one token
+    per row, and `prefill` for chunks of sequences.
 
     A teacher's QK-norm becomes B_norm and C_norm, since B and C are its keys and queries without the rotation.
     Parameter names are those of the released checkpoints.
@@ -131,6 +131,22 @@ class Mixer(nn.Module):
             constants: of this mixer.
             state: conv [S, channels, K-1] and ssm [S, ...] float32 of all slots; the rows' slots are updated in place.
             slots: [b] integers, the slot of each row; row i has slot i when None.
+        """
+        raise NotImplementedError
+
+    def prefill(
+        self, activations: Any, constants: Constants, state: SlotStates, slots: Tensor, cu_seqlens: Tensor,
+        max_length: int,
+    ) -> Tensor:  # fmt: skip
+        """Runs chunks of c sequences, T tokens one after another. Returns y [T, D].
+
+        Args:
+            activations: [T, ...] each.
+            constants: of this mixer.
+            state: conv [S, channels, K-1] and ssm [S, ...] float32 of all slots; those of the chunks are updated.
+            slots: [c] integers, the slot of each chunk.
+            cu_seqlens: [c + 1] int64, where each chunk begins, and T.
+            max_length: number of tokens of the longest chunk.
         """
         raise NotImplementedError
 

@@ -4,6 +4,9 @@ from m1.ops.causal_conv import causal_conv
 from m1.ops.decode_attention import decode_attention
 from m1.ops.elementwise import add_rms_norm, swiglu
 from m1.ops.linear import PackedLinear
+from m1.ops.prefill_attention import prefill_attention
+from m1.ops.prefill_scan import prefill_scan, prefill_ssd
+from m1.ops.rotary import rotate_and_cache
 from m1.ops.sample_token import sample_token
 from m1.ops.selective_scan import selective_scan
 from m1.ops.ssd import ssd
@@ -14,6 +17,10 @@ __all__ = [
     "add_rms_norm",
     "causal_conv",
     "decode_attention",
+    "prefill_attention",
+    "prefill_scan",
+    "prefill_ssd",
+    "rotate_and_cache",
     "sample_token",
     "selective_scan",
     "ssd",

@@ -73,15 +73,16 @@ def kernels(backend: str, op: str) -> ModuleType:
 
 
 def schema_of(inputs: type, mutates: tuple[str, ...] = ()) -> str:
-    """An operator's arguments in PyTorch's schema notation, from the fields of a NamedTuple of tensors."""
+    """An operator's arguments in PyTorch's schema notation, from the fields of a NamedTuple of tensors and integers."""
+    kinds = {Tensor: "Tensor", int: "int"}
     arguments = []
     for i, (name, hint) in enumerate(get_type_hints(inputs).items()):
-        kind = f"Tensor(a{i}!)" if name in mutates else "Tensor" if hint is Tensor else "Tensor?"
+        kind = f"Tensor(a{i}!)" if name in mutates else kinds.get(hint, "Tensor?")
         arguments.append(f"{kind} {name}")
     return ", ".join(arguments)
 
 
-def decode_operator(
+def inference_operator(
     name: str, module: str, inputs: type | str, outputs: Callable[..., Any],
     mutates: tuple[str, ...] = (), returns: str = "Tensor",
 ) -> Any:  # fmt: skip

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from m1.ops import reference
-from m1.ops.backend import Backend, choose, decode_operator
+from m1.ops.backend import Backend, choose, inference_operator
 from m1.ops.shapes import KERNEL_FLOATS, Shapes
 
 CHECK = Shapes("add_rms_norm", hidden="rows H", update="rows H: as hidden or None", weight="H: as hidden")
@@ -61,9 +61,9 @@ def _limits(rows: Tensor, width: int) -> dict[str, bool]:
 
 
 ARGUMENTS = "Tensor(a!) hidden, Tensor? update, Tensor weight, float eps"
-_add_rms_norm = decode_operator(
+_add_rms_norm = inference_operator(
     "add_rms_norm", "elementwise", ARGUMENTS, lambda hidden, *rest: torch.empty_like(hidden)
 )
-_swiglu = decode_operator(
+_swiglu = inference_operator(
     "swiglu", "elementwise", "Tensor gate_up", lambda rows: rows.new_empty(len(rows), rows.shape[1] // 2)
 )

@@ -6,7 +6,7 @@ the activations. A decode step updates conv_state in place, so it keeps its own 
 contiguous, and every tensor except the activations is contiguous as a whole.
 
 Shape letters: b sequences, T tokens, D inner channels, X channels of x and B, N states per channel, K convolution taps,
-S slots; for Mamba-2, P channels per head.
+S slots, c chunks of prompts; for Mamba-2, P channels per head.
 """
 
 from typing import Annotated, NamedTuple
@@ -111,6 +111,38 @@ class StepInputs(NamedTuple):
     slots: Annotated[Tensor, "b: int or None"]
 
 
+class PrefillInputs(NamedTuple):
+    """The tensors that `prefill_scan` takes: chunks of several prompts in a Mamba-1 layer, one after another.
+
+    Fields without a description are as in `ScanInputs`, without the dimension b.
+
+    Attributes:
+        z, C, dt: [T, D].
+        x, B: [T, X].
+        A, D, conv_weight, conv_bias: [D, N], [D], [D, K], [D].
+        conv_state: [S, X, K-1] last convolution inputs of each slot, oldest first. Updated in place.
+        ssm_state: [S, D, N] float32, recurrent state of each slot. Updated in place.
+        slots: [c] integers, the slot of each chunk; negative means none. Kernels get int64.
+        cu_seqlens: [c+1] integers; chunk j is tokens cu_seqlens[j] to cu_seqlens[j + 1]. Kernels get int64.
+        max_length: at least the length of the longest chunk.
+    """
+
+    z: Annotated[Tensor, "T D"]
+    x: Annotated[Tensor, "T X"]
+    B: Annotated[Tensor, "T X"]
+    C: Annotated[Tensor, "T D"]
+    dt: Annotated[Tensor, "T D"]
+    A: Annotated[Tensor, "D N"]
+    D: Annotated[Tensor, "D"]
+    conv_weight: Annotated[Tensor, "D K"]
+    conv_bias: Annotated[Tensor, "D"]
+    conv_state: Annotated[Tensor, "S X K-1"]
+    ssm_state: Annotated[Tensor, "S D N: float32"]
+    slots: Annotated[Tensor, "c: int"]
+    cu_seqlens: Annotated[Tensor, "c+1: int"]
+    max_length: int
+
+
 class SSDStepInputs(NamedTuple):
     """The tensors that `ssd_update` takes: one decode step of a Mamba-2 layer for b sequences.
 
@@ -136,3 +168,30 @@ class SSDStepInputs(NamedTuple):
     conv_state: Annotated[Tensor, "S channels K-1"]
     ssm_state: Annotated[Tensor, "S heads P N: float32"]
     slots: Annotated[Tensor, "b: int or None"]
+
+
+class SSDPrefillInputs(NamedTuple):
+    """The tensors that `prefill_ssd` takes: chunks of several prompts in a Mamba-2 layer, one after another.
+
+    Fields are as in `SSDStepInputs` and, from slots on, in `PrefillInputs`.
+
+    Attributes:
+        xBC: [T, channels].
+        dt: [T, heads].
+        A, D, conv_weight, conv_bias: [heads], [heads], [channels, K], [channels].
+        conv_state: [S, channels, K-1]. Updated in place.
+        ssm_state: [S, heads, P, N] float32. Updated in place.
+        slots, cu_seqlens, max_length: [c], [c+1], a number.
+    """
+
+    xBC: Annotated[Tensor, "T channels"]
+    dt: Annotated[Tensor, "T heads"]
+    A: Annotated[Tensor, "heads"]
+    D: Annotated[Tensor, "heads"]
+    conv_weight: Annotated[Tensor, "channels K"]
+    conv_bias: Annotated[Tensor, "channels"]
+    conv_state: Annotated[Tensor, "S channels K-1"]
+    ssm_state: Annotated[Tensor, "S heads P N: float32"]
+    slots: Annotated[Tensor, "c: int"]
+    cu_seqlens: Annotated[Tensor, "c+1: int"]
+    max_length: int

@@ -32,7 +32,7 @@ class PackedLinear(nn.Module):
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, backend: Backend = "auto", int8: bool = False):
-        """Packs the weights in their own dtype. They must not change afterwards.
+        """Packs the weights in their own dtype. `load` takes new ones.
 
         Args:
             weight: [out, in] float32, bfloat16 or float16.
@@ -47,19 +47,31 @@ class PackedLinear(nn.Module):
         super().__init__()
         CHECK(weight, bias)
         self.out_features, self.in_features = weight.shape
-        self.dtype, self.device = weight.dtype, weight.device
+        self.dtype, self.device, self.int8 = weight.dtype, weight.device, int8
         own = own_backend(self.device.type) if backend == "auto" else backend
         limits = {"a Triton kernel, and there is none: choose 'auto'": own != "triton"}
+        self.backend = choose("PackedLinear", backend, weight, limits)
+        self._multiply: Callable[[Tensor], Tensor]
+        self._used: tuple[Tensor, Tensor | None] | None = None  # the weights that torch multiplies with
+        self.load(weight, bias)
+
+    def load(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        """Takes other weights of the same shapes and dtype. CUDA graphs that use the layer go on with them."""
         weight, bias = weight.detach(), None if bias is None else bias.detach()
         scale = None
-        if int8:
+        if self.int8:
             weight, scale = reference.quantize_outputs(weight)
-        self._multiply: Callable[[Tensor], Tensor]
-        if choose("PackedLinear", backend, weight, limits) == "reference":
-            weight = weight if scale is None else (weight * scale[:, None]).to(self.dtype)
-            self._multiply = partial(_multiply_by_torch, weight, bias)
-        else:
+        if self.backend == "cpu":
             self._multiply = kernels("cpu", "linear").pack(weight, bias, scale)
+            return
+        weight = weight if scale is None else (weight * scale[:, None]).to(self.dtype)
+        if self._used is None:
+            self._used = weight, bias
+            self._multiply = partial(_multiply_by_torch, weight, bias)
+        else:  # in place: a graph reads these tensors
+            for used, new in zip(self._used, (weight, bias), strict=True):
+                if used is not None and new is not None and used is not new:
+                    used.copy_(new)
 
     def forward(self, x: Tensor) -> Tensor:
         """Applies the layer.

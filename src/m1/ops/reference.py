@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from m1.ops.inputs import ScanInputs, SSDStepInputs, StepInputs
+from m1.ops.chunks import bounds
+from m1.ops.inputs import PrefillInputs, ScanInputs, SSDPrefillInputs, SSDStepInputs, StepInputs
 
 
 def starts_document(seq_idx: Tensor, t: int) -> Tensor:
@@ -121,6 +122,31 @@ def ssd_update(inputs: SSDStepInputs) -> Tensor:
     return xBC.new_zeros(len(xBC), heads, P).index_copy(0, rows, y[:, 0].to(xBC.dtype))
 
 
+def prefill_scan(inputs: PrefillInputs) -> Tensor:
+    """`selective_scan` of each chunk alone. It continues and updates the states of the chunk's slot."""
+    z, x, *_, conv_state, ssm_state, slots, cu_seqlens, _ = inputs
+    y = torch.zeros_like(z)
+    for slot, (first, end) in zip(slots.tolist(), bounds(cu_seqlens), strict=True):
+        if slot >= 0 and first < end:
+            tokens = [t[None, first:end] for t in inputs[:5]]
+            scan = ScanInputs._make([*tokens, *inputs[5:9], None, conv_state[slot, None], ssm_state[slot, None]])
+            y[first:end], ssm_state[slot] = (t[0] for t in selective_scan(scan))
+            for t in range(first, end):
+                conv_state[slot] = shifted(conv_state[slot, None], x[t, None])[0]
+    return y
+
+
+def prefill_ssd(inputs: SSDPrefillInputs) -> Tensor:
+    """`ssd_update` of the tokens of each chunk, one after another. y is float32."""
+    xBC, dt, *rest, slots, cu_seqlens, _ = inputs
+    ssm_state = inputs.ssm_state
+    y = ssm_state.new_zeros(len(xBC), *ssm_state.shape[1:3])
+    for slot, (first, end) in zip(slots[:, None], bounds(cu_seqlens), strict=True):
+        for t in range(first, end):
+            y[t] = ssd_update(SSDStepInputs._make([xBC[t, None].float(), dt[t, None], *rest, slot]))[0]
+    return y
+
+
 def occupied(slots: Tensor) -> tuple[Tensor, Tensor]:
     """The indices of the rows that have a slot, and those slots. A negative slot means no slot."""
     rows = (slots >= 0).nonzero().flatten()
@@ -133,17 +159,44 @@ def shifted(conv_state: Tensor, tokens: Tensor) -> Tensor:
 
 
 def decode_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, slots: Tensor, scale: float
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, page_table: Tensor, slots: Tensor, scale: float
 ) -> Tensor:
     """softmax(scale q k^T) v over the first `length` keys of each row's slot. Zero when there are none."""
-    rep = q.shape[1] // k_cache.shape[1]
     out = torch.zeros_like(q)
     for row, (slot, length) in enumerate(zip(slots.tolist(), lengths.tolist(), strict=True)):
         if slot >= 0 and length > 0:
-            k, v = (t[slot, :, :length].float().repeat_interleave(rep, dim=0) for t in (k_cache, v_cache))
-            weights = torch.softmax(scale * torch.einsum("hd,hld->hl", q[row].float(), k), dim=-1)
-            out[row] = torch.einsum("hl,hld->hd", weights, v).to(q.dtype)
+            k, v = (keys_of(t, page_table[slot], length) for t in (k_cache, v_cache))
+            out[row] = attention(q[row, None], k, v, scale)[0].to(q.dtype)
     return out
+
+
+def prefill_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, starts: Tensor, cu_seqlens: Tensor, page_table: Tensor, slots: Tensor,
+    scale: float,
+) -> Tensor:  # fmt: skip
+    """Causal softmax(scale q k^T) v of each chunk over the keys of its slot, its own and earlier ones."""
+    out = torch.zeros_like(q)
+    for slot, start, (first, end) in zip(slots.tolist(), starts.tolist(), bounds(cu_seqlens), strict=True):
+        if slot >= 0 and first < end:
+            k, v = (keys_of(t, page_table[slot], start + end - first) for t in (k_cache, v_cache))
+            out[first:end] = attention(q[first:end], k, v, scale).to(q.dtype)
+    return out
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Causal softmax(scale q k^T) v in float32: queries [T, heads, d] of the last T of the keys [kv_heads, L, d]."""
+    T, heads, _ = q.shape
+    kv_heads, L, _ = k.shape
+    k, v = (t.float().repeat_interleave(heads // kv_heads, dim=0) for t in (k, v))
+    after = torch.ones(T, L, dtype=torch.bool, device=q.device).triu(L - T + 1)
+    scores = scale * torch.einsum("thd,hld->htl", q.float(), k)
+    return torch.einsum("htl,hld->thd", torch.softmax(scores.masked_fill(after, -torch.inf), dim=-1), v)
+
+
+def keys_of(cache: Tensor, pages: Tensor, length: int) -> Tensor:
+    """The first `length` keys [kv_heads, length, head_dim] in the pages of one slot."""
+    used = -(-length // cache.shape[2])
+    return cache.index_select(0, pages[:used]).transpose(0, 1).flatten(1, 2)[:, :length]
 
 
 def add_rms_norm(hidden: Tensor, update: Tensor | None, weight: Tensor, eps: float) -> Tensor:
@@ -179,3 +232,24 @@ def quantize_outputs(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Rounds weight [out, in] to int8 in -127..127, with a float32 scale [out] per output: weight ~ int8 * scale."""
     scale = weight.float().abs().amax(dim=1).clamp(min=1e-30) / 127
     return (weight.float() / scale[:, None]).round().to(torch.int8), scale
+
+
+def rotate_and_cache(
+    qkv: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor, slots: Tensor,
+    positions: Tensor,
+) -> Tensor:  # fmt: skip
+    """The specification of ops/rotary.py."""
+    kv_heads, page_size = k_cache.shape[1:3]
+    q_heads = qkv.shape[1] - 2 * kv_heads
+    qk, values = qkv.split([q_heads + kv_heads, kv_heads], dim=1)
+    first, second = qk.chunk(2, dim=-1)
+    dtype = torch.promote_types(qkv.dtype, torch.float32)
+    cos, sin = cos.to(dtype)[:, None], sin.to(dtype)[:, None]
+    rotated = (qk.to(dtype) * cos + torch.cat([-second, first], dim=-1).to(dtype) * sin).to(qkv.dtype)
+    queries, keys = rotated.split([q_heads, kv_heads], dim=1)
+    kept = slots >= 0
+    if not kept.all():
+        slots, positions, keys, values = (t[kept] for t in (slots, positions, keys, values))
+    pages, places = page_table[slots.long(), positions // page_size].long(), positions.long() % page_size
+    k_cache[pages, :, places], v_cache[pages, :, places] = keys, values
+    return queries

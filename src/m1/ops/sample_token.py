@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from m1.ops import reference
-from m1.ops.backend import Backend, choose, decode_operator
+from m1.ops.backend import Backend, choose, inference_operator
 from m1.ops.shapes import KERNEL_FLOATS, Shapes
 
 CHECK = Shapes(
@@ -47,4 +47,4 @@ def _new_outputs(logits: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
 
 
 ARGUMENTS = "Tensor logits, Tensor uniform, Tensor temperature"
-_sample_token = decode_operator("sample_token", "sample_token", ARGUMENTS, _new_outputs, returns="(Tensor, Tensor)")
+_sample_token = inference_operator("sample_token", "sample_token", ARGUMENTS, _new_outputs, returns="(Tensor, Tensor)")

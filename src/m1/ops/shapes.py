@@ -5,6 +5,7 @@ torch.compile traces it. So a declaration is compiled to straight-line Python, a
 """
 
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn, get_type_hints
 
@@ -24,7 +25,8 @@ DTYPES = {  # the most frequent first, as the check searches in order
 
 def declared(inputs: type) -> dict[str, str]:
     """The declarations in the annotations of a NamedTuple of tensors, by field name, as arguments for `Shapes`."""
-    return {name: hint.__metadata__[0] for name, hint in get_type_hints(inputs, include_extras=True).items()}
+    hints = get_type_hints(inputs, include_extras=True)
+    return {name: hint.__metadata__[0] for name, hint in hints.items() if hint is not int}
 
 
 class Argument(NamedTuple):
@@ -33,7 +35,7 @@ class Argument(NamedTuple):
     Attributes:
         name: name of the argument, for error messages.
         text: its shape in words, such as "[b, K-1]", for error messages.
-        sizes: one pair per dimension: the name of a size, or a number, and what is subtracted from it.
+        sizes: one pair per dimension: the name of a size, or a number, and what is added to it.
         dtype: the allowed dtypes, a key of DTYPES.
         like: name of the argument that must have the same dtype, or "".
         optional: whether the argument may be None.
@@ -53,9 +55,10 @@ class Shapes:
         CHECK = Shapes("scale", x="b D", factor="D: float32", slots="b: int or None", where={"D must be even": even})
         CHECK(x, factor, None)  # in the declared order
 
-    A declaration lists the sizes, then the dtype after a colon. A size is a name, a number, or a name minus a number
-    (K-1). A name stands for the same number in all arguments. The dtype is a key of DTYPES or `as` and the name of an
-    earlier argument; the default is "float". `or None` makes an argument optional. All tensors must be on one device.
+    A declaration lists the sizes, then the dtype after a colon. A size is a name, a number, or a name and a number that
+    is added or subtracted (K-1). A name stands for the same number in all arguments. The dtype is a key of DTYPES or
+    `as` and the name of an earlier argument; the default is "float". `or None` makes an argument optional. All tensors
+    must be on one device.
 
     Args:
         op: name of the op in error messages.
@@ -94,9 +97,9 @@ class Shapes:
             scope[f"{tensor}_dtypes"] = DTYPES[dtype]
             tests = [f"{tensor}.device == device", f"{tensor}.dtype in {tensor}_dtypes"]
             tests += [f"{tensor}.dtype is {tensors[like]}.dtype"] if like else []
-            for variable, (size, less) in zip(own, sizes, strict=True):
-                known = size if size.isdecimal() else variables.setdefault(size, f"({variable} + {less})")
-                tests.append(f"{variable} + {less} == {known}")
+            for variable, (size, more) in zip(own, sizes, strict=True):
+                known = size if size.isdecimal() else variables.setdefault(size, f"({variable} - {more})")
+                tests.append(f"{variable} - {more} == {known}")
             lines.append(f" if {tensor} is not None:" if optional else " if True:")
             lines += [f"  {', '.join(own)}, = {tensor}.shape", f"  if not ({' and '.join(tests)}): return False"]
         for i, (_, rule, names) in enumerate(self.rules):
@@ -118,10 +121,10 @@ class Shapes:
                 raise ValueError(f"{self.op}: {name} is None, but must be {text}")
             device = device or tensor.device
             known = [f"{size} from {sources[size]}" for size, _ in declared if size in sources]
-            for (size, less), length in zip(declared, tensor.shape, strict=False):
-                sizes.setdefault(size, int(size) if size.isdecimal() else length + less)
+            for (size, more), length in zip(declared, tensor.shape, strict=False):
+                sizes.setdefault(size, int(size) if size.isdecimal() else length - more)
                 sources.setdefault(size, name)
-            expected = [sizes[size] - less for size, less in declared if size in sizes]
+            expected = [sizes[size] + more for size, more in declared if size in sizes]
             dtypes = (given[like].dtype,) if like else DTYPES[dtype]
             fits = tensor.dim() == len(declared) and list(tensor.shape) == expected
             if not fits or tensor.dtype not in dtypes or tensor.device != device:
@@ -140,8 +143,8 @@ def _parsed(name: str, declaration: str) -> Argument:
     text = declaration.removesuffix(" or None")
     shape, _, dtype = text.partition(": ")
     like = dtype.removeprefix("as ") if dtype.startswith("as ") else ""
-    parts = [size.partition("-") for size in shape.split()]
-    sizes = [(size, int(less or 0)) for size, _, less in parts]
+    parts = [re.fullmatch(r"(\w+)([+-]\d+)?", size) for size in shape.split()]
+    sizes = [(part[1], int(part[2] or 0)) for part in parts if part]
     dtype = "float" if like or not dtype else dtype
     return Argument(name, f"[{', '.join(shape.split())}]", sizes, dtype, like, text != declaration)
 

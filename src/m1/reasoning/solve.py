@@ -13,7 +13,7 @@ from m1.reasoning.budget import Budget, Timer, timed
 from m1.reasoning.solution import Solution, VotedSample
 from m1.reasoning.verifier import Weights, bound_of, weigh
 from m1.reasoning.voting import vote
-from m1.tasks.prompts import MATH_PROMPT
+from m1.tasks.prompts import MATH, ProblemPrompt
 
 
 def solve(
@@ -23,14 +23,14 @@ def solve(
     params: SamplingParams,
     budget: Budget,
     weights: Weights = "uniform",
-    prompt_template: str = MATH_PROMPT,
+    prompt: ProblemPrompt = MATH,
     on_step: Callable[[Solution], None] = lambda solution: None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Solution:
     """Draws samples of a problem until the budget stops them, and votes over their answers.
 
     Unfinished samples are aborted when the budget's rule applies or its seconds are over. The time is checked before
-    every engine step, so the budget is exceeded by one step at most.
+    every engine step, so the budget is exceeded by one step at most, on a GPU by two.
 
     The clock includes grading. A sample that finishes in the last, late step is compared only as text. The clock also
     includes the verifier, whose calls can't be interrupted. A call that began in time is waited for, and samples that
@@ -40,8 +40,8 @@ def solve(
         problem: the question, as a user would type it.
         params: of each sample. The budget sets the number of samples.
         weights: of the votes; see verifier.py.
-        prompt_template: the user message, with {problem} in it. The default asks for the answer in a \\boxed{}, which
-            is where votes are read from. A model trained on other prompts needs its own.
+        prompt: makes the chat messages. The default asks for the answer in a \\boxed{}, which is where votes are read
+            from. A model trained on other prompts needs its own.
         on_step: called after every step with the solution so far. The clock includes it.
         clock: returns the current time in seconds; tests replace it.
 
@@ -49,8 +49,8 @@ def solve(
         UserError: the engine refuses the prompt, a verifier's score is invalid, or the rule is "decided" and the
             verifier's scores have no known bound.
     """
-    prompt = llm.encode([{"role": "user", "content": prompt_template.replace("{problem}", problem)}])
-    engine = llm.engine_for([prompt], params.max_tokens)
+    tokens = llm.encode(prompt.messages(problem))
+    engine = llm.engine_for([tokens], params.max_tokens)
     timer, bound, solution = Timer(budget.seconds, clock), bound_of(weights), Solution()
     if budget.rule == "decided" and bound is None:
         raise UserError(
@@ -63,7 +63,7 @@ def solve(
     with closing(engine.run(requests)) as steps:
         while not solution.reason and timer.left() > 0:
             if wave := _wave(engine, budget, requests):
-                requests.append(Request(prompt, replace(params, n=wave, seed=fold_in(params.seed, len(requests)))))
+                requests.append(Request(tokens, replace(params, n=wave, seed=fold_in(params.seed, len(requests)))))
                 solution.sequences += requests[-1].sequences
             if ended := [_read(sequence, llm, timer.spent()) for sequence in next(steps)]:
                 if not callable(weights) or timer.left() > 0:

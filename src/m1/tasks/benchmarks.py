@@ -2,12 +2,14 @@ r"""Loads the problems of a task: generated chain problems, or a benchmark from 
 
 Rows of a file are {"id", "problem", "answer"}. "answers" may list several spellings of one gold; any of them is right.
 Other column names of published data sets are known, too. The problem may be called `question`. The gold may be `answer`
-(in GSM8K a worked solution that ends in "#### 18"), `final_answer`, or the last \boxed{} of `solution`.
+(in GSM8K a worked solution that ends in "#### 18"), `final_answer`, or the last \boxed{} of `solution`. `Columns`
+names other columns. Your own problems may have any task name.
 """
 
 import re
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 from m1.errors import UserError
 from m1.grading import extract_answer
 from m1.jsonl import read_jsonl
+from m1.options import option
 from m1.tasks.chain import ChainSizes, chain_problems
 from m1.tasks.problem import Problem, problem_and_golds
 
@@ -28,6 +31,7 @@ HUB = {  # default source of each benchmark
     "gsm8k": "openai/gsm8k/main:test",
 }
 TASKS = ("chain", *HUB)
+TASK_NAME = re.compile(r"[\w.-]*\w[\w.-]*")  # used as a folder name
 HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+?)(/(?P<config>[\w.-]+))?(:(?P<split>[\w.-]+))?")
 FILE_ENDINGS = (".jsonl", ".json", ".txt", ".csv", ".parquet")  # a name with such an ending means a file
 ID_COLUMNS = ("id", "unique_id")
@@ -35,23 +39,43 @@ PROBLEM_COLUMNS = ("problem", "question")
 GOLD_COLUMNS = ("answers", "answer", "final_answer", "solution")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """The names of a data set's columns. When None, the known names are tried."""
+
+    problem_column: str | None = option(None, "Column of the data with the problem. Default: problem or question.")
+    answer_column: str | None = option(
+        None, "Column with the gold. Default: answers, answer, final_answer or the last box of solution."
+    )
+    id_column: str | None = option(None, "Column with the problem's id. Default: id or unique_id, else its number.")
+
+
 def load_task(
-    task: str, data: str | Path | None, limit: int | None = None, sizes: ChainSizes | None = None, seed: int = 0
+    task: str,
+    data: str | Path | None,
+    limit: int | None = None,
+    sizes: ChainSizes | None = None,
+    seed: int = 0,
+    columns: Columns | None = None,
 ) -> list[Problem]:
     """Loads the first `limit` problems of a task, or generates `limit` held-out chain problems.
 
     Args:
-        task: one of TASKS.
+        task: one of TASKS, or with `data` any name of letters, digits and . - _
         data: a JSONL file, or a data set for `datasets.load_dataset`: org/name[/config][:split] on the Hub, or
             FOLDER[:split]. The default split is "test". The default data is the task's entry in HUB.
         limit: maximum number of problems. When None, all of a benchmark, or 200 chain problems.
         sizes: of generated chain problems.
         seed: of generated chain problems.
+        columns: names of the data's columns.
 
     Raises:
         UserError: an unknown task, missing or unreadable data, a row without problem or gold, a repeated id.
     """
-    check_task(task)
+    if task not in TASKS and data is None:
+        raise UserError(f"unknown task {task!r}; known: {', '.join(TASKS)}; other names need --data")
+    if not TASK_NAME.fullmatch(task):
+        raise UserError(f"task {task!r}: a name has letters, digits and . - _ only")
     if limit is not None and limit < 1:
         raise UserError(f"limit={limit}: need at least one problem")
     if task == "chain" and data is None:
@@ -60,7 +84,7 @@ def load_task(
     source = HUB[task] if data is None else str(data)
     rows = _rows(source, f"task {task!r} needs --data FILE.jsonl: " if data is None else "")
     problems = [
-        _problem(row, f"{task}/{number}", f"{source}, row {number}")
+        _problem(row, f"{task}/{number}", f"{source}, row {number}", columns or Columns())
         for number, row in enumerate(islice(rows, limit), start=1)
     ]
     if not problems:
@@ -69,12 +93,6 @@ def load_task(
     if repeated:
         raise UserError(f"{source}: the id {repeated[0]!r} is used more than once; ids must be unique")
     return problems
-
-
-def check_task(task: str) -> None:
-    """Raises UserError for an unknown task."""
-    if task not in TASKS:
-        raise UserError(f"unknown task {task!r}; known: {', '.join(TASKS)}")
 
 
 def _rows(source: str, advice: str) -> Iterable[dict[str, Any]]:
@@ -97,13 +115,23 @@ def _dataset(name: str, config: str | None, split: str | None, advice: str) -> I
         raise UserError(f"{advice}can't load the data set {name} ({text})") from None
 
 
-def _problem(row: dict[str, Any], default_id: str, where: str) -> Problem:
-    """Makes a problem from a row with any of the known column names. Raises UserError naming `where`."""
-    id_ = next((row[name] for name in ID_COLUMNS if row.get(name) is not None), default_id)
-    text = next((row[name] for name in PROBLEM_COLUMNS if name in row), None)
-    column = next((name for name in GOLD_COLUMNS if row.get(name) not in (None, [])), None)
-    renamed = {**row, "problem": text, "answers": _golds(column, row[column])} if text and column else row
-    text, golds = problem_and_golds(renamed, where)
+def _problem(row: dict[str, Any], default_id: str, where: str, columns: Columns) -> Problem:
+    """Makes a problem from a row. Raises UserError naming `where`."""
+
+    def find(own: str | None, known: tuple[str, ...]) -> str | None:
+        """The user's own column, or the first known one with a value."""
+        found = next((name for name in ([own] if own else known) if row.get(name) not in (None, [])), None)
+        if own and not found:
+            raise UserError(f"{where}: has nothing in column {own!r}; its columns are {sorted(row)}")
+        return found
+
+    id_column = find(columns.id_column, ID_COLUMNS)
+    problem_column = find(columns.problem_column, PROBLEM_COLUMNS)
+    gold_column = find(columns.answer_column, GOLD_COLUMNS)
+    id_ = row[id_column] if id_column else default_id
+    if problem_column and gold_column:
+        row = {**row, "problem": row[problem_column], "answers": _golds(gold_column, row[gold_column])}
+    text, golds = problem_and_golds(row, where)
     try:
         "".join([text, *golds]).encode()
     except UnicodeEncodeError:

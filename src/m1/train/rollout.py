@@ -34,6 +34,7 @@ class EngineRollouts:
     def __init__(self, max_num_seqs: int):
         self.max_num_seqs = max_num_seqs
         self.checked = False
+        self.llm: LLM | None = None
 
     def __call__(self, prompts: list[Any], trainer: GRPOTrainer) -> dict[str, list]:
         args = trainer.args
@@ -50,8 +51,10 @@ class EngineRollouts:
             top_k=args.top_k or 0,
             seed=(args.seed + trainer.state.global_step) * 1009 + trainer.accelerator.process_index,
         )
-        llm = LLM(model, trainer.processing_class, trainer.eos_token_ids, max_num_seqs=self.max_num_seqs)
-        sequences = llm.engine_for(rendered, params.max_tokens).generate(rendered[::n], params)
+        if self.llm is None:
+            self.llm = LLM(model, trainer.processing_class, trainer.eos_token_ids, max_num_seqs=self.max_num_seqs)
+        self.llm.reload_weights()
+        sequences = self.llm.engine_for(rendered, params.max_tokens).generate(rendered[::n], params)
         if not self.checked:
             check_parity(model, rendered, sequences, args.temperature)
             self.checked = True

@@ -1,7 +1,7 @@
-// Attention of one new query per head over the keys and values in a slot. The specification is decode_attention in
-// ops/reference.py.
+// Attention of one new query per head over the keys and values in a slot's pages. The specification is decode_attention
+// in ops/reference.py.
 //
-// Keys are split into parts of PART keys. A part's keys and values fit in the L1 cache while the query heads of its
+// Keys are split into parts of PART keys, or of a page's if those are fewer. So a part never crosses a page. A part's keys and values fit in the L1 cache while the query heads of its
 // group share them, so each byte is read from memory once. Each part produces a maximum, a sum and weighted values.
 // They are merged in order, so the result depends only on the row itself.
 
@@ -18,14 +18,15 @@ using namespace m1;
 constexpr int PART = 128;  // keys
 constexpr int QUERIES = 4; // heads of a group processed together; a larger group rereads its part from the cache
 
-struct Cache {  // element (slot, head, token, i) is at slot * slot_stride + head * head_stride + token * stride + i
+struct Cache {  // element (page, head, token, i) is at page * page_stride + head * head_stride + token * stride + i
   const void* data;
-  int64_t slot_stride, head_stride, stride;
+  int64_t page_stride, head_stride, stride;
 };
 
 struct Attention {
-  int64_t rows, slot_count, capacity, heads, kv_heads, head_dim, dtype;
+  int64_t rows, slot_count, slot_pages, page_count, page, heads, kv_heads, head_dim, dtype;
   const int64_t *slots, *lengths;  // [rows]
+  const int32_t* page_table;       // [slot_count, slot_pages]
   const float* q;                  // [rows, heads, head_dim], scaled by log2(e) and the softmax scale
   Cache k, v;
   void* out;                       // [rows, heads, head_dim]
@@ -134,13 +135,14 @@ struct Attend {
 
 template <class T>
 void decode(const Attention& p) {
+  const int64_t size = std::min<int64_t>(PART, p.page);
   const int64_t group = p.heads / p.kv_heads, width = p.head_dim + 2;  // per head of a part: values, maximum, sum
   std::vector<Part> parts;
   std::vector<int64_t> first_part(p.rows * p.kv_heads + 1);
   for (int64_t i = 0; i < p.rows; ++i)
     for (int64_t kv = 0; kv < p.kv_heads; ++kv) {
       first_part[i * p.kv_heads + kv] = parts.size();
-      for (int64_t first = 0; p.slots[i] >= 0 && first < p.lengths[i]; first += PART) parts.push_back({i, kv, first});
+      for (int64_t first = 0; p.slots[i] >= 0 && first < p.lengths[i]; first += size) parts.push_back({i, kv, first});
     }
   first_part.back() = parts.size();
   // Reused by later calls: allocating memory would take longer than writing to it.
@@ -157,10 +159,11 @@ void decode(const Attention& p) {
 #pragma omp for schedule(dynamic, 4)
     for (size_t index = 0; index < parts.size(); ++index) {
       const Part& part = parts[index];
-      const int64_t slot = p.slots[part.row];
-      const int count = (int)std::min<int64_t>(PART, p.lengths[part.row] - part.first);
+      const int64_t page = p.page_table[p.slots[part.row] * p.slot_pages + part.first / p.page];
+      const int count = (int)std::min<int64_t>(size, p.lengths[part.row] - part.first);
       const auto at = [&](const Cache& cache) {
-        return (const T*)cache.data + slot * cache.slot_stride + part.kv * cache.head_stride + part.first * cache.stride;
+        const int64_t in_page = part.kv * cache.head_stride + part.first % p.page * cache.stride;
+        return (const T*)cache.data + page * cache.page_stride + in_page;
       };
       float* values = results + index * group * width;
       float *maxima = values + group * p.head_dim, *sums = maxima + group;
@@ -204,12 +207,21 @@ void decode(const Attention& p) {
   }
 }
 
+bool exists(const Attention& p, int64_t row) {
+  const int64_t slot = p.slots[row], length = p.lengths[row];
+  if (slot >= p.slot_count || length < 0 || length > p.slot_pages * p.page) return false;
+  if (slot < 0) return true;
+  const int32_t* pages = p.page_table + slot * p.slot_pages;
+  return std::all_of(pages, pages + (length + p.page - 1) / p.page,
+                     [&](int32_t page) { return page >= 0 && page < p.page_count; });
+}
+
 }  // namespace
 
-// Returns -1, or the first row whose slot or length is out of range, in which case nothing was written.
+// Returns -1, or the first row whose slot, length or pages are out of range, in which case nothing was written.
 extern "C" int64_t m1_decode_attention(const Attention* p) {
   for (int64_t i = 0; i < p->rows; ++i)
-    if (p->slots[i] >= p->slot_count || p->lengths[i] < 0 || p->lengths[i] > p->capacity) return i;
+    if (!exists(*p, i)) return i;
   with_type(p->dtype, [&](auto t) { decode<decltype(t)>(*p); });
   return -1;
 }

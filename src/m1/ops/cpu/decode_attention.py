@@ -9,17 +9,19 @@ from m1.ops.cpu import ELEMENTS
 
 
 def decode_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, slots: Tensor, scale: float, out: Tensor
-) -> None:
-    """Fills out. Raises IndexError, before any change, if a slot or a length is out of range."""
-    S, kv_heads, L, _ = k_cache.shape
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, page_table: Tensor, slots: Tensor, scale: float,
+    out: Tensor,
+) -> None:  # fmt: skip
+    """Fills out. Raises IndexError, before any change, if a slot, a length or a page is out of range."""
+    (S, M), (pages, kv_heads, page, _) = page_table.shape, k_cache.shape
     scaled = (q.float() * (scale * math.log2(math.e))).contiguous()
-    sizes = [q.shape[0], S, L, q.shape[1], kv_heads, q.shape[2], ELEMENTS[q.dtype]]
+    sizes = [q.shape[0], S, M, pages, page, q.shape[1], kv_heads, q.shape[2], ELEMENTS[q.dtype]]
     caches = [*_cache(k_cache), *_cache(v_cache)]
-    bad_row = call("m1_decode_attention", *sizes, slots, lengths, scaled, *caches, out)
+    bad_row = call("m1_decode_attention", *sizes, slots, lengths, page_table, scaled, *caches, out)
     if bad_row >= 0:
         slot, length = int(slots[bad_row]), int(lengths[bad_row])
-        raise IndexError(f"row {bad_row} has slot {slot} and {length} keys, but there are {S} slots of {L} keys")
+        limits = f"{S} slots of {M * page} keys, in {pages} pages"
+        raise IndexError(f"row {bad_row} has slot {slot} and {length} keys, but there are {limits}")
 
 
 def _cache(t: Tensor) -> list[Tensor | int]:

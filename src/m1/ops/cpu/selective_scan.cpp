@@ -35,6 +35,11 @@ struct Inputs {
   const float *taps, *bias;        // [TAPS, D] oldest first, [D]
   const int32_t* seq_idx;          // [b, T] or null
   const void* conv_state;          // [b, 16 kv_groups, HALO] oldest first, or null
+  const int64_t *cu_seqlens, *slots;  // [b+1], [b]; null unless sequences have lengths and states in slots, [slots, ...]
+
+  int64_t start(int64_t i) const { return cu_seqlens ? cu_seqlens[i] : i * length; }  // the sequence's first token
+  int64_t tokens(int64_t i) const { return cu_seqlens ? cu_seqlens[i + 1] - cu_seqlens[i] : length; }
+  int64_t slot(int64_t i) const { return slots ? slots[i] : i; }  // the place of its states
 };
 
 struct Forward {
@@ -42,6 +47,7 @@ struct Forward {
   const float* ssm_state;    // [b, D, 16] or null
   void* y;                   // [b, T, D]
   float *ssm_last, *saved;   // [b, D, 16]; [b, chunks, groups, n, channel] or null
+  void* conv_last;           // as conv_state, or null
 };
 
 struct Backward {
@@ -64,7 +70,7 @@ void transposed(const float* from, float* to, float factor = 1.0f) {  // [16][16
 template <class T>
 struct Chunk {
   const Inputs& in;
-  const int64_t sequence, kv;
+  const int64_t start, length, slot, kv;
   const int32_t* const seq;
   int64_t first = 0;
   int count = 0;
@@ -74,10 +80,11 @@ struct Chunk {
   Rows B;
 
   Chunk(const Inputs& in, int64_t sequence, int64_t kv)
-      : in(in), sequence(sequence), kv(kv), seq(in.seq_idx ? in.seq_idx + sequence * in.length : nullptr) {}
+      : in(in), start(in.start(sequence)), length(in.tokens(sequence)), slot(in.slot(sequence)), kv(kv),
+        seq(in.seq_idx ? in.seq_idx + start : nullptr) {}
 
   const T* row(const Activation& a, int64_t t, int64_t group) const {
-    return (const T*)a.data + (sequence * in.length + t) * a.stride + group * N;
+    return (const T*)a.data + (start + t) * a.stride + group * N;
   }
 
   int32_t document(int64_t t) const { return seq[std::max<int64_t>(t, 0)]; }  // conv_state is in token 0's
@@ -94,8 +101,8 @@ struct Chunk {
 
   void enter(int64_t chunk) {
     first = chunk * CHUNK;
-    count = (int)std::min<int64_t>(CHUNK, in.length - first);
-    const int64_t of_kv = (sequence * in.kv_groups + kv) * N * HALO;
+    count = (int)std::min<int64_t>(CHUNK, length - first);
+    const int64_t of_kv = (slot * in.kv_groups + kv) * N * HALO;
     const T* conv_state = in.conv_state ? (const T*)in.conv_state + of_kv : nullptr;
     for (int j = -HALO; j < count; ++j) {
       const int64_t t = first + j;
@@ -114,7 +121,7 @@ struct Chunk {
 
   // Prefetches another chunk's activations: their addresses are too far apart for the hardware prefetcher.
   void prefetch(int64_t t, int64_t group) const {
-    if (t < 0 || t >= in.length) return;
+    if (t < 0 || t >= length) return;
     for (const Activation* a : {&in.z, &in.C, &in.dt}) __builtin_prefetch(row(*a, t, group));
     for (const Activation* a : {&in.x, &in.B}) __builtin_prefetch(row(*a, t, kv));
   }
@@ -161,16 +168,22 @@ void activate(const Chunk<T>& chunk, int64_t g, Group& out, Slopes* slopes) {
 template <class T>
 void forward(const Forward& p) {
   const Inputs& in = p.in;
-  const int64_t channels = in.groups * N, rep = in.groups / in.kv_groups, chunks = (in.length + CHUNK - 1) / CHUNK;
+  const int64_t channels = in.groups * N, rep = in.groups / in.kv_groups;
 #pragma omp parallel for collapse(2) schedule(dynamic)
   for (int64_t i = 0; i < in.batch; ++i) {
     for (int64_t kv = 0; kv < in.kv_groups; ++kv) {
       Chunk<T> chunk(in, i, kv);
+      const int64_t chunks = (chunk.length + CHUNK - 1) / CHUNK;
+      T* const y_start = (T*)p.y + chunk.start * channels + kv * rep * N;
+      if (chunk.slot < 0) {
+        for (int64_t t = 0; t < chunk.length; ++t) std::memset(y_start + t * channels, 0, rep * N * sizeof(T));
+        continue;
+      }
       Group group;
       std::vector<float> scratch(2 * rep * N * N);
       State* const A = (State*)scratch.data();  // times log2(e)
       State* const states = A + rep;
-      const int64_t of_kv = (i * channels + kv * rep * N) * N;
+      const int64_t of_kv = (chunk.slot * channels + kv * rep * N) * N;
       for (int64_t r = 0; r < rep; ++r) {
         transposed(in.A + (kv * rep + r) * N * N, A[r][0], LOG2E);
         if (p.ssm_state) transposed(p.ssm_state + of_kv + r * N * N, states[r][0]);
@@ -195,13 +208,19 @@ void forward(const Forward& p) {
                 h[n] = exp2_nonpositive(dt * load(A[r][n] + c)) * h[n] + dtu * chunk.B[j][n];
                 y += h[n] * group.C[j][n];
               }
-              store((T*)p.y + (i * in.length + chunk.first + j) * channels + g * N + c, y * load(group.gate[j] + c));
+              store(y_start + (chunk.first + j) * channels + r * N + c, y * load(group.gate[j] + c));
             }
             for (int n = 0; n < N; ++n) store(states[r][n] + c, h[n]);
           }
         }
       }
       for (int64_t r = 0; r < rep; ++r) transposed(states[r][0], p.ssm_last + of_kv + r * N * N);
+      if (!p.conv_last || !chunk.length) continue;
+      for (int k = 0; k < HALO; ++k) {
+        T column[N];
+        for (int c = 0; c < N; c += W) store(column + c, load(chunk.x[chunk.count + k] + c));
+        for (int c = 0; c < N; ++c) ((T*)p.conv_last)[((chunk.slot * in.kv_groups + kv) * N + c) * HALO + k] = column[c];
+      }
     }
   }
 }

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from m1.ops.build import call
 from m1.ops.cpu import ELEMENTS
-from m1.ops.inputs import ScanGradients, ScanInputs, ScanOutputs
+from m1.ops.inputs import PrefillInputs, ScanGradients, ScanInputs, ScanOutputs
 
 TAPS = 4  # the kernel's number of taps; a shorter convolution is padded with leading taps of 0
 
@@ -13,7 +13,19 @@ TAPS = 4  # the kernel's number of taps; a shorter convolution is padded with le
 def forward(inputs: ScanInputs, outputs: ScanOutputs) -> None:
     """Fills the outputs. A nonempty `saved` gets each group's state before each chunk, as [n, channel]."""
     saved = outputs.saved if outputs.saved.numel() else None
-    call("m1_selective_scan_forward", *_fields(inputs), inputs.ssm_state, outputs.y, outputs.ssm_state, saved)
+    call("m1_selective_scan_forward", *_fields(inputs), inputs.ssm_state, outputs.y, outputs.ssm_state, saved, None)
+
+
+def prefill_scan(inputs: PrefillInputs, y: Tensor) -> None:
+    """Updates the slots' states and fills y."""
+    conv_state, ssm_state, slots, cu_seqlens, _ = inputs[9:]
+    held = conv_state.to(inputs.x.dtype)  # a copy if the dtype isn't the activations'
+    activations = [t[None] for t in inputs[:5]]
+    fields = _fields(ScanInputs._make([*activations, *inputs[5:9], None, held, ssm_state]))
+    fields[0] = len(slots)
+    call("m1_selective_scan_forward", *fields[:-2], cu_seqlens, slots, ssm_state, y, ssm_state, None, held)
+    if held is not conv_state:
+        conv_state.copy_(held)
 
 
 def backward(inputs: ScanInputs, saved: Tensor, dy: Tensor, dssm_state: Tensor, gradients: ScanGradients) -> None:
@@ -36,13 +48,13 @@ def _fields(inputs: ScanInputs) -> list[Tensor | int | None]:
     z, x, B, C, dt, A, D, conv_weight, conv_bias, seq_idx, conv_state, _ = inputs
     missing = TAPS - conv_weight.shape[1]
     taps = F.pad(conv_weight, (missing, 0)).T.contiguous()
-    if conv_state is not None:
+    if conv_state is not None and missing:
         conv_state = F.pad(conv_state, (missing, 0))
     n = A.shape[1]
     fields: list[Tensor | int | None] = [*z.shape[:2], z.shape[2] // n, x.shape[2] // n, ELEMENTS[z.dtype]]
     for t in map(rows, (z, x, B, C, dt)):
         fields += [t, t.stride(1)]
-    return [*fields, A, D, taps, conv_bias, seq_idx, conv_state]
+    return [*fields, A, D, taps, conv_bias, seq_idx, conv_state, None, None]
 
 
 def rows(t: Tensor) -> Tensor:

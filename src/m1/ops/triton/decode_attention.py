@@ -1,7 +1,9 @@
-"""Decode attention on a GPU: split-KV flash-decoding for grouped queries.
+"""Decode attention on a GPU: split-KV flash-decoding for grouped queries, on keys in pages.
 
-In `_attend`, one program handles SPLIT keys of a row and KV head, and reads them once for all query heads of the group.
-`_merge` merges the parts of a row in order. SPLIT is fixed, so results are batch-invariant.
+In `_attend`, one program handles a part of the keys of a row and KV head, and reads them once for all query heads of
+the group. A part is one split of SPLIT keys, or several of a row with more than PARTS splits. So the buffers for
+the parts don't grow with the capacity. `_merge` merges the parts of a row in order. The parts depend on the row's own
+length only, so results are batch-invariant.
 """
 
 # ruff: noqa: ANN001, ANN202 (inside kernels everything is a tensor, a pointer or a constexpr)
@@ -16,29 +18,33 @@ from m1.ops.triton import LOG2_E
 # Fixed, not autotuned. On an H200 in bfloat16, with 1 to 64 sequences of 1024 to 16384 keys, other tiles, stages and
 # warps gain less than 3 %. SPLIT 512 is 5 % faster at 16384 keys but 18 % slower for a single sequence, and the split
 # must not depend on the batch.
-SPLIT = 256  # keys per program of _attend
+SPLIT = 256  # keys per split, or those of a page if fewer
+PARTS = 32  # maximum number of parts of a row
 TILE_BYTES, STAGES = 16384, 3  # bytes of keys, and of values, that _attend reads at a time; tiles in flight
-PARTS = 16  # parts that _merge reads at a time
+MERGED = 16  # parts that _merge reads at a time
 MIN_ROWS = 16  # minimum number of rows of an operand of tl.dot
 
 
 def decode_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, slots: Tensor, scale: float, out: Tensor
-) -> None:
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, page_table: Tensor, slots: Tensor, scale: float,
+    out: Tensor,
+) -> None:  # fmt: skip
     """Fills out [b, heads, head_dim]."""
     b, heads, head_dim = q.shape
-    kv_heads, L = k_cache.shape[1:3]
-    group, splits, width = heads // kv_heads, triton.cdiv(L, SPLIT), triton.next_power_of_2(head_dim)
-    parts = torch.empty(b, heads, splits, head_dim, dtype=torch.float32, device=q.device)
+    (kv_heads, page), M = k_cache.shape[1:3], page_table.shape[1]
+    split = min(SPLIT, page)
+    group, count, width = heads // kv_heads, min(triton.cdiv(M * page, split), PARTS), triton.next_power_of_2(head_dim)
+    parts = torch.empty(b, heads, count, head_dim, dtype=torch.float32, device=q.device)
     highest, weights = torch.empty_like(parts[..., 0]), torch.empty_like(parts[..., 0])
     q = q.contiguous()
     rows = max(triton.next_power_of_2(group), MIN_ROWS)
-    keys = min(max(TILE_BYTES // (width * q.element_size()), MIN_ROWS), SPLIT)
-    _attend[splits, kv_heads, b](
-        q, k_cache, v_cache, lengths, slots, parts, highest, weights, k_cache.stride()[:3], v_cache.stride()[:3],
-        scale, group, head_dim, rows, width, SPLIT, keys, num_stages=STAGES,
+    keys = min(TILE_BYTES // (width * q.element_size()), triton.next_power_of_2(split))
+    _attend[count, kv_heads, b](
+        q, k_cache, v_cache, lengths, page_table, slots, parts, highest, weights, k_cache.stride()[:3],
+        v_cache.stride()[:3], scale, group, head_dim, M, page, split, rows, width, max(keys, MIN_ROWS),
+        num_stages=STAGES,
     )  # fmt: skip
-    _merge[heads, b](parts, highest, weights, lengths, slots, out, splits, head_dim, width, SPLIT, PARTS, num_warps=1)
+    _merge[heads, b](parts, highest, weights, lengths, slots, out, count, head_dim, width, split, MERGED, num_warps=1)
 
 
 @triton.jit
@@ -48,37 +54,46 @@ def _keys(lengths, slots, row):
 
 
 @triton.jit
+def _splits_per_part(length, count, SPLIT: tl.constexpr):
+    """Number of splits in each of a row's `count` parts; the last ones may have fewer or none."""
+    return tl.cdiv(tl.cdiv(length, SPLIT), count)
+
+
+@triton.jit
 def _attend(
-    q, k_cache, v_cache, lengths, slots, parts, highest, weights, k_strides, v_strides, scale, group, head_dim,
-    ROWS: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr, KEYS: tl.constexpr,
+    q, k_cache, v_cache, lengths, page_table, slots, parts, highest, weights, k_strides, v_strides, scale, group,
+    head_dim, M, PAGE: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Attention over the keys of one split. Scores include a factor of log2(e), so weights are 2^(score - highest).
+    """Attention over the keys of one part. Scores include a factor of log2(e), so weights are 2^(score - highest).
 
     Writes per query head:
         parts: the weighted sum of the values.
         highest: the highest score.
         weights: the sum of the weights.
     """
-    split, kv_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    part, kv_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     slot, length = tl.load(slots + row), _keys(lengths, slots, row)
-    first = split * SPLIT
-    if first < length:
+    part_keys = _splits_per_part(length, tl.num_programs(0), SPLIT) * SPLIT
+    first, end = part * part_keys, tl.minimum((part + 1) * part_keys, length)
+    if first < end:
         member, feature = tl.arange(0, ROWS), tl.arange(0, WIDTH)
         heads = row * tl.num_programs(1) * group + kv_head * group + member
         in_group, in_head = member < group, feature < head_dim
         both = in_group[:, None] & in_head[None, :]
         queries = tl.load(q + heads[:, None] * head_dim + feature[None, :], mask=both, other=0.0)
-        k_cache += slot * k_strides[0] + kv_head * k_strides[1]
-        v_cache += slot * v_strides[0] + kv_head * v_strides[1]
         top = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         values = tl.zeros([ROWS, WIDTH], tl.float32)
-        for start in range(first, tl.minimum(first + SPLIT, length), KEYS):
-            key = start + tl.arange(0, KEYS)
-            exists = key < length
+        page_table += slot * M
+        page = tl.load(page_table + first // PAGE).to(tl.int64)
+        for start in range(first, end, KEYS):
+            keys = k_cache + page * k_strides[0] + kv_head * k_strides[1]
+            vectors = v_cache + page * v_strides[0] + kv_head * v_strides[1]
+            exists = start + tl.arange(0, KEYS) < end
             present = exists[:, None] & in_head[None, :]
-            k = tl.load(k_cache + key[:, None] * k_strides[2] + feature[None, :], mask=present, other=0.0)
-            v = tl.load(v_cache + key[:, None] * v_strides[2] + feature[None, :], mask=present, other=0.0)
+            key = start % PAGE + tl.arange(0, KEYS)
+            k = tl.load(keys + key[:, None] * k_strides[2] + feature[None, :], mask=present, other=0.0)
+            v = tl.load(vectors + key[:, None] * v_strides[2] + feature[None, :], mask=present, other=0.0)
             scores = tl.dot(queries, tl.trans(k), input_precision="ieee") * (scale * LOG2_E)
             scores = tl.where(exists[None, :], scores, float("-inf"))
             higher = tl.maximum(top, tl.max(scores, axis=1))
@@ -87,7 +102,9 @@ def _attend(
             total = total * rescale + tl.sum(weight, axis=1)
             values = values * rescale[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
             top = higher
-        at = heads * tl.num_programs(0) + split
+            if (start + KEYS) % PAGE == 0 and start + KEYS < end:
+                page = tl.load(page_table + (start + KEYS) // PAGE).to(tl.int64)
+        at = heads * tl.num_programs(0) + part
         tl.store(highest + at, top, mask=in_group)
         tl.store(weights + at, total, mask=in_group)
         tl.store(parts + at[:, None] * head_dim + feature[None, :], values, mask=both)
@@ -95,21 +112,23 @@ def _attend(
 
 @triton.jit
 def _merge(
-    parts, highest, weights, lengths, slots, out, splits, head_dim,
-    WIDTH: tl.constexpr, SPLIT: tl.constexpr, PARTS: tl.constexpr,
+    parts, highest, weights, lengths, slots, out, count, head_dim,
+    WIDTH: tl.constexpr, SPLIT: tl.constexpr, MERGED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(1).to(tl.int64)
     head = row * tl.num_programs(0) + tl.program_id(0)
-    filled = tl.cdiv(_keys(lengths, slots, row), SPLIT)
+    length = _keys(lengths, slots, row)
+    part_keys = tl.maximum(_splits_per_part(length, count, SPLIT), 1) * SPLIT
+    filled = tl.cdiv(length, part_keys)
     feature = tl.arange(0, WIDTH)
     in_head = feature < head_dim
     top = float("-inf")
     total = 0.0
     values = tl.zeros([WIDTH], tl.float32)
-    for start in range(0, filled, PARTS):
-        part = start + tl.arange(0, PARTS)
+    for start in range(0, filled, MERGED):
+        part = start + tl.arange(0, MERGED)
         exists = part < filled
-        at = head * splits + part
+        at = head * count + part
         own_top = tl.load(highest + at, mask=exists, other=float("-inf"))
         higher = tl.maximum(top, tl.max(own_top, axis=0))
         share = tl.exp2(own_top - higher)

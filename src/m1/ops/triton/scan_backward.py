@@ -20,7 +20,7 @@ def span_gradients(
     N: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Writes dstates, the gradient of each span's initial state from its own outputs, and steps as in `span_states`."""
-    row, span, first, end = span_of(T, SPAN)
+    row, span, first, end = span_of(T, None, SPAN)
     d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside, in_tile, tile, _, of_C = tile_of(d, channels, 1, N)
     A_log2 = load(A + tile, in_tile) * LOG2_E
@@ -62,7 +62,7 @@ def _group_sums(tile, N: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def _sweep(A, D, T, channels, REP: tl.constexpr, N: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr):
     """The values that both sweeps start with: `span_of`, `_channels`, `tile_of`, A * log2(e), and D."""
-    row, span, first, end = span_of(T, SPAN)
+    row, span, first, end = span_of(T, None, SPAN)
     vectors, d = _channels(N, BLOCK)
     inside, in_tile, tile, of_B, of_C = tile_of(d, channels, REP, N)
     A_log2, skip = load(A + tile, in_tile) * LOG2_E, load(D + d, inside)

@@ -2,6 +2,9 @@
 
 A program of `span_states` and `write_outputs` loops over one span, with a tile of BLOCK channels by N states in
 registers.
+
+Sequences are rows of [b, T, ...] with states [b, ...]. With cu_seqlens [c+1] they are chunks of one row, and their
+states are in slots [c]. A chunk without a slot (negative) starts from zero states and gives zeros.
 """
 
 # ruff: noqa: ANN001, ANN201 (inside kernels everything is a tensor, a pointer or a constexpr)
@@ -27,11 +30,30 @@ def token_of(activation, strides, row, t):
 
 
 @triton.jit
-def span_of(T, SPAN: tl.constexpr):
-    """The program's sequence, its span's index among those of all sequences, and the span's first and end token."""
-    span, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    first = span.to(tl.int64) * SPAN
-    return row, row * tl.num_programs(1) + span, first, tl.minimum(first + SPAN, T)
+def edges_of(sequence, cu_seqlens, T):
+    """The row that has the sequence's tokens, and in it the sequence's first and end token."""
+    if cu_seqlens is None:
+        return sequence, sequence * 0, sequence * 0 + T
+    else:
+        return sequence * 0, tl.load(cu_seqlens + sequence), tl.load(cu_seqlens + sequence + 1)
+
+
+@triton.jit
+def state_of(sequence, slots):
+    """The place of the sequence's states; negative if it has none."""
+    if slots is None:
+        return sequence
+    else:
+        return tl.load(slots + sequence)
+
+
+@triton.jit
+def span_of(T, cu_seqlens, SPAN: tl.constexpr):
+    """The program's row, its span's index among those of all sequences, and the span's first and end token."""
+    span, sequence = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    row, start, end = edges_of(sequence, cu_seqlens, T)
+    first = start + span.to(tl.int64) * SPAN
+    return row, sequence * tl.num_programs(1) + span, first, tl.minimum(first + SPAN, end)
 
 
 @triton.jit
@@ -66,27 +88,33 @@ def decay(step, A_log2, goes_on):
 
 @triton.jit
 def prepare(
-    x, dt, conv_weight, conv_bias, seq_idx, conv_state, step, conv, strides, T, channels, X,
+    x, dt, conv_weight, conv_bias, seq_idx, conv_state, step, conv, cu_seqlens, slots, strides, T, channels, X,
     REP: tl.constexpr, N: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Writes step, the step sizes, and conv, the outputs of the convolution; both [b, T, D]."""
     d = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
-    t = tl.program_id(1).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    row = tl.program_id(2).to(tl.int64)
+    sequence = tl.program_id(2).to(tl.int64)
+    row, start, end = edges_of(sequence, cu_seqlens, T)
+    t = start + tl.program_id(1).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    if start + tl.program_id(1) * TOKENS >= end:
+        return
+    state = state_of(sequence, slots)
+    held_until = tl.where(state >= 0, start, -K)  # earlier tokens are in conv_state
     inside = d < channels
-    here = (t < T)[:, None] & inside[None, :]
+    here = (t < end)[:, None] & inside[None, :]
     kv = d // (N * REP) * N + d % N
     total = tl.zeros([TOKENS, WIDTH], tl.float32) + load(conv_bias + d, inside)[None, :]
     for k in tl.static_range(K):
         at = t - k
-        counts = t < T
+        counts = t < end
         if seq_idx is not None:
             own = tl.load(seq_idx + row * T + t, mask=counts, other=0)
             counts &= own == tl.load(seq_idx + row * T + tl.maximum(at, 0), mask=counts, other=0)
-        in_row, before = counts & (at >= 0), counts & (at < 0)
+        in_row, before = counts & (at >= start), counts & (at < held_until)
         value = load(token_of(x, strides[0], row, at[:, None]) + kv[None, :], in_row[:, None] & inside[None, :])
         if conv_state is not None:
-            past = conv_state + (row * X + kv)[None, :] * (K - 1) + (K - 1 + at)[:, None]
+            tap = (K - 1 + at - start).to(tl.int32)
+            past = (conv_state + state * X * (K - 1)) + (kv[None, :] * (K - 1) + tap[:, None])
             value += load(past, before[:, None] & inside[None, :])
         total += value * load(conv_weight + d * K + (K - 1 - k), inside)[None, :]
     at = (row * T + t)[:, None] * channels + d[None, :]
@@ -96,7 +124,7 @@ def prepare(
 
 @triton.jit
 def span_states(
-    step, conv, B, A, seq_idx, states, steps, strides, T, channels,
+    step, conv, B, A, seq_idx, states, steps, cu_seqlens, strides, T, channels,
     REP: tl.constexpr, N: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Scans each span from a zero state.
@@ -105,7 +133,9 @@ def span_states(
         states: the final state of each span.
         steps: the sum of the span's step sizes. Infinite if a document starts in the span, as this clears the state.
     """
-    row, span, first, end = span_of(T, SPAN)
+    row, span, first, end = span_of(T, cu_seqlens, SPAN)
+    if first >= end:
+        return
     d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside, in_tile, tile, of_B, _ = tile_of(d, channels, REP, N)
     A_log2 = load(A + tile, in_tile) * LOG2_E
@@ -124,47 +154,59 @@ def span_states(
 
 
 @triton.jit
-def carry(states, steps, A, start, end, spans, size, N: tl.constexpr, REVERSE: tl.constexpr, BLOCK: tl.constexpr):
+def carry(
+    states, steps, A, start, end, cu_seqlens, slots, spans, size,
+    N: tl.constexpr, REVERSE: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Carries the state from span to span, forwards in time or, with REVERSE, backwards.
 
     states: on entry the final state of each span scanned from zero; overwritten with the state before each span.
     start: the state before the first span in this order; zero when None.
-    end: receives the state after the last span.
+    end: receives the state after the last span. It may be `start`.
+    spans: number of spans of each sequence; with cu_seqlens, of the longest.
     """
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.program_id(1).to(tl.int64)
     inside = at < size
     A_log2 = load(A + at, inside) * LOG2_E
+    state, filled = state_of(row, slots), spans
+    if cu_seqlens is not None:
+        _, first, behind = edges_of(row, cu_seqlens, 0)
+        filled = tl.cdiv(behind - first, SPAN)
+    in_state = at < tl.where(state >= 0, size, 0)
     carried = tl.zeros([BLOCK], tl.float32)
     if start is not None:
-        carried += load(start + row * size + at, inside)
-    for done in range(0, spans, AHEAD):
+        carried += load(start + state * size + at, in_state)
+    for done in range(0, filled, AHEAD):
         added: list = []
         total: list = []
         for i in tl.static_range(AHEAD):
             span = row * spans + (spans - 1 - done - i if REVERSE else done + i)
-            exists = at < tl.where(done + i < spans, size, 0)
+            exists = at < tl.where(done + i < filled, size, 0)
             added += (load(states + span * size + at, exists),)
             total += (load(steps + span * (size // N) + at // N, exists),)
         for i in tl.static_range(AHEAD):
             span = row * spans + (spans - 1 - done - i if REVERSE else done + i)
-            tl.store(states + span * size + at, carried, mask=at < tl.where(done + i < spans, size, 0))
+            tl.store(states + span * size + at, carried, mask=at < tl.where(done + i < filled, size, 0))
             left = tl.where(total[i] < float("inf"), tl.exp2(total[i] * A_log2), 0.0)
             carried = left * carried + added[i]
-    tl.store(end + row * size + at, carried, mask=inside)
+    tl.store(end + state * size + at, carried, mask=in_state)
 
 
 @triton.jit
 def write_outputs(
-    z, step, conv, B, C, A, D, seq_idx, states, y, strides, T, channels,
+    z, step, conv, B, C, A, D, seq_idx, states, y, cu_seqlens, slots, strides, T, channels,
     REP: tl.constexpr, N: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Scans each span from the state before it and writes y."""
-    row, span, first, end = span_of(T, SPAN)
+    row, span, first, end = span_of(T, cu_seqlens, SPAN)
+    if first >= end:
+        return
     d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside, in_tile, tile, of_B, of_C = tile_of(d, channels, REP, N)
     A_log2, skip = load(A + tile, in_tile) * LOG2_E, load(D + d, inside)
     h = load(states + span * channels * N + tile, in_tile)
+    has_slot = state_of(tl.program_id(2), slots) >= 0
     for t in range(first, end):
         at = (row * T + t) * channels + d
         step_t = load(step + at, inside)
@@ -173,4 +215,28 @@ def write_outputs(
         B_t = load(token_of(B, strides[1], row, t) + of_B, in_tile)
         C_t = load(token_of(C, strides[2], row, t) + of_C, in_tile)
         h = decay(step_t, A_log2, continues(seq_idx, row, t, T)) * h + (step_t * u)[:, None] * B_t
-        tl.store(y + at, (tl.sum(h * C_t, axis=1) + skip * u) * silu(z_t), mask=inside)
+        out = (tl.sum(h * C_t, axis=1) + skip * u) * silu(z_t)
+        if slots is not None:
+            out = tl.where(has_slot, out, 0.0)
+        tl.store(y + at, out, mask=inside)
+
+
+@triton.jit
+def keep_inputs(
+    x, conv_state, cu_seqlens, slots, stride, channels, K: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Writes the last K-1 inputs of the convolution, x [T, channels], into the conv_state of each chunk's slot."""
+    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    sequence = tl.program_id(1).to(tl.int64)
+    _, start, end = edges_of(sequence, cu_seqlens, 0)
+    slot, inside = tl.load(slots + sequence), channel < channels
+    if slot >= 0:
+        held = conv_state + (slot * channels + channel) * (K - 1)
+        kept: list = []
+        for k in tl.static_range(K - 1):
+            t = end - (K - 1) + k
+            new = load(x + t * stride + channel, channel < tl.where(t >= start, channels, 0))
+            kept += (new + load(held + (K - 1) + (t - start), channel < tl.where(t < start, channels, 0)),)
+        tl.debug_barrier()
+        for k in tl.static_range(K - 1):
+            tl.store(held + k, kept[k], mask=inside)

@@ -8,6 +8,8 @@ state before the span. Forward:
     carry              from span to span: the state before each, and the final state
     write_outputs      scans each span again, from the state before it: y
 
+`prefill_scan` runs the same on chunks of several prompts, and `keep_inputs` then updates their conv_state.
+
 Backward, the same with gradients of states in place of states, and time reversed:
 
     prepare            again: cheaper than storing its results
@@ -37,10 +39,10 @@ import torch
 import triton
 from torch import Tensor
 
-from m1.ops.inputs import ScanGradients, ScanInputs, ScanOutputs
+from m1.ops.inputs import PrefillInputs, ScanGradients, ScanInputs, ScanOutputs
 from m1.ops.selective_scan import CHUNK
 from m1.ops.triton.scan_backward import read_gradients, shared_gradients, span_gradients, write_gradients
-from m1.ops.triton.scan_forward import carry, prepare, span_states, write_outputs
+from m1.ops.triton.scan_forward import carry, keep_inputs, prepare, span_states, write_outputs
 
 # Fixed, not autotuned. On an H200 in bfloat16, forward and backward take 0.62 ms for 8 x 1024 tokens at D = 768 and
 # 2.1 ms for 8192 tokens at D = 3072. Spans of 64 change these times by +6 and -2 %, spans of 128 by +21 and +3 %. BLOCK
@@ -51,24 +53,48 @@ BLOCK, OUTPUTS_BLOCK = 32, 16  # channels per tile; a tile has one warp, so no r
 CARRIED = 256  # elements of the state per program of `carry`
 PREPARED = (32, 128)  # tile of `prepare`, tokens by channels
 SHARED = (32, 32)  # tile of `shared_gradients`
+KEPT = 128  # channels per program of `keep_inputs`
 
 
 def forward(inputs: ScanInputs, outputs: ScanOutputs) -> None:
     """Fills y and the final state, and saved [b, spans * D * N] with the state before each span unless it is empty."""
-    z, x, B, C, _, A, D, _, _, seq_idx, _, ssm_state = inputs
-    (b, T, d), n = z.shape, A.shape[1]
-    rep, spans, blocks = d // x.shape[2], triton.cdiv(T, SPAN), triton.cdiv(d, BLOCK)
-    states = outputs.saved if outputs.saved.numel() else A.new_empty(b, spans, d, n)
-    steps = A.new_empty(b, spans, d)
-    step, conv = _prepared(inputs)
-    span_states[blocks, spans, b](
-        step, conv, B, A, seq_idx, states, steps, _strides(B), T, d, rep, n, SPAN, BLOCK, num_warps=1
+    b, T, _ = inputs.z.shape
+    _scan(inputs, outputs.y, outputs.ssm_state, outputs.saved if outputs.saved.numel() else None, b, T)
+
+
+def prefill_scan(inputs: PrefillInputs, y: Tensor) -> None:
+    """Updates the slots' states and fills y."""
+    conv_state, ssm_state, slots, cu_seqlens, max_length = inputs[9:]
+    X, K = inputs.x.shape[1], inputs.conv_weight.shape[1]
+    if not len(y):
+        return
+    row = ScanInputs._make([*(t[None] for t in inputs[:5]), *inputs[5:9], None, conv_state, ssm_state])
+    _scan(row, y, ssm_state, None, len(slots), max_length, cu_seqlens, slots)
+    keep_inputs[triton.cdiv(X, KEPT), len(slots)](
+        inputs.x, conv_state, cu_seqlens, slots, inputs.x.stride(0), X, K, KEPT, num_warps=1
     )
-    last = outputs.ssm_state
-    carry[triton.cdiv(d * n, CARRIED), b](states, steps, A, ssm_state, last, spans, d * n, n, False, CARRIED)
+
+
+def _scan(
+    inputs: ScanInputs, y: Tensor, last: Tensor, saved: Tensor | None, b: int, T: int,
+    cu_seqlens: Tensor | None = None, slots: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Scans b sequences of up to T tokens. Fills y, the final states `last`, and `saved`."""
+    z, x, B, C, _, A, D, _, _, seq_idx, _, ssm_state = inputs
+    d, n = A.shape
+    rep, spans, blocks = d // x.shape[2], triton.cdiv(T, SPAN), triton.cdiv(d, BLOCK)
+    states = A.new_empty(b, spans, d, n) if saved is None else saved
+    steps = A.new_empty(b, spans, d)
+    step, conv = _prepared(inputs, b, T, cu_seqlens, slots)
+    span_states[blocks, spans, b](
+        step, conv, B, A, seq_idx, states, steps, cu_seqlens, _strides(B), T, d, rep, n, SPAN, BLOCK, num_warps=1
+    )
+    carry[triton.cdiv(d * n, CARRIED), b](
+        states, steps, A, ssm_state, last, cu_seqlens, slots, spans, d * n, n, False, SPAN, CARRIED
+    )
     write_outputs[triton.cdiv(d, OUTPUTS_BLOCK), spans, b](
-        z, step, conv, B, C, A, D, seq_idx, states, outputs.y, _strides(z, B, C), T, d, rep, n, SPAN, OUTPUTS_BLOCK,
-        num_warps=1,
+        z, step, conv, B, C, A, D, seq_idx, states, y, cu_seqlens, slots, _strides(z, B, C), T, d, rep, n, SPAN,
+        OUTPUTS_BLOCK, num_warps=1,
     )  # fmt: skip
 
 
@@ -78,14 +104,14 @@ def backward(inputs: ScanInputs, saved: Tensor, dy: Tensor, dssm_state: Tensor, 
     (b, T, d), X, K, n = z.shape, x.shape[2], conv_weight.shape[1], A.shape[1]
     rep, spans, blocks = d // X, triton.cdiv(T, SPAN), triton.cdiv(d, BLOCK)
     dy, dssm_state = dy.contiguous(), dssm_state.contiguous()
-    step, conv = _prepared(inputs)
+    step, conv = _prepared(inputs, b, T)
 
     dstates, steps = torch.empty_like(saved), A.new_empty(b, spans, d)
     span_gradients[blocks, spans, b](
         z, step, C, A, seq_idx, dy, dstates, steps, _strides(z, C), T, d, n, SPAN, BLOCK, num_warps=1
     )
-    carried = (dstates, steps, A, dssm_state, gradients.ssm_state)
-    carry[triton.cdiv(d * n, CARRIED), b](*carried, spans, d * n, n, True, CARRIED)
+    carried = (dstates, steps, A, dssm_state, gradients.ssm_state, None, None)
+    carry[triton.cdiv(d * n, CARRIED), b](*carried, spans, d * n, n, True, SPAN, CARRIED)
 
     dA_parts, dD_parts = A.new_empty(b, spans, d, n), A.new_empty(b, spans, d)
     dlog, dlog_end = torch.empty_like(step), torch.empty_like(steps)
@@ -109,14 +135,16 @@ def backward(inputs: ScanInputs, saved: Tensor, dy: Tensor, dssm_state: Tensor, 
         torch.sum(parts, (0, 1), out=gradient)
 
 
-def _prepared(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
-    """Step sizes and the convolution's outputs, [b, T, D] float32."""
+def _prepared(
+    inputs: ScanInputs, b: int, T: int, cu_seqlens: Tensor | None = None, slots: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Step sizes and the convolution's outputs of b sequences of up to T tokens, float32, in the layout of dt."""
     x, dt, conv_weight = inputs.x, inputs.dt, inputs.conv_weight
-    (b, T, d), X, K, n = dt.shape, x.shape[2], conv_weight.shape[1], inputs.A.shape[1]
-    step, conv = conv_weight.new_empty(b, T, d), conv_weight.new_empty(b, T, d)
+    (d, K), X, n = conv_weight.shape, x.shape[2], inputs.A.shape[1]
+    step, conv = conv_weight.new_empty(dt.shape), conv_weight.new_empty(dt.shape)
     prepare[triton.cdiv(d, PREPARED[1]), triton.cdiv(T, PREPARED[0]), b](
-        x, dt, conv_weight, inputs.conv_bias, inputs.seq_idx, inputs.conv_state, step, conv, _strides(x, dt), T, d, X,
-        d // X, n, K, *PREPARED,
+        x, dt, conv_weight, inputs.conv_bias, inputs.seq_idx, inputs.conv_state, step, conv, cu_seqlens, slots,
+        _strides(x, dt), T, d, X, d // X, n, K, *PREPARED,
     )  # fmt: skip
     return step, conv
 
