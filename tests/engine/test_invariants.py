@@ -244,6 +244,22 @@ def test_swapped_out_sequences_are_as_they_were(model):
         assert [(sequence.token_ids, sequence.logprobs)] == alone(model, request)
 
 
+def test_an_interrupted_swap_leaves_nothing_behind(model, monkeypatch):
+    requests = [Request([1 + i] * 9, SamplingParams(max_tokens=40, seed=3), i) for i in range(6)]
+    engine = Engine(model, [], max_model_len=64, prefix_cache=0, page_size=16)
+    del engine.scheduler.pages.free[10:]
+
+    def interrupt(swap):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(engine.executor.slots, "save", interrupt)
+        for _ in engine.run(requests):
+            pass
+    again = Request([2] * 9, SamplingParams(max_tokens=40, seed=3))
+    assert run(engine, again) == alone(model, again) and engine.free_slots == engine.num_slots
+
+
 @pytest.mark.parametrize("lag", [0, 1])
 @pytest.mark.parametrize("page_size", [16, 256])
 def test_a_chats_next_turn_continues_the_state_at_the_end(model, page_size, lag):

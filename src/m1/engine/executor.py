@@ -123,7 +123,7 @@ class Executor:
     def execute(self, plan: Plan) -> Drawn:
         """Executes a plan. Returns the tokens drawn by its forks, then by its decodes."""
         for id_ in plan.drop:
-            del self.swapped[id_]
+            self.swapped.pop(id_, None)  # missing if the step that should have saved it was interrupted
         for swap in plan.swap_out:
             self._swap_out(swap)
         self.slots.place(plan.place)
