@@ -15,6 +15,7 @@ import pytest
 from checkpoints import save_checkpoint, tiny_teacher
 from commands import m1
 
+from m1.jsonl import read_jsonl
 from m1.model.convert import convert
 
 KILLS = 4  # per command, in the long version
@@ -129,7 +130,7 @@ def result(name, folder):
 
 
 def unique(path, *keys):
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = list(read_jsonl(path))  # not str.splitlines, which cuts at a U+0085 inside a sampled text, too
     values = {tuple(row[key] for key in keys) for row in rows}
     assert len(values) == len(rows)
     return values
