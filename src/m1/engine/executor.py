@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from m1.engine.graphs import Graphs
 from m1.engine.runner import DecodeBatch, PrefillBatch, Runner
-from m1.engine.sampling import SamplingBatch, SamplingParams, stream_bits, truncates
+from m1.engine.sampling import SamplingBatch, SamplingParams, truncates
 from m1.engine.scheduler import MAX_STOPS, Chunk, Fork, Plan, Swap
 from m1.engine.slots import Capacity, LayerState, Slots
 
@@ -159,21 +159,16 @@ class Executor:
         self.slots.copy([fork.copy for fork in forks])
         logits = self._logits([fork.copy.source for fork in forks])
         batch = SamplingBatch.of([fork.params for fork in forks], [fork.stream for fork in forks], self.device)
-        tokens, logprobs = batch.sample(logits, torch.zeros_like(batch.streams))
         for fork in forks:
             self._set_truncating(fork.copy.target, fork.params)
             if fork.copy.source == fork.copy.target:
                 del self.logits[fork.copy.source]
-        integers = [
-            (0, fork.length - 1, 0, 0, stream_bits(fork.stream), fork.params.top_k, *padded_stops(fork.stop))
-            for fork in forks
-        ]
-        floats = [(fork.params.temperature, fork.params.top_p, fork.params.min_p) for fork in forks]
         slots = self._tensor([fork.copy.target for fork in forks])
-        self.registers.integers[slots] = self._tensor(integers)
-        self.registers.floats[slots] = torch.tensor(floats, dtype=torch.float32).to(self.device)
-        self.registers.advance(slots, tokens)
-        return tokens, logprobs
+        counts = self._tensor([(0, fork.length - 1, 0, 0) for fork in forks])
+        stops = self._tensor([padded_stops(fork.stop) for fork in forks])
+        self.registers.integers[slots] = torch.cat([counts, batch.streams[:, None], batch.top_k, stops], dim=1)
+        self.registers.floats[slots] = torch.cat([batch.temperature, batch.top_p, batch.min_p], dim=1)
+        return self._draw(slots, logits, batch)
 
     def _logits(self, slots: list[int]) -> Tensor:
         """The logits [b, V] after the prompts in these slots. Prompts that ran together have theirs in one tensor."""
@@ -192,14 +187,16 @@ class Executor:
             tokens, logprobs = self.step(batch)
             return tokens, logprobs
         (logits,) = self.network(batch)
-        tokens, logprobs = self.registers.sampling(batch, params).sample(logits, self.registers.integers[batch, DRAWN])
-        self.registers.advance(batch, tokens)
-        return tokens, logprobs
+        return self._draw(batch, logits, self.registers.sampling(batch, params))
 
     def _step(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         """A decode step of sequences that sample from all tokens: nothing in it depends on the host."""
         logits = self.runner.decode(self.registers.rows(slots))
-        tokens, logprobs = self.registers.sampling(slots, []).sample(logits, self.registers.integers[slots, DRAWN])
+        return self._draw(slots, logits, self.registers.sampling(slots, []))
+
+    def _draw(self, slots: Tensor, logits: Tensor, batch: SamplingBatch) -> tuple[Tensor, Tensor]:
+        """Draws a token for each slot and makes it the input of the slot's next step."""
+        tokens, logprobs = batch.sample(logits, self.registers.integers[slots, DRAWN])
         self.registers.advance(slots, tokens)
         return tokens, logprobs
 
