@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 from m1.cli import app
 from m1.engine import LLM, SamplingParams
 from m1.engine.chat import Chat
-from m1.engine.sampling import fold_in
 from m1.errors import UserError
+from m1.ops.random_bits import fold_in
 
 PARAMS = SamplingParams(max_tokens=12, temperature=0.7)
 QUESTIONS = ("2+2?", "and 3+3?")

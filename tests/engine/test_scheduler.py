@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from m1.engine.pages import Pages
-from m1.engine.sampling import SamplingParams, fold_in
+from m1.engine.sampling import SamplingParams
 from m1.engine.scheduler import Scheduler
 from m1.engine.sequence import Request
+from m1.ops.random_bits import fold_in
 
 STOP = 0
 

@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels import DTYPES
+from kernels import DTYPES, to_backend
 from tolerance import assert_rms_close
 
-from m1.ops import PackedLinear
+from m1.ops import PackedLinear, swiglu
 from m1.ops.cpu import linear as cpu
 
 pytestmark = pytest.mark.filterwarnings("error:no C.. compiler", "error:compiling")
@@ -137,6 +137,43 @@ def test_rows_that_do_not_fit_are_refused(x):
         layer(x)
 
 
-def test_there_is_no_triton_kernel():
-    with pytest.raises(ValueError, match="PackedLinear: backend 'triton' needs a Triton kernel, and there is none"):
-        PackedLinear(torch.randn(50, 40), backend="triton")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs"),
+    [(1, 16, 2), (3, 64, 34), (16, 129, 100), (17, 700, 4104), (64, 256, 66), (65, 40, 50)],
+)
+@pytest.mark.parametrize("biased", [True, False])
+def test_triton_equals_torch(rows, inputs, outputs, dtype, biased):
+    x, weight, bias = to_backend("triton", *make(rows, inputs, outputs, dtype, dtype))
+    layer = PackedLinear(weight, bias if biased else None, backend="triton")
+    assert_equals_torch(layer, x, weight, bias if biased else None)
+    gate, up = F.linear(x.double(), weight.double(), bias.double() if biased else None).chunk(2, dim=1)
+    # beyond the kernel's rows, the product is rounded before the gate
+    assert_rms_close([layer.swiglu(x)], [F.silu(gate) * up], torch.finfo(dtype).eps * (1 if rows <= 64 else 2))
+
+
+def test_triton_takes_strided_rows_and_new_weights():
+    x, weight, bias = to_backend("triton", *make(12, 48, 50, torch.bfloat16, torch.bfloat16))
+    layer = PackedLinear(weight, bias, backend="triton")
+    for _ in range(2):
+        for view in (x.T.contiguous().T, x.repeat(1, 2)[:, 3:51], x[::3], x[:1].expand(5, -1), x[:0], x.float()):
+            assert_equals_torch(layer, view, weight, bias)
+        weight, bias = weight.flip(0).contiguous(), bias.flip(0).contiguous()
+        layer.load(weight, bias)
+
+
+def test_triton_takes_no_float32():
+    weight = torch.randn(50, 40)
+    with pytest.raises(ValueError, match="PackedLinear: backend 'triton' needs bfloat16 or float16 weights, not int8"):
+        PackedLinear(weight, backend="triton")
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_swiglu_is_that_of_the_outputs(backend):
+    x, weight, bias = make(5, 40, 64)
+    layer = PackedLinear(weight, bias, backend)
+    assert torch.equal(layer.swiglu(x), swiglu(layer(x)))
+    with pytest.raises(ValueError, match="x has shape"):
+        layer.swiglu(x[0])
+    with pytest.raises(ValueError, match="width must be even"):
+        PackedLinear(weight[1:], None, backend).swiglu(x)

@@ -5,8 +5,9 @@ from dataclasses import replace
 
 from m1.engine.engine import DEFAULT_MAX_MODEL_LEN
 from m1.engine.llm import LLM
-from m1.engine.sampling import SamplingParams, fold_in
+from m1.engine.sampling import SamplingParams
 from m1.engine.sequence import requests_for
+from m1.ops.random_bits import fold_in
 
 
 class Chat:

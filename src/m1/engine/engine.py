@@ -16,11 +16,12 @@ from m1.engine.pages import Pages
 from m1.engine.sampling import SamplingParams
 from m1.engine.scheduler import Plan, Scheduler
 from m1.engine.sequence import Request, Sequence, requests_for, shortened
-from m1.engine.slots import PAGE_SIZE, capacity_for
+from m1.engine.slots import PAGE_SIZE
 from m1.errors import UserError
 
 DEFAULT_MAX_MODEL_LEN = 8192
-PREFILL_BUDGET = {"cuda": 16384}  # prompt tokens between two decode steps; 512 on other devices, where they take longer
+# Prompt tokens in a chunk, and between two decode steps. Both are 512 on other devices, where tokens take longer.
+PREFILL_CHUNK, PREFILL_BUDGET = {"cuda": 2048}, {"cuda": 16384}
 
 
 def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> list[int]:
@@ -47,7 +48,8 @@ class Engine:
         max_num_seqs: maximum number of sequences decoded together; fewer where they don't fit into memory.
         max_model_len: maximum number of tokens of a prompt and its sequence together, which also ends there, with a
             warning. When None, the model's context, but at most 8192.
-        prefill_chunk: maximum number of tokens in a chunk of a prompt. Chunks end at its multiples.
+        prefill_chunk: maximum number of tokens in a chunk of a prompt. Chunks end at its multiples. When None, 2048 on
+            a GPU and 512 on a CPU.
         prefill_budget: number of prompt tokens between two decode steps after which no further chunk is prefilled. When
             None, 16384 on a GPU and 512 on a CPU.
         prefix_cache: number of states kept after prompts and their beginnings, for prompts that begin the same way.
@@ -74,7 +76,7 @@ class Engine:
         stop_token_ids: Iterable[int] | None = None,
         max_num_seqs: int = 256,
         max_model_len: int | None = None,
-        prefill_chunk: int = 512,
+        prefill_chunk: int | None = None,
         prefill_budget: int | None = None,
         prefix_cache: int = 8,
         page_size: int = PAGE_SIZE,
@@ -82,9 +84,11 @@ class Engine:
     ):
         self.context: int = getattr(model.config, "max_position_embeddings", None) or DEFAULT_MAX_MODEL_LEN
         self.max_model_len = min(self.context, DEFAULT_MAX_MODEL_LEN) if max_model_len is None else max_model_len
-        budget = PREFILL_BUDGET.get(model.device.type, 512) if prefill_budget is None else prefill_budget
+        device = model.device.type
+        chunk = PREFILL_CHUNK.get(device, 512) if prefill_chunk is None else prefill_chunk
+        budget = PREFILL_BUDGET.get(device, 512) if prefill_budget is None else prefill_budget
         sizes = {"max_num_seqs": max_num_seqs, "max_model_len": self.max_model_len}
-        sizes |= {"prefill_chunk": prefill_chunk, "prefill_budget": budget}
+        sizes |= {"prefill_chunk": chunk, "prefill_budget": budget}
         for name, value in sizes.items():
             if value < 1:
                 raise UserError(f"{name}={value}: must be at least 1")
@@ -92,20 +96,20 @@ class Engine:
             raise UserError(f"max_model_len={max_model_len}: the model's context is {self.context} tokens")
         if page_size < 16 or page_size & (page_size - 1):
             raise UserError(f"page_size={page_size}: must be a power of two, at least 16")
-        if quantize not in (None, "int8") or (quantize and model.device.type != "cpu"):
-            raise UserError(f"quantize={quantize!r} on {model.device.type}: must be 'int8', on a CPU only")
+        if quantize not in (None, "int8") or (quantize and device != "cpu"):
+            raise UserError(f"quantize={quantize!r} on {device}: must be 'int8', on a CPU only")
         self.vocab_size: int = model.config.vocab_size
         sizing = max_num_seqs, prefix_cache, self.max_model_len, page_size
-        capacity = capacity_for(model.config, *sizing, model.dtype, model.device)
+        self.executor = Executor(model, sizing, quantize == "int8")
+        capacity = self.executor.capacity
         self.num_slots = capacity.slots
-        self.executor = Executor(model, capacity, quantize == "int8")
         stop = stop_tokens(model) if stop_token_ids is None else stop_token_ids
         long_prompt = self.executor.runner.rotary.switch or math.inf
         self.scheduler = Scheduler(
-            self.num_slots, Pages(capacity.pages, page_size), prefill_chunk, budget, prefix_cache, frozenset(stop),
+            self.num_slots, Pages(capacity.pages, page_size), chunk, budget, prefix_cache, frozenset(stop),
             long_prompt,
         )  # fmt: skip
-        self.lag = int(model.device.type == "cuda")
+        self.lag = int(device == "cuda")
         self._flying: deque[tuple[Plan, Drawn]] = deque()  # executed plans whose tokens aren't known yet
         self.stats = self.scheduler.stats
 

@@ -14,11 +14,11 @@ from transformers import PreTrainedModel
 from m1.engine.graphs import Graphs
 from m1.engine.runner import DecodeBatch, PrefillBatch, Runner
 from m1.engine.sampling import SamplingBatch, SamplingParams, truncates
-from m1.engine.scheduler import MAX_STOPS, Chunk, Fork, Plan, Swap
-from m1.engine.slots import Capacity, LayerState, Slots
-
-TOKEN, LENGTH, DRAWN, ENDED, STREAM, TOP_K, STOPS = range(7)  # columns of Registers.integers; STOPS and those after it
-TEMPERATURE, TOP_P, MIN_P = range(3)  # columns of Registers.floats
+from m1.engine.scheduler import Chunk, Fork, Plan, Swap
+from m1.engine.slots import LayerState, Slots, capacity_for
+from m1.ops import sample_token
+from m1.ops.inputs import DRAWN, ENDED, MAX_STOPS, MIN_P, STOPS, STREAM, TEMPERATURE, TOP_K, TOP_P
+from m1.ops.registers import advance_registers, read_registers
 
 
 class Drawn(NamedTuple):
@@ -41,13 +41,11 @@ class Drawn(NamedTuple):
 
 
 class Registers(NamedTuple):
-    """What a step knows of each slot's sequence besides its state. It stays on the device.
+    """What a step knows of each slot's sequence besides its caches. It stays on the device (ops/registers.py).
 
     Attributes:
-        integers: [slots, 6 + MAX_STOPS] int64: the last token drawn, the number of tokens that the slot has seen, the
-            number of tokens drawn, whether the sequence has ended, its random stream, its top_k, and its stop tokens
-            (-1 for none).
-        floats: [slots, 3] float32: temperature, top_p, min_p.
+        integers: [slots, 6 + MAX_STOPS] int64, with the columns of ops/inputs.py.
+        floats: [slots, 3] float32, likewise.
     """
 
     integers: Tensor
@@ -60,26 +58,16 @@ class Registers(NamedTuple):
         integers[:, ENDED] = 1
         return cls(integers, torch.ones(count, 3, device=device))
 
-    def rows(self, slots: Tensor) -> DecodeBatch:
-        """The input of the next step of these slots."""
-        rows = self.integers[slots]
-        return DecodeBatch(rows[:, TOKEN], torch.where(rows[:, ENDED] > 0, -1, slots), rows[:, LENGTH])
+    def rows(self, slots: Tensor) -> tuple[DecodeBatch, Tensor, Tensor]:
+        """The input of the next step of these slots, and the random number and temperature of its draw, [b] each."""
+        tokens, active, lengths, uniform, temperature = read_registers(self.integers, self.floats, slots)
+        return DecodeBatch(tokens, active, lengths), uniform, temperature
 
     def sampling(self, slots: Tensor, params: list[SamplingParams]) -> SamplingBatch:
         """The sampling settings of these slots. `params` are those of the sequences that truncate."""
         integers, floats = self.integers[slots], self.floats[slots, :, None]
         stream, top_k = integers[:, STREAM], integers[:, TOP_K, None]
         return SamplingBatch(params, stream, floats[:, TEMPERATURE], top_k, floats[:, TOP_P], floats[:, MIN_P])
-
-    def advance(self, slots: Tensor, tokens: Tensor) -> None:
-        """Makes the drawn tokens [b] the inputs of the slots' next step. Ended sequences stay as they are."""
-        rows = self.integers[slots]
-        runs = 1 - rows[:, ENDED]
-        rows[:, TOKEN] = tokens
-        rows[:, LENGTH] += runs
-        rows[:, DRAWN] += runs
-        rows[:, ENDED] |= (rows[:, STOPS:] == tokens[:, None]).any(dim=1)
-        self.integers[slots] = rows
 
 
 class Saved(NamedTuple):
@@ -97,17 +85,22 @@ class Executor:
 
     Args:
         model: the network, on the device that executes.
-        capacity: the slots and pages, as many as the `Scheduler` has.
+        sizing: what `capacity_for` takes: max_num_seqs, prefix_cache, max_model_len, page_size.
         int8: rounds the weights of all linear layers (`PackedLinear`).
+
+    Attributes:
+        capacity: the slots and pages, which the `Scheduler` hands out.
 
     Raises:
         UserError: a model that `Runner` can't run.
     """
 
-    def __init__(self, model: PreTrainedModel, capacity: Capacity, int8: bool):
+    def __init__(self, model: PreTrainedModel, sizing: tuple[int, int, int, int], int8: bool):
         self.device = model.device
-        self.slots = Slots(model.config, capacity, model.dtype, model.device)
-        self.runner = Runner(model, self.slots, int8)
+        self.runner = Runner(model, int8)
+        self.capacity = capacity_for(model.config, *sizing, model.dtype, model.device)
+        self.slots = Slots(model.config, self.capacity, model.dtype, model.device)
+        self.runner.attach(self.slots)
         self.registers = Registers.empty(self.slots.spare + 1, self.device)
         self.logits: dict[int, tuple[Tensor, int]] = {}  # by slot of a prompt or an entry: logits [c, V] and its row
         self.truncating: dict[int, SamplingParams] = {}  # by slot, for sequences that sample from some tokens only
@@ -117,7 +110,7 @@ class Executor:
 
     def use_graphs(self, graphs: bool) -> None:
         """Whether decode steps run under CUDA graphs. On a CPU the same code pads the batches."""
-        steps = self._step, lambda slots: (self.runner.decode(self.registers.rows(slots)),)
+        steps = self._step, lambda slots: (self.runner.decode(self.registers.rows(slots)[0]),)
         self.step, self.network = (Graphs(s, self.slots.spare, self.device) if graphs else s for s in steps)
 
     def execute(self, plan: Plan) -> Drawn:
@@ -191,13 +184,15 @@ class Executor:
 
     def _step(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         """A decode step of sequences that sample from all tokens: nothing in it depends on the host."""
-        logits = self.runner.decode(self.registers.rows(slots))
-        return self._draw(slots, logits, self.registers.sampling(slots, []))
+        batch, uniform, temperature = self.registers.rows(slots)
+        tokens, logprobs = sample_token(self.runner.decode(batch), uniform, temperature)
+        advance_registers(self.registers.integers, slots, tokens)
+        return tokens, logprobs
 
     def _draw(self, slots: Tensor, logits: Tensor, batch: SamplingBatch) -> tuple[Tensor, Tensor]:
         """Draws a token for each slot and makes it the input of the slot's next step."""
         tokens, logprobs = batch.sample(logits, self.registers.integers[slots, DRAWN])
-        self.registers.advance(slots, tokens)
+        advance_registers(self.registers.integers, slots, tokens)
         return tokens, logprobs
 
     def _to_host(self, drawn: list[tuple[Tensor, Tensor]]) -> Drawn:

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from m1.engine.llm import LLM, Prompt
-from m1.engine.sampling import SamplingParams, fold_in
+from m1.engine.sampling import SamplingParams
 from m1.engine.sequence import Request
 from m1.errors import UserError
 from m1.jsonl import read_jsonl
 from m1.model.checkpoint import weights_hash
+from m1.ops.random_bits import fold_in
 from m1.outputs import refuse_sources
 from m1.progress import OnProgress, Progress, ignore, silent
 from m1.recipe import GenerateStage

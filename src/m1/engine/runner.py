@@ -17,7 +17,8 @@ from m1.engine.slots import Slots
 from m1.errors import UserError
 from m1.model.cache_layout import AttentionCache, MambaState
 from m1.model.checkpoint import refuse_quantized_model
-from m1.ops import PackedLinear, add_rms_norm, decode_attention, prefill_attention, rotate_and_cache, swiglu
+from m1.model.configuration import ATTENTION, layer_kinds
+from m1.ops import PackedLinear, add_rms_norm, decode_attention, prefill_attention, rotate_and_cache
 
 MODELS = ("m1", "llama", "qwen2", "qwen3")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -62,13 +63,13 @@ class PrefillBatch(NamedTuple):
 
 
 class Runner:
-    """Runs an M1, Llama, Qwen2 or Qwen3 model on the caches in `slots`, for inference.
+    """Runs an M1, Llama, Qwen2 or Qwen3 model on caches in slots, for inference.
 
-    `prefill` runs chunks of prompts. `decode` runs one token of each of many sequences. Both return logits.
+    `prefill` runs chunks of prompts. `decode` runs one token of each of many sequences. Both return logits. Call
+    `attach` before. It comes later, because packing takes memory, and the caches may have what is left.
 
     Args:
         model: the network, whose weights mustn't change afterwards.
-        slots: the caches of the sequences, which both methods read and update.
         int8: rounds the weights of all linear layers (`PackedLinear`).
 
     Raises:
@@ -76,7 +77,7 @@ class Runner:
             plain float32, bfloat16 or float16: quantized ones, or adapters.
     """
 
-    def __init__(self, model: PreTrainedModel, slots: Slots, int8: bool = False):
+    def __init__(self, model: PreTrainedModel, int8: bool = False):
         config: Any = model.config
         network: Any = model.model
         if config.model_type not in MODELS:
@@ -91,21 +92,26 @@ class Runner:
         if other := {p.dtype for p in model.parameters()} - set(DTYPES):
             raise _other_weights(str(other.pop()))
         self.device = model.device
-        self.slots = slots
         self.eps = config.rms_norm_eps
         self.embedding: Tensor = network.embed_tokens.weight
-        self.rotary = Rotary(network.rotary_emb)
         self.model = model
         pack = Packer(int8)
         self._pack = pack
         self.layers: list[AttentionLayer | MambaLayer] = [
-            AttentionLayer(layer, cache, slots.page_table, config, pack)
-            if isinstance(cache, AttentionCache)
-            else MambaLayer(layer, cache, pack)
-            for layer, cache in zip(network.layers, slots.layers, strict=True)
+            AttentionLayer(layer, config, pack) if kind == ATTENTION else MambaLayer(layer, pack)
+            for layer, kind in zip(network.layers, layer_kinds(config), strict=True)
         ]
         self.norm: Tensor = network.norm.weight
         self.head = pack(model.get_output_embeddings())
+
+    def attach(self, slots: Slots) -> None:
+        """Makes `prefill` and `decode` read and update the caches in these slots."""
+        network: Any = self.model.model
+        self.rotary = Rotary(network.rotary_emb, slots.max_length, self.embedding.dtype)
+        for layer, cache in zip(self.layers, slots.layers, strict=True):
+            if isinstance(layer, AttentionLayer):
+                layer.page_table = slots.page_table
+            layer.cache = cache
 
     def load_weights(self, model: PreTrainedModel) -> None:
         """Takes over the weights of a model with the same configuration. They go into the runner's own model, too."""
@@ -120,13 +126,13 @@ class Runner:
 
     def prefill(self, batch: PrefillBatch) -> Tensor:
         """Runs chunks of prompts. Returns the logits [c, V] after the last token of each."""
-        rotation = self.rotary(batch.positions, batch.totals, self.embedding.dtype)
+        rotation = self.rotary(batch.positions, batch.totals)
         hidden = self._stack(batch.tokens, lambda layer, hidden: layer.prefill(hidden, *rotation, batch))
         return self.head(hidden[batch.cu_seqlens[1:] - 1])
 
     def decode(self, rows: DecodeBatch) -> Tensor:
         """Runs one token per row. Returns the logits [b, V] after it."""
-        rotation = self.rotary(rows.lengths, rows.lengths + 1, self.embedding.dtype)
+        rotation = self.rotary(rows.lengths, rows.lengths + 1)
         hidden = self._stack(rows.tokens, lambda layer, hidden: layer.decode(hidden, *rotation, rows))
         return self.head(hidden)
 
@@ -146,7 +152,12 @@ class DecoderLayer:
     Args:
         layer: the model's decoder layer.
         pack: packs linear layers into a `PackedLinear`.
+
+    Attributes:
+        cache: what the layer keeps of all sequences, given by `Runner.attach`.
     """
+
+    cache: Any
 
     def __init__(self, layer: Any, pack: "Packer"):
         self.mixer_norm: Tensor = layer.input_layernorm.weight
@@ -155,7 +166,7 @@ class DecoderLayer:
 
     def mlp(self, hidden: Tensor) -> Tensor:
         """The gated MLP: hidden states [..., H] -> [..., H], without norm and residual."""
-        return self.down(swiglu(self.gate_up(hidden)))
+        return self.down(self.gate_up.swiglu(hidden))
 
 
 class AttentionLayer(DecoderLayer):
@@ -163,16 +174,20 @@ class AttentionLayer(DecoderLayer):
 
     Args:
         layer: the model's decoder layer.
-        cache: keys and values of all pages, [pages, kv_heads, page_size, head_dim] each.
-        page_table: [slots, max_pages] int32, the pages of each slot.
         config: the model's configuration.
         pack: packs linear layers into a `PackedLinear`.
+
+    Attributes:
+        cache: keys and values of all pages, [pages, kv_heads, page_size, head_dim] each.
+        page_table: [slots, max_pages] int32, the pages of each slot.
     """
 
-    def __init__(self, layer: Any, cache: AttentionCache[Tensor], page_table: Tensor, config: Any, pack: "Packer"):
+    cache: AttentionCache[Tensor]
+    page_table: Tensor
+
+    def __init__(self, layer: Any, config: Any, pack: "Packer"):
         super().__init__(layer, pack)
         attention = layer.self_attn
-        self.cache, self.page_table = cache, page_table
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = attention.head_dim
         self.qkv, self.out = pack(attention.q_proj, attention.k_proj, attention.v_proj), pack(attention.o_proj)
@@ -206,13 +221,16 @@ class MambaLayer(DecoderLayer):
 
     Args:
         layer: the model's decoder layer.
-        state: convolution inputs [slots, channels, K-1] and recurrent states [slots, ...] of all slots.
         pack: packs linear layers into a `PackedLinear`.
+
+    Attributes:
+        cache: convolution inputs [slots, channels, K-1] and recurrent states [slots, ...] of all slots.
     """
 
-    def __init__(self, layer: Any, state: MambaState[Tensor], pack: "Packer"):
+    cache: MambaState[Tensor]
+
+    def __init__(self, layer: Any, pack: "Packer"):
         super().__init__(layer, pack)
-        self.state = state
         self.mixer: Any = with_packed_linears(layer.mamba, pack)
         constants = layer.mamba.constants()
         self.constants = type(constants)(*(t.float().clone() for t in constants))
@@ -225,12 +243,12 @@ class MambaLayer(DecoderLayer):
     def prefill(self, hidden: Tensor, cos: Tensor, sin: Tensor, batch: PrefillBatch) -> Tensor:
         """Runs chunks of prompts, hidden [T, H]. Returns [T, H]."""
         chunks = batch.slots, batch.cu_seqlens, batch.max_length
-        y = self.mixer.prefill(self.mixer.activations(hidden), self.constants, self.state, *chunks)
+        y = self.mixer.prefill(self.mixer.activations(hidden), self.constants, self.cache, *chunks)
         return self.mixer.out_proj(y)
 
     def decode(self, hidden: Tensor, cos: Tensor, sin: Tensor, rows: DecodeBatch) -> Tensor:
         """Runs one token per row, hidden [b, H]. Returns [b, H]."""
-        y = self.mixer.step(self.mixer.activations(hidden), self.constants, self.state, rows.slots)
+        y = self.mixer.step(self.mixer.activations(hidden), self.constants, self.cache, rows.slots)
         return self.mixer.out_proj(y)
 
 

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from m1.errors import UserError
 from m1.ops import sample_token
+from m1.ops.random_bits import signed, uniforms
 from m1.recipe import INT64_MAX, SamplingOptions, check_distribution
-
-STEP, FACTORS = 0x9E3779B97F4A7C15, (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)  # of SplitMix64
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class SamplingBatch:
     """Samples one token per row of a batch, each row with its own settings and random stream.
 
     Attributes:
-        streams: [b] int64, the random stream of each row (see `stream_bits`).
+        streams: [b] int64, the random stream of each row (see `random_bits`).
         temperature, top_p, min_p: [b, 1] float32.
         top_k: [b, 1] int64.
         max_k: the largest top_k.
@@ -94,7 +93,7 @@ class SamplingBatch:
         floats = torch.tensor([(p.temperature, p.top_p, p.min_p) for p in params], dtype=torch.float32).to(device)[
             :, :, None
         ]
-        integers = [(stream_bits(stream), p.top_k) for stream, p in zip(streams, params, strict=True)]
+        integers = [(signed(stream), p.top_k) for stream, p in zip(streams, params, strict=True)]
         stream, top_k = torch.tensor(integers, dtype=torch.long).to(device).unbind(1)
         return cls(params, stream, floats[:, 0], top_k[:, None], floats[:, 1], floats[:, 2])
 
@@ -185,37 +184,3 @@ class SamplingBatch:
 def truncates(params: SamplingParams) -> bool:
     """Whether these parameters sample from a part of the tokens only."""
     return params.top_k > 0 or params.top_p < 1 or params.min_p > 0
-
-
-def fold_in(seed: int, i: int) -> int:
-    """Derives the i-th child seed of a seed, e.g. that of a request's i-th sequence."""
-    return _mixed(_mixed(seed % 2**64) + i)
-
-
-def stream_bits(stream: int) -> int:
-    """A stream, 0 to 2^64 - 1, as the int64 with the same bits."""
-    return stream - 2**64 if stream >= 2**63 else stream
-
-
-def uniforms(streams: Tensor, index: Tensor) -> Tensor:
-    """Element `index` of each stream: [b] float64 in [0, 1), for int64 tensors [b]. `fold_in`'s function of bits.
-
-    It is counter-based (SplitMix64), so it has no state, and it runs on any device and in CUDA graphs.
-    """
-    x = streams + (index + 1) * stream_bits(STEP)
-    x = (x ^ _shifted(x, 30)) * stream_bits(FACTORS[0])
-    x = (x ^ _shifted(x, 27)) * stream_bits(FACTORS[1])
-    return _shifted(x ^ _shifted(x, 31), 11) * 2.0**-53
-
-
-def _shifted(x: Tensor, bits: int) -> Tensor:
-    """x shifted to the right, filled with zeros. torch fills with the sign."""
-    return (x >> bits) & ((1 << 64 - bits) - 1)
-
-
-def _mixed(x: int) -> int:
-    """SplitMix64's finalizer (Steele, Lea, Flood 2014) on 64 bits."""
-    x = (x + STEP) % 2**64
-    x = (x ^ (x >> 30)) * FACTORS[0] % 2**64
-    x = (x ^ (x >> 27)) * FACTORS[1] % 2**64
-    return x ^ (x >> 31)

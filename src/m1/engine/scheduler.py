@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from m1.engine.pages import Pages
-from m1.engine.sampling import SamplingParams, fold_in
+from m1.engine.sampling import SamplingParams
 from m1.engine.sequence import Request, Sequence
-
-MAX_STOPS = 8  # stop tokens of a sequence that the device knows; a sequence with more of them ends a step later there
+from m1.ops.inputs import MAX_STOPS
+from m1.ops.random_bits import fold_in
 
 
 class Copy(NamedTuple):

@@ -4,8 +4,9 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-from m1.engine.sampling import SamplingParams, fold_in
+from m1.engine.sampling import SamplingParams
 from m1.errors import M1Warning
+from m1.ops.random_bits import fold_in
 
 
 @dataclass(eq=False)

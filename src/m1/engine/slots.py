@@ -4,6 +4,7 @@ A slot, or a page, is the same row in the buffers of every layer. model/cache_la
 which page is decided in pages.py. On a CPU, memory is used only once it is written.
 """
 
+import gc
 import os
 from typing import Any, NamedTuple
 
@@ -55,11 +56,12 @@ class Slots:
             [pages, kv_heads, page_size, head_dim].
         page_table: [slots, max_pages] int32, the pages of each slot.
         spare: index of the extra slot.
+        max_length: number of tokens that a slot's pages hold at most.
     """
 
     def __init__(self, config: PreTrainedConfig, capacity: Capacity, dtype: torch.dtype, device: torch.device):
         self.spare = capacity.slots + capacity.kept
-        self.page_size = capacity.page_size
+        self.max_length = capacity.max_pages * capacity.page_size
         self.page_table = torch.full(
             (self.spare + 1, capacity.max_pages), capacity.pages, dtype=torch.int32, device=device
         )
@@ -152,8 +154,10 @@ def _room(device: torch.device) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Free memory of the device, in bytes."""
+    """Free memory of the device, in bytes. On a GPU, what deleted objects still hold is returned first."""
     if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
     try:
         with open("/proc/meminfo") as file:

@@ -96,7 +96,7 @@ def inference_operator(
         module: module of ops/cpu and ops/triton that contains the function.
         inputs: a NamedTuple of tensors, which the function takes as one argument, or PyTorch's schema notation of
             separate arguments.
-        outputs: allocates the outputs, given the function's arguments.
+        outputs: allocates the outputs, given the function's arguments; returns None if there are none.
         mutates: names of the NamedTuple's fields that the function writes to.
         returns: what the operator returns, in PyTorch's schema notation.
     """
@@ -105,7 +105,7 @@ def inference_operator(
     def run(*arguments: Any) -> Any:
         given = (bundle(*arguments[:-1]),) if bundle else arguments[:-1]
         results = outputs(*given)
-        filled = (results,) if isinstance(results, Tensor) else results
+        filled = (results,) if isinstance(results, Tensor) else results or ()
         getattr(kernels(arguments[-1], module), name)(*given, *filled)
         return results
 

@@ -195,3 +195,11 @@ class SSDPrefillInputs(NamedTuple):
     slots: Annotated[Tensor, "c: int"]
     cu_seqlens: Annotated[Tensor, "c+1: int"]
     max_length: int
+
+
+# A step's registers (registers.py). Columns of the integers: the last token drawn, the number of tokens that the slot
+# has seen, the number of tokens drawn, whether the sequence has ended, its random stream, its top_k, its stop tokens
+# (-1 for none). Columns of the floats: temperature, top_p, min_p.
+TOKEN, LENGTH, DRAWN, ENDED, STREAM, TOP_K, STOPS = range(7)
+MAX_STOPS = 8  # stop tokens of a sequence that the device knows; a sequence with more of them ends a step later there
+TEMPERATURE, TOP_P, MIN_P = range(3)

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m1.ops import reference
-from m1.ops.backend import Backend, choose, kernels, own_backend
+from m1.ops.backend import Backend, choose, kernels
+from m1.ops.elementwise import swiglu
 from m1.ops.shapes import KERNEL_FLOATS, Shapes
 
 CHECK = Shapes(
@@ -21,8 +22,9 @@ class PackedLinear(nn.Module):
     """A linear layer for inference, y = x weight^T + bias, that is fast for the few rows of a decode step.
 
     Sums are in float32. Not differentiable. The CPU kernel's results are batch-invariant and don't depend on the number
-    of threads. torch's own matrix product, without these guarantees, is used in two cases: where the kernel can't run,
-    and for bfloat16 rows and weights on a processor with bfloat16 products, which the kernel doesn't use.
+    of threads. torch's own matrix product, without these guarantees, is used in three cases: where no kernel can run,
+    for bfloat16 rows and weights on a processor with bfloat16 products, which the kernel doesn't use, and for more rows
+    than the GPU's kernel is made for.
 
     Attributes:
         out_features: outputs per row.
@@ -37,7 +39,7 @@ class PackedLinear(nn.Module):
         Args:
             weight: [out, in] float32, bfloat16 or float16.
             bias: [out], or None.
-            backend: "cpu" or "reference" (torch's matrix product); "auto" picks "cpu" where it can run.
+            backend: "cpu", "triton" or "reference" (torch's matrix product); "auto" picks the device's if it can run.
             int8: rounds each output's weights to integers from -127 to 127, with one scale per output. A product of few
                 rows then reads a quarter of the bytes of float32. Activations are not rounded.
 
@@ -48,9 +50,9 @@ class PackedLinear(nn.Module):
         CHECK(weight, bias)
         self.out_features, self.in_features = weight.shape
         self.dtype, self.device, self.int8 = weight.dtype, weight.device, int8
-        own = own_backend(self.device.type) if backend == "auto" else backend
-        limits = {"a Triton kernel, and there is none: choose 'auto'": own != "triton"}
-        self.backend = choose("PackedLinear", backend, weight, limits)
+        limits = {"bfloat16 or float16 weights, not int8": self.dtype != torch.float32 and not int8}
+        own = self.device.type == "cuda" or backend == "triton"
+        self.backend = choose("PackedLinear", backend, weight, limits if own else {})
         self._multiply: Callable[[Tensor], Tensor]
         self._used: tuple[Tensor, Tensor | None] | None = None  # the weights that torch multiplies with
         self.load(weight, bias)
@@ -67,7 +69,9 @@ class PackedLinear(nn.Module):
         weight = weight if scale is None else (weight * scale[:, None]).to(self.dtype)
         if self._used is None:
             self._used = weight, bias
-            self._multiply = partial(_multiply_by_torch, weight, bias)
+            self._multiply = partial(
+                _multiply_by_triton if self.backend == "triton" else _multiply_by_torch, weight, bias
+            )
         else:  # in place: a graph reads these tensors
             for used, new in zip(self._used, (weight, bias), strict=True):
                 if used is not None and new is not None and used is not new:
@@ -85,16 +89,50 @@ class PackedLinear(nn.Module):
         Raises:
             ValueError: x doesn't fit.
         """
+        self._check(x)
+        return self._multiply(x) if len(x) else x.new_empty(0, self.out_features)
+
+    __call__ = forward  # skips nn.Module's search for hooks, which takes a third of a small product's time
+
+    def swiglu(self, x: Tensor) -> Tensor:
+        """silu(gate) * up of the layer's outputs, which are gate followed by up.
+
+        Args:
+            x: [rows, in] float32, bfloat16 or float16.
+
+        Returns:
+            [rows, out / 2] in x's dtype.
+
+        Raises:
+            ValueError: x doesn't fit, or the number of outputs is odd.
+        """
+        self._check(x)
+        if self.backend == "triton" and self._used and self.out_features % 2 == 0 and _few(x, self._used[0]):
+            return _multiply_by_triton(*self._used, x, gated=True)
+        return swiglu(self(x))
+
+    def _check(self, x: Tensor) -> None:
         shape = x.shape
         if len(shape) != 2 or shape[1] != self.in_features or x.dtype not in KERNEL_FLOATS or x.device != self.device:
             # writes the error message; the test above takes a third of its time, and a decode step has many calls
             Shapes("PackedLinear", x=f"rows {self.in_features}: float32, bfloat16 or float16")(x, device=self.device)
-        return self._multiply(x) if shape[0] else x.new_empty(0, self.out_features)
-
-    __call__ = forward  # skips nn.Module's search for hooks, which takes a third of a small product's time
 
 
 def _multiply_by_torch(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
     """F.linear, in float32 if the dtypes of x and weight differ. Returns x's dtype."""
     dtype = torch.promote_types(x.dtype, weight.dtype)
     return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)).to(x.dtype)
+
+
+def _multiply_by_triton(weight: Tensor, bias: Tensor | None, x: Tensor, gated: bool = False) -> Tensor:
+    """The kernel's product where it has been made for x, else torch's."""
+    if not _few(x, weight):
+        return _multiply_by_torch(weight, bias, x)
+    out = x.new_empty(len(x), len(weight) // (1 + gated))
+    kernels("triton", "linear").linear(x, weight, bias, out, gated)
+    return out
+
+
+def _few(x: Tensor, weight: Tensor) -> bool:
+    """Whether the Triton kernel multiplies x."""
+    return 0 < len(x) <= kernels("triton", "linear").MAX_ROWS and x.dtype == weight.dtype

@@ -12,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from m1.ops import inputs as columns
 from m1.ops.chunks import bounds
 from m1.ops.inputs import PrefillInputs, ScanInputs, SSDPrefillInputs, SSDStepInputs, StepInputs
+from m1.ops.random_bits import uniforms
 
 
 def starts_document(seq_idx: Tensor, t: int) -> Tensor:
@@ -253,3 +255,23 @@ def rotate_and_cache(
     pages, places = page_table[slots.long(), positions // page_size].long(), positions.long() % page_size
     k_cache[pages, :, places], v_cache[pages, :, places] = keys, values
     return queries
+
+
+def read_registers(integers: Tensor, floats: Tensor, slots: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The specification of ops/registers.py: tokens, active, lengths, uniform, temperature."""
+    rows = integers[slots]
+    tokens, lengths = rows[:, columns.TOKEN].contiguous(), rows[:, columns.LENGTH].contiguous()
+    active = torch.where(rows[:, columns.ENDED] > 0, -1, slots)
+    uniform = uniforms(rows[:, columns.STREAM], rows[:, columns.DRAWN])
+    return tokens, active, lengths, uniform, floats[slots, columns.TEMPERATURE]
+
+
+def advance_registers(integers: Tensor, slots: Tensor, tokens: Tensor) -> None:
+    """The specification of ops/registers.py."""
+    rows = integers[slots]
+    runs = 1 - rows[:, columns.ENDED]
+    rows[:, columns.TOKEN] = tokens
+    rows[:, columns.LENGTH] += runs
+    rows[:, columns.DRAWN] += runs
+    rows[:, columns.ENDED] |= (rows[:, columns.STOPS :] == tokens[:, None]).any(dim=1)
+    integers[slots] = rows

@@ -18,6 +18,7 @@ KERNEL_FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what kernels r
 DTYPES = {  # the most frequent first, as the check searches in order
     "float": (*KERNEL_FLOATS, torch.float64),
     "int": (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
+    "int64": (torch.int64,),
     "float32": (torch.float32,),
     "float32, bfloat16 or float16": KERNEL_FLOATS,
 }

@@ -1,14 +1,38 @@
-"""The GPU kernels, in Triton, and the arithmetic they share.
+"""The GPU kernels, in Triton, and what they share.
 
 For tests they also run on CPU tensors, slowly, under TRITON_INTERPRET=1.
+
+The kernels of a decode step are short, so the next one is launched while one runs ("programmatic dependent launch", on
+NVIDIA GPUs from the H100 on). Each calls `await_previous` before it touches what earlier kernels read or write.
 """
 
 # ruff: noqa: ANN001, ANN201 (inside kernels everything is a tensor, a pointer or a constexpr)
 
+import functools
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@functools.cache
+def overlap(device: torch.device) -> dict[str, Any]:
+    """The launch options of a kernel that calls `await_previous`: EARLY, and Triton's own where the GPU can do it."""
+    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) < (9, 0):
+        return {"EARLY": False}
+    return {"EARLY": True, "launch_pdl": True}
+
+
+@triton.jit
+def await_previous(EARLY: tl.constexpr):
+    """Lets the next kernel start, and waits until the previous ones have ended."""
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
 
 
 @triton.jit

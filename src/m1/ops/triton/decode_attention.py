@@ -1,9 +1,9 @@
 """Decode attention on a GPU: split-KV flash-decoding for grouped queries, on keys in pages.
 
-In `_attend`, one program handles a part of the keys of a row and KV head, and reads them once for all query heads of
-the group. A part is one split of SPLIT keys, or several of a row with more than PARTS splits. So the buffers for
-the parts don't grow with the capacity. `_merge` merges the parts of a row in order. The parts depend on the row's own
-length only, so results are batch-invariant.
+The keys of a row and KV head come in parts, which are read once for all query heads of the group. A part is one split
+of SPLIT keys, or several of a row with more than PARTS splits. So the buffers for the parts don't grow with the
+capacity. In `_attend`, PROGRAMS programs or more share the parts of all rows. `_merge` merges the parts of a row in
+order. The parts depend on the row's own length only, so results are batch-invariant.
 """
 
 # ruff: noqa: ANN001, ANN202 (inside kernels everything is a tensor, a pointer or a constexpr)
@@ -13,14 +13,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from m1.ops.triton import LOG2_E
+from m1.ops.triton import LOG2_E, await_previous, overlap
 
-# Fixed, not autotuned. On an H200 in bfloat16, with 1 to 64 sequences of 1024 to 16384 keys, other tiles, stages and
-# warps gain less than 3 %. SPLIT 512 is 5 % faster at 16384 keys but 18 % slower for a single sequence, and the split
-# must not depend on the batch.
+# Fixed, not autotuned. On an H100 in bfloat16, with 8 to 512 sequences of 300 to 2200 keys, other tiles and stages gain
+# at most 3 %, and three stages lose 4 to 7 % with many sequences. On an H200, SPLIT 512 is 5 % faster at 16384 keys but
+# 18 % slower for a single sequence, and the split must not depend on the batch.
 SPLIT = 256  # keys per split, or those of a page if fewer
 PARTS = 32  # maximum number of parts of a row
-TILE_BYTES, STAGES = 16384, 3  # bytes of keys, and of values, that _attend reads at a time; tiles in flight
+PROGRAMS = 2048  # with as many rows and KV heads, or more, a program handles all parts of one
+TILE_BYTES, STAGES = 16384, 2  # bytes of keys, and of values, that _attend reads at a time; tiles in flight
 MERGED = 16  # parts that _merge reads at a time
 MIN_ROWS = 16  # minimum number of rows of an operand of tl.dot
 
@@ -39,12 +40,14 @@ def decode_attention(
     q = q.contiguous()
     rows = max(triton.next_power_of_2(group), MIN_ROWS)
     keys = min(TILE_BYTES // (width * q.element_size()), triton.next_power_of_2(split))
-    _attend[count, kv_heads, b](
+    shared, early = min(triton.cdiv(PROGRAMS, b * kv_heads), count), overlap(q.device)
+    _attend[shared, kv_heads, b](
         q, k_cache, v_cache, lengths, page_table, slots, parts, highest, weights, k_cache.stride()[:3],
-        v_cache.stride()[:3], scale, group, head_dim, M, page, split, rows, width, max(keys, MIN_ROWS),
-        num_stages=STAGES,
+        v_cache.stride()[:3], scale, group, head_dim, M, count, page, split, rows, width, max(keys, MIN_ROWS),
+        num_stages=STAGES, **early,
     )  # fmt: skip
-    _merge[heads, b](parts, highest, weights, lengths, slots, out, count, head_dim, width, split, MERGED, num_warps=1)
+    sizes = count, head_dim, width, split, MERGED
+    _merge[heads, b](parts, highest, weights, lengths, slots, out, *sizes, num_warps=1, **early)
 
 
 @triton.jit
@@ -62,29 +65,31 @@ def _splits_per_part(length, count, SPLIT: tl.constexpr):
 @triton.jit
 def _attend(
     q, k_cache, v_cache, lengths, page_table, slots, parts, highest, weights, k_strides, v_strides, scale, group,
-    head_dim, M, PAGE: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr,
+    head_dim, M, count, PAGE: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    KEYS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Attention over the keys of one part. Scores include a factor of log2(e), so weights are 2^(score - highest).
+    """Attention over the keys of each n-th part, for n programs per row and KV head.
 
-    Writes per query head:
+    Scores include a factor of log2(e), so weights are 2^(score - highest). Writes per query head and part:
         parts: the weighted sum of the values.
         highest: the highest score.
         weights: the sum of the weights.
     """
-    part, kv_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    await_previous(EARLY)
+    kv_head, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     slot, length = tl.load(slots + row), _keys(lengths, slots, row)
-    part_keys = _splits_per_part(length, tl.num_programs(0), SPLIT) * SPLIT
-    first, end = part * part_keys, tl.minimum((part + 1) * part_keys, length)
-    if first < end:
-        member, feature = tl.arange(0, ROWS), tl.arange(0, WIDTH)
-        heads = row * tl.num_programs(1) * group + kv_head * group + member
-        in_group, in_head = member < group, feature < head_dim
-        both = in_group[:, None] & in_head[None, :]
-        queries = tl.load(q + heads[:, None] * head_dim + feature[None, :], mask=both, other=0.0)
+    part_keys = _splits_per_part(length, count, SPLIT) * SPLIT
+    member, feature = tl.arange(0, ROWS), tl.arange(0, WIDTH)
+    heads = row * tl.num_programs(1) * group + kv_head * group + member
+    in_group, in_head = member < group, feature < head_dim
+    both = in_group[:, None] & in_head[None, :]
+    queries = tl.load(q + heads[:, None] * head_dim + feature[None, :], mask=both, other=0.0)
+    page_table += slot * M
+    for part in range(tl.program_id(0), tl.cdiv(length, tl.maximum(part_keys, 1)), tl.num_programs(0)):
+        first, end = part * part_keys, tl.minimum((part + 1) * part_keys, length)
         top = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         values = tl.zeros([ROWS, WIDTH], tl.float32)
-        page_table += slot * M
         page = tl.load(page_table + first // PAGE).to(tl.int64)
         for start in range(first, end, KEYS):
             keys = k_cache + page * k_strides[0] + kv_head * k_strides[1]
@@ -104,7 +109,7 @@ def _attend(
             top = higher
             if (start + KEYS) % PAGE == 0 and start + KEYS < end:
                 page = tl.load(page_table + (start + KEYS) // PAGE).to(tl.int64)
-        at = heads * tl.num_programs(0) + part
+        at = heads * count + part
         tl.store(highest + at, top, mask=in_group)
         tl.store(weights + at, total, mask=in_group)
         tl.store(parts + at[:, None] * head_dim + feature[None, :], values, mask=both)
@@ -113,8 +118,9 @@ def _attend(
 @triton.jit
 def _merge(
     parts, highest, weights, lengths, slots, out, count, head_dim,
-    WIDTH: tl.constexpr, SPLIT: tl.constexpr, MERGED: tl.constexpr,
+    WIDTH: tl.constexpr, SPLIT: tl.constexpr, MERGED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    await_previous(EARLY)
     row = tl.program_id(1).to(tl.int64)
     head = row * tl.num_programs(0) + tl.program_id(0)
     length = _keys(lengths, slots, row)

@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from m1.ops.triton import await_previous, overlap
+
 HEADS = 8  # heads per program
 
 
@@ -17,20 +19,21 @@ def rotate_and_cache(
     rows, heads, head_dim = qkv.shape
     kv_heads, page = k_cache.shape[1:3]
     if rows:
-        _rotate_and_cache[triton.cdiv(heads, HEADS), rows](
+        _rotate_and_cache[rows, triton.cdiv(heads, HEADS)](
             qkv, cos, sin, k_cache, v_cache, page_table, slots, positions, out, qkv.stride()[:2],
             k_cache.stride()[:3], v_cache.stride()[:3], heads - 2 * kv_heads, kv_heads, head_dim, page_table.shape[1],
-            page, HEADS, triton.next_power_of_2(head_dim // 2), num_warps=2,
+            page, HEADS, triton.next_power_of_2(head_dim // 2), num_warps=2, **overlap(out.device),
         )  # fmt: skip
 
 
 @triton.jit
 def _rotate_and_cache(
     qkv, cos, sin, k_cache, v_cache, page_table, slots, positions, out, strides, k_strides, v_strides, q_heads,
-    kv_heads, head_dim, M, page_size, HEADS: tl.constexpr, HALF: tl.constexpr,
+    kv_heads, head_dim, M, page_size, HEADS: tl.constexpr, HALF: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(1).to(tl.int64)
-    head, i = (tl.program_id(0) * HEADS + tl.arange(0, HEADS))[:, None], tl.arange(0, HALF)[None, :]
+    await_previous(EARLY)
+    row = tl.program_id(0).to(tl.int64)
+    head, i = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None], tl.arange(0, HALF)[None, :]
     half = head_dim // 2
     exists = (head < q_heads + 2 * kv_heads) & (i < half)
     source = qkv + row * strides[0] + head * strides[1] + i

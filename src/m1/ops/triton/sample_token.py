@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from m1.ops.triton import LOG2_E
+from m1.ops.triton import LOG2_E, await_previous, overlap
 
 BLOCK = 1024  # logits per program of _sum_blocks
 
@@ -24,9 +24,10 @@ def sample_token(logits: Tensor, uniform: Tensor, temperature: Tensor, tokens: T
         return
     blocks = triton.cdiv(V, BLOCK)
     highest, sums = torch.empty(2, b, blocks, dtype=torch.float32, device=logits.device)
-    _sum_blocks[blocks, b](logits, temperature, highest, sums, V, BLOCK)
-    width = triton.next_power_of_2(blocks)
-    _draw[(b,)](logits, uniform, temperature, highest, sums, tokens, logprobs, V, blocks, BLOCK, width)
+    early = overlap(logits.device)
+    _sum_blocks[blocks, b](logits, temperature, highest, sums, V, BLOCK, **early)
+    sizes = V, blocks, BLOCK, triton.next_power_of_2(blocks)
+    _draw[(b,)](logits, uniform, temperature, highest, sums, tokens, logprobs, *sizes, **early)
 
 
 @triton.jit
@@ -44,7 +45,8 @@ def _exponents(x, top, temperature, row):
 
 
 @triton.jit
-def _sum_blocks(logits, temperature, highest, sums, V, BLOCK: tl.constexpr):
+def _sum_blocks(logits, temperature, highest, sums, V, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    await_previous(EARLY)
     block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     x = _load(logits, row, block, V, BLOCK)
     top = tl.max(x, axis=0)
@@ -56,8 +58,9 @@ def _sum_blocks(logits, temperature, highest, sums, V, BLOCK: tl.constexpr):
 @triton.jit
 def _draw(
     logits, uniform, temperature, highest, sums, tokens, logprobs, V, blocks,
-    BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr, WIDTH: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    await_previous(EARLY)
     row = tl.program_id(0).to(tl.int64)
     block, offset = tl.arange(0, WIDTH), tl.arange(0, BLOCK)
     tops = tl.load(highest + row * blocks + block, mask=block < blocks, other=float("-inf"))

@@ -1,7 +1,7 @@
 """The forward kernels of `selective_scan`, in the order in which they run, and helpers that the backward ones share.
 
 A program of `span_states` and `write_outputs` loops over one span, with a tile of BLOCK channels by N states in
-registers.
+registers. One of `scan_short` loops over a whole chunk.
 
 Sequences are rows of [b, T, ...] with states [b, ...]. With cu_seqlens [c+1] they are chunks of one row, and their
 states are in slots [c]. A chunk without a slot (negative) starts from zero states and gives zeros.
@@ -30,12 +30,16 @@ def token_of(activation, strides, row, t):
 
 
 @triton.jit
-def edges_of(sequence, cu_seqlens, T):
-    """The row that has the sequence's tokens, and in it the sequence's first and end token."""
+def edges_of(sequence, cu_seqlens, T, SHORT: tl.constexpr = 0):
+    """The row that has the sequence's tokens, and in it the sequence's first and end token.
+
+    A chunk of up to SHORT tokens counts as empty.
+    """
     if cu_seqlens is None:
         return sequence, sequence * 0, sequence * 0 + T
     else:
-        return sequence * 0, tl.load(cu_seqlens + sequence), tl.load(cu_seqlens + sequence + 1)
+        start, end = tl.load(cu_seqlens + sequence), tl.load(cu_seqlens + sequence + 1)
+        return sequence * 0, start, tl.where(end - start > SHORT, end, start)
 
 
 @triton.jit
@@ -48,10 +52,10 @@ def state_of(sequence, slots):
 
 
 @triton.jit
-def span_of(T, cu_seqlens, SPAN: tl.constexpr):
+def span_of(T, cu_seqlens, SPAN: tl.constexpr, SHORT: tl.constexpr = 0):
     """The program's row, its span's index among those of all sequences, and the span's first and end token."""
     span, sequence = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    row, start, end = edges_of(sequence, cu_seqlens, T)
+    row, start, end = edges_of(sequence, cu_seqlens, T, SHORT)
     first = start + span.to(tl.int64) * SPAN
     return row, sequence * tl.num_programs(1) + span, first, tl.minimum(first + SPAN, end)
 
@@ -90,11 +94,12 @@ def decay(step, A_log2, goes_on):
 def prepare(
     x, dt, conv_weight, conv_bias, seq_idx, conv_state, step, conv, cu_seqlens, slots, strides, T, channels, X,
     REP: tl.constexpr, N: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
+    SHORT: tl.constexpr = 0,
 ):  # fmt: skip
     """Writes step, the step sizes, and conv, the outputs of the convolution; both [b, T, D]."""
     d = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     sequence = tl.program_id(2).to(tl.int64)
-    row, start, end = edges_of(sequence, cu_seqlens, T)
+    row, start, end = edges_of(sequence, cu_seqlens, T, SHORT)
     t = start + tl.program_id(1).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     if start + tl.program_id(1) * TOKENS >= end:
         return
@@ -125,7 +130,7 @@ def prepare(
 @triton.jit
 def span_states(
     step, conv, B, A, seq_idx, states, steps, cu_seqlens, strides, T, channels,
-    REP: tl.constexpr, N: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr,
+    REP: tl.constexpr, N: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr, SHORT: tl.constexpr = 0,
 ):  # fmt: skip
     """Scans each span from a zero state.
 
@@ -133,7 +138,7 @@ def span_states(
         states: the final state of each span.
         steps: the sum of the span's step sizes. Infinite if a document starts in the span, as this clears the state.
     """
-    row, span, first, end = span_of(T, cu_seqlens, SPAN)
+    row, span, first, end = span_of(T, cu_seqlens, SPAN, SHORT)
     if first >= end:
         return
     d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -156,7 +161,7 @@ def span_states(
 @triton.jit
 def carry(
     states, steps, A, start, end, cu_seqlens, slots, spans, size,
-    N: tl.constexpr, REVERSE: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr,
+    N: tl.constexpr, REVERSE: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr, SHORT: tl.constexpr = 0,
 ):  # fmt: skip
     """Carries the state from span to span, forwards in time or, with REVERSE, backwards.
 
@@ -171,7 +176,7 @@ def carry(
     A_log2 = load(A + at, inside) * LOG2_E
     state, filled = state_of(row, slots), spans
     if cu_seqlens is not None:
-        _, first, behind = edges_of(row, cu_seqlens, 0)
+        _, first, behind = edges_of(row, cu_seqlens, 0, SHORT)
         filled = tl.cdiv(behind - first, SPAN)
     in_state = at < tl.where(state >= 0, size, 0)
     carried = tl.zeros([BLOCK], tl.float32)
@@ -196,10 +201,10 @@ def carry(
 @triton.jit
 def write_outputs(
     z, step, conv, B, C, A, D, seq_idx, states, y, cu_seqlens, slots, strides, T, channels,
-    REP: tl.constexpr, N: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr,
+    REP: tl.constexpr, N: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr, SHORT: tl.constexpr = 0,
 ):  # fmt: skip
     """Scans each span from the state before it and writes y."""
-    row, span, first, end = span_of(T, cu_seqlens, SPAN)
+    row, span, first, end = span_of(T, cu_seqlens, SPAN, SHORT)
     if first >= end:
         return
     d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -219,6 +224,50 @@ def write_outputs(
         if slots is not None:
             out = tl.where(has_slot, out, 0.0)
         tl.store(y + at, out, mask=inside)
+
+
+@triton.jit
+def scan_short(
+    z, x, B, C, dt, A, D, conv_weight, conv_bias, conv_state, ssm_state, y, cu_seqlens, slots, strides, channels, X,
+    REP: tl.constexpr, N: tl.constexpr, K: tl.constexpr, SHORT: tl.constexpr, BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr,
+):  # fmt: skip
+    """Scans chunks of up to SHORT tokens from their slots' states, writes y, and updates ssm_state. K is 4."""
+    sequence = tl.program_id(1).to(tl.int64)
+    _, start, end = edges_of(sequence, cu_seqlens, 0)
+    if start >= end or end - start > SHORT:
+        return
+    d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside, in_tile, tile, of_B, of_C = tile_of(d, channels, REP, N)
+    slot = tl.load(slots + sequence)
+    in_slot = d < tl.where(slot >= 0, channels, 0)
+    kv = d // (N * REP) * N + d % N
+    held, taps = conv_state + (slot * X + kv) * (K - 1), conv_weight + d * K
+    oldest, older, old = load(held, in_slot), load(held + 1, in_slot), load(held + 2, in_slot)
+    tap_0, tap_1, tap_2, tap_3 = (
+        load(taps, inside), load(taps + 1, inside), load(taps + 2, inside), load(taps + 3, inside),
+    )  # fmt: skip
+    A_log2, skip, bias = load(A + tile, in_tile) * LOG2_E, load(D + d, inside), load(conv_bias + d, inside)
+    states = ssm_state + slot * channels * N + tile
+    h = load(states, in_slot[:, None])
+    for first in range(start, end, TOKENS):
+        read: list = []  # all loads come before the first store, to wait for memory once
+        for i in tl.static_range(TOKENS):
+            t = tl.minimum(first + i, end - 1)
+            read += ((
+                load(x + t * strides[1] + kv, inside), load(dt + t * strides[4] + d, inside),
+                load(z + t * strides[0] + d, inside), load(B + t * strides[2] + of_B, in_tile),
+                load(C + t * strides[3] + of_C, in_tile),
+            ),)  # fmt: skip
+        for i in tl.static_range(TOKENS):
+            x_t, dt_t, z_t, B_t, C_t = read[i]
+            u = silu(tap_0 * oldest + tap_1 * older + tap_2 * old + tap_3 * x_t + bias)
+            oldest, older, old = older, old, x_t
+            step = tl.where(first + i < end, softplus(dt_t), 0.0)  # a step of 0 leaves the state as it is
+            h = tl.exp2(step[:, None] * A_log2) * h + (step * u)[:, None] * B_t
+            out = tl.where(slot >= 0, (tl.sum(h * C_t, axis=1) + skip * u) * silu(z_t), 0.0)
+            tl.store(y + (first + i) * channels + d, out, mask=d < tl.where(first + i < end, channels, 0))
+    tl.store(states, h, mask=in_slot[:, None])
 
 
 @triton.jit

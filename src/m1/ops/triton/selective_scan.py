@@ -8,7 +8,9 @@ state before the span. Forward:
     carry              from span to span: the state before each, and the final state
     write_outputs      scans each span again, from the state before it: y
 
-`prefill_scan` runs the same on chunks of several prompts, and `keep_inputs` then updates their conv_state.
+`prefill_scan` runs the same on chunks of several prompts, and `keep_inputs` then updates their conv_state. Chunks of up
+to SHORT tokens, which have one span, need a single kernel, `scan_short`. What a chunk needs depends on its length only,
+so results are batch-invariant.
 
 Backward, the same with gradients of states in place of states, and time reversed:
 
@@ -42,7 +44,7 @@ from torch import Tensor
 from m1.ops.inputs import PrefillInputs, ScanGradients, ScanInputs, ScanOutputs
 from m1.ops.selective_scan import CHUNK
 from m1.ops.triton.scan_backward import read_gradients, shared_gradients, span_gradients, write_gradients
-from m1.ops.triton.scan_forward import carry, keep_inputs, prepare, span_states, write_outputs
+from m1.ops.triton.scan_forward import carry, keep_inputs, prepare, scan_short, span_states, write_outputs
 
 # Fixed, not autotuned. On an H200 in bfloat16, forward and backward take 0.62 ms for 8 x 1024 tokens at D = 768 and
 # 2.1 ms for 8192 tokens at D = 3072. Spans of 64 change these times by +6 and -2 %, spans of 128 by +21 and +3 %. BLOCK
@@ -54,6 +56,7 @@ CARRIED = 256  # elements of the state per program of `carry`
 PREPARED = (32, 128)  # tile of `prepare`, tokens by channels
 SHARED = (32, 32)  # tile of `shared_gradients`
 KEPT = 128  # channels per program of `keep_inputs`
+SHORT, SHORT_BLOCK, TOKENS = 512, 16, 4  # of `scan_short`: tokens of a chunk, channels per tile, tokens read at once
 
 
 def forward(inputs: ScanInputs, outputs: ScanOutputs) -> None:
@@ -68,8 +71,15 @@ def prefill_scan(inputs: PrefillInputs, y: Tensor) -> None:
     X, K = inputs.x.shape[1], inputs.conv_weight.shape[1]
     if not len(y):
         return
-    row = ScanInputs._make([*(t[None] for t in inputs[:5]), *inputs[5:9], None, conv_state, ssm_state])
-    _scan(row, y, ssm_state, None, len(slots), max_length, cu_seqlens, slots)
+    activations, parameters, d = inputs[:5], inputs[5:9], y.shape[1]
+    scan_short[triton.cdiv(d, SHORT_BLOCK), len(slots)](
+        *activations, *parameters, conv_state, ssm_state, y, cu_seqlens, slots,
+        tuple(t.stride(0) for t in activations), d, X, d // X, inputs.A.shape[1], K, SHORT, SHORT_BLOCK, TOKENS,
+        num_warps=1,
+    )  # fmt: skip
+    if max_length > SHORT:
+        row = ScanInputs._make([*(t[None] for t in activations), *parameters, None, conv_state, ssm_state])
+        _scan(row, y, ssm_state, None, len(slots), max_length, cu_seqlens, slots, SHORT)
     keep_inputs[triton.cdiv(X, KEPT), len(slots)](
         inputs.x, conv_state, cu_seqlens, slots, inputs.x.stride(0), X, K, KEPT, num_warps=1
     )
@@ -77,24 +87,27 @@ def prefill_scan(inputs: PrefillInputs, y: Tensor) -> None:
 
 def _scan(
     inputs: ScanInputs, y: Tensor, last: Tensor, saved: Tensor | None, b: int, T: int,
-    cu_seqlens: Tensor | None = None, slots: Tensor | None = None,
+    cu_seqlens: Tensor | None = None, slots: Tensor | None = None, short: int = 0,
 ) -> None:  # fmt: skip
-    """Scans b sequences of up to T tokens. Fills y, the final states `last`, and `saved`."""
+    """Scans b sequences of up to T tokens. Fills y, the final states `last`, and `saved`.
+
+    Chunks of up to `short` tokens are left out.
+    """
     z, x, B, C, _, A, D, _, _, seq_idx, _, ssm_state = inputs
     d, n = A.shape
     rep, spans, blocks = d // x.shape[2], triton.cdiv(T, SPAN), triton.cdiv(d, BLOCK)
     states = A.new_empty(b, spans, d, n) if saved is None else saved
     steps = A.new_empty(b, spans, d)
-    step, conv = _prepared(inputs, b, T, cu_seqlens, slots)
+    step, conv = _prepared(inputs, b, T, cu_seqlens, slots, short)
     span_states[blocks, spans, b](
-        step, conv, B, A, seq_idx, states, steps, cu_seqlens, _strides(B), T, d, rep, n, SPAN, BLOCK, num_warps=1
+        step, conv, B, A, seq_idx, states, steps, cu_seqlens, _strides(B), T, d, rep, n, SPAN, BLOCK, short, num_warps=1
     )
     carry[triton.cdiv(d * n, CARRIED), b](
-        states, steps, A, ssm_state, last, cu_seqlens, slots, spans, d * n, n, False, SPAN, CARRIED
+        states, steps, A, ssm_state, last, cu_seqlens, slots, spans, d * n, n, False, SPAN, CARRIED, short
     )
     write_outputs[triton.cdiv(d, OUTPUTS_BLOCK), spans, b](
         z, step, conv, B, C, A, D, seq_idx, states, y, cu_seqlens, slots, _strides(z, B, C), T, d, rep, n, SPAN,
-        OUTPUTS_BLOCK, num_warps=1,
+        OUTPUTS_BLOCK, short, num_warps=1,
     )  # fmt: skip
 
 
@@ -136,7 +149,7 @@ def backward(inputs: ScanInputs, saved: Tensor, dy: Tensor, dssm_state: Tensor, 
 
 
 def _prepared(
-    inputs: ScanInputs, b: int, T: int, cu_seqlens: Tensor | None = None, slots: Tensor | None = None
+    inputs: ScanInputs, b: int, T: int, cu_seqlens: Tensor | None = None, slots: Tensor | None = None, short: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Step sizes and the convolution's outputs of b sequences of up to T tokens, float32, in the layout of dt."""
     x, dt, conv_weight = inputs.x, inputs.dt, inputs.conv_weight
@@ -144,7 +157,7 @@ def _prepared(
     step, conv = conv_weight.new_empty(dt.shape), conv_weight.new_empty(dt.shape)
     prepare[triton.cdiv(d, PREPARED[1]), triton.cdiv(T, PREPARED[0]), b](
         x, dt, conv_weight, inputs.conv_bias, inputs.seq_idx, inputs.conv_state, step, conv, cu_seqlens, slots,
-        _strides(x, dt), T, d, X, d // X, n, K, *PREPARED,
+        _strides(x, dt), T, d, X, d // X, n, K, *PREPARED, short,
     )  # fmt: skip
     return step, conv
 

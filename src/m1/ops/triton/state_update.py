@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from m1.ops.inputs import SSDStepInputs, StepInputs
-from m1.ops.triton import LOG2_E, silu, softplus
+from m1.ops.triton import LOG2_E, await_previous, overlap, silu, softplus
 
 FEATURES = 32  # rows of a head's state per program of ssd_update
 SHIFTED = 256  # channels per program of _shift_conv_states
@@ -24,7 +24,8 @@ def state_update(inputs: StepInputs, y: Tensor) -> None:
     """Fills y [b, D] and updates the states of the rows' slots."""
     (b, d), X, n = inputs.z.shape, inputs.x.shape[1], inputs.A.shape[1]
     strides = tuple(t.stride(0) for t in inputs[:5])
-    _state_update[X // n, b](*inputs, y, strides, d // X, n, inputs.conv_weight.shape[1], num_warps=1)
+    sizes = d // X, n, inputs.conv_weight.shape[1]
+    _state_update[X // n, b](*inputs, y, strides, *sizes, num_warps=1, **overlap(y.device))
 
 
 def ssd_update(inputs: SSDStepInputs, y: Tensor) -> None:
@@ -33,8 +34,10 @@ def ssd_update(inputs: SSDStepInputs, y: Tensor) -> None:
     (b, channels), (_, heads, P, N) = xBC.shape, inputs.ssm_state.shape
     groups, K = (channels - heads * N) // (P + N), inputs.conv_weight.shape[1]
     sizes = (channels, groups, P, N, K, FEATURES, triton.next_power_of_2(N))
-    _ssd_update[triton.cdiv(P, FEATURES), heads, b](*inputs, y, xBC.stride(0), inputs.dt.stride(0), *sizes)
-    _shift_conv_states[triton.cdiv(channels, SHIFTED), b](xBC, conv_state, slots, xBC.stride(0), channels, K, SHIFTED)
+    strides, early = (xBC.stride(0), inputs.dt.stride(0)), overlap(y.device)
+    _ssd_update[triton.cdiv(P, FEATURES), heads, b](*inputs, y, *strides, *sizes, **early)
+    shifted = xBC, conv_state, slots, strides[0], channels, K, SHIFTED
+    _shift_conv_states[triton.cdiv(channels, SHIFTED), b](*shifted, **early)
 
 
 @triton.jit
@@ -65,9 +68,10 @@ def _shift(inputs, held, channel, inside, K: tl.constexpr):
 @triton.jit
 def _state_update(
     z, x, B, C, dt, A, D, conv_weight, conv_bias, conv_state, ssm_state, slots, y, strides,
-    REP: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    REP: tl.constexpr, N: tl.constexpr, K: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One program handles a group of N inputs of a row, and the REP groups of channels that read it."""
+    await_previous(EARLY)
     shared, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     X = tl.num_programs(0) * N
     n = tl.arange(0, N)
@@ -103,8 +107,9 @@ def _state_update(
 @triton.jit
 def _ssd_update(
     xBC, dt, A, D, conv_weight, conv_bias, conv_state, ssm_state, slots, y, xBC_stride, dt_stride, channels,
-    groups, P, N, K: tl.constexpr, FEATURES: tl.constexpr, STATES: tl.constexpr,
+    groups, P, N, K: tl.constexpr, FEATURES: tl.constexpr, STATES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    await_previous(EARLY)
     p = tl.program_id(0) * FEATURES + tl.arange(0, FEATURES)
     n = tl.arange(0, STATES)
     head, heads = tl.program_id(1), tl.num_programs(1)
@@ -132,7 +137,10 @@ def _ssd_update(
 
 
 @triton.jit
-def _shift_conv_states(xBC, conv_state, slots, xBC_stride, channels, K: tl.constexpr, SHIFTED: tl.constexpr):
+def _shift_conv_states(
+    xBC, conv_state, slots, xBC_stride, channels, K: tl.constexpr, SHIFTED: tl.constexpr, EARLY: tl.constexpr
+):
+    await_previous(EARLY)
     channel = tl.program_id(0) * SHIFTED + tl.arange(0, SHIFTED)
     row = tl.program_id(1).to(tl.int64)
     slot = tl.load(slots + row)
