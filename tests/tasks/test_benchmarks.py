@@ -6,9 +6,10 @@ import os
 import pytest
 
 from m1.errors import UserError
-from m1.tasks.benchmarks import HUB, HUB_ID, Columns, load_task
+from m1.tasks.benchmarks import HUB, Columns, load_task
 from m1.tasks.chain import ChainSizes
 from m1.tasks.problem import Problem
+from m1.tasks.rows import HUB_ID
 
 
 def write(path, *rows):

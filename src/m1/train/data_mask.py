@@ -1,0 +1,133 @@
+"""The text of a conversation and the tokens of it to train, for any chat template.
+
+A turn's trained text is a prefix difference: the conversation up to the turn's end token, minus the turn's prompt. The
+prompt is the messages before the turn, with the generation prompt. Both must be prefixes of the whole text. Otherwise
+the turn isn't trained: Qwen3's template drops the thoughts of earlier turns, for example. The last turn must be.
+
+Templates of R1-distilled models open the thought in the generation prompt, and drop the thoughts of all turns. There,
+the last turn is the generation prompt, continued by the answer. The answer must begin with the same <think>.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import BatchEncoding, PreTrainedTokenizerBase
+
+from m1.errors import UserError
+from m1.model.tokenizer import render_chat
+from m1.tasks.prompts import Messages
+
+IGNORED = -100  # the label of a token that isn't trained
+PROBE = "PROBE"
+Span = tuple[int, int]  # the first character, and the one after the last
+
+
+@dataclass(frozen=True)
+class Example:
+    """A tokenized conversation.
+
+    Attributes:
+        input_ids: int32 [tokens].
+        labels: int32 [tokens], the same ids, IGNORED where a token isn't trained.
+    """
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+
+
+class ChatEncoder:
+    """Tokenizes conversations and marks the tokens to train.
+
+    Args:
+        tokenizer: a fast tokenizer with a chat template.
+        assistant_only: whether to train assistant turns, with their end token, or all tokens.
+
+    Raises:
+        UserError: a slow tokenizer, no chat template, or one that leaves out an assistant's text.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, assistant_only: bool = True):
+        if not tokenizer.is_fast:
+            raise UserError(f"the tokenizer of {tokenizer.name_or_path} isn't a fast one: give it a tokenizer.json")
+        self.tokenizer, self.assistant_only = tokenizer, assistant_only
+        _, found, self.tail = self._probe([{"role": "user", "content": "question"}])
+        if not found:
+            raise UserError(f"the chat template of {tokenizer.name_or_path} leaves out what the assistant says")
+        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        ends = [self.tail.index(token) + len(token) for token in special if token in self.tail]
+        self.untrained = len(self.tail) - min(ends, default=len(self.tail.rstrip()))  # what follows the end token
+
+    def encode(self, rows: list[tuple[str, Messages]]) -> list[Example]:
+        """Tokenizes conversations.
+
+        Args:
+            rows: for each, where it comes from, for error messages, and its messages.
+
+        Raises:
+            UserError: as `render`.
+        """
+        rendered = [self.render(messages, where) for where, messages in rows]
+        texts = [text for text, _ in rendered]
+        encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        examples = []
+        for i, (text, spans) in enumerate(rendered):
+            ids = np.array(encoded["input_ids"][i], dtype=np.int32)
+            labels = np.full_like(ids, IGNORED)
+            for start, stop in spans:
+                trained = slice(_token_from(encoded, i, start, text), _token_from(encoded, i, stop, text))
+                labels[trained] = ids[trained]
+            examples.append(Example(ids, labels if self.assistant_only else ids))
+        return examples
+
+    def render(self, messages: Messages, where: str) -> tuple[str, list[Span]]:
+        """The text of a conversation up to its last assistant turn, and the spans of characters to train.
+
+        Raises:
+            UserError: no assistant turn that answers something, a template that fails on the messages, or an inference
+                prompt that the training text doesn't begin with.
+        """
+        turns = [i for i, message in enumerate(messages) if i and message["role"] == "assistant"]
+        if not turns:
+            roles = ", ".join(message["role"] for message in messages)
+            raise UserError(f"{where}: has no assistant turn to train on (roles: {roles}); remove the row or add one")
+        last = turns[-1]
+        text, prompt = self._text(messages[: last + 1]), self._prompt(messages[:last])
+        if not text.startswith(prompt):
+            text = self._continued(prompt, messages[:last], messages[last]["content"], where)
+        spans = [(len(prompt), len(text) - self.untrained if text.endswith(self.tail) else len(text))]
+        for i in turns[:-1]:
+            prompt, turn = self._prompt(messages[:i]), self._text(messages[: i + 1])
+            stop = len(turn) - self.untrained
+            if text.startswith(prompt) and turn.endswith(self.tail) and text.startswith(turn[:stop]):
+                spans.append((len(prompt), stop))
+        return text, spans
+
+    def _continued(self, prompt: str, before: Messages, answer: str, where: str) -> str:
+        """The prompt and the answer, whose first tag the prompt opens already."""
+        head, _, tail = self._probe(before)
+        opened = prompt.removeprefix(head).strip() if prompt.startswith(head) else ""
+        if not opened or not answer.lstrip().startswith(opened):
+            raise UserError(
+                f"{where}: the inference prompt ends with {prompt[-30:]!r} and the training text doesn't go on from "
+                f"there: begin the answer with {opened or 'the same text'!r}, or give another `chat_template`"
+            )
+        return prompt + answer.lstrip().removeprefix(opened).lstrip("\n") + tail
+
+    def _probe(self, before: Messages) -> tuple[str, str, str]:
+        """What the template puts before and after an assistant turn."""
+        return self._text([*before, {"role": "assistant", "content": PROBE}]).rpartition(PROBE)
+
+    def _text(self, messages: Messages) -> str:
+        return render_chat(self.tokenizer, messages, add_generation_prompt=False)
+
+    def _prompt(self, messages: Messages) -> str:
+        return render_chat(self.tokenizer, messages)
+
+
+def _token_from(encoded: BatchEncoding, i: int, position: int, text: str) -> int:
+    """The first token of text i that begins at this character or after it."""
+    for character in range(position, len(text)):
+        token = encoded.char_to_token(i, character)
+        if token is not None:  # not a character that the tokenizer leaves out
+            return token + (encoded.token_to_chars(i, token).start < position)
+    return len(encoded["input_ids"][i])
