@@ -4,7 +4,7 @@ import hashlib
 import json
 import random
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -16,19 +16,20 @@ from m1.tasks.chain import chain_problems
 from m1.tasks.problem import problem_and_golds
 from m1.tasks.prompts import Messages
 from m1.tasks.rows import is_file, read_rows
+from m1.train.data_mask import Conversation
 
 BUCKET_WINDOW = 16  # groups sorted together: more makes lengths more similar, fewer keeps groups more random
 ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
 
 
-def conversations(data: Data, source: str, rows: Iterable[dict[str, Any]]) -> Iterator[tuple[str, Messages]]:
-    """Yields, for supervised training and distillation, where each row comes from and its messages.
+def conversations(data: Data, source: str, rows: Iterable[dict[str, Any]]) -> Iterator[Conversation]:
+    """Yields a source's conversations, for supervised training and distillation.
 
     A row has one of
 
         messages              [{"role", "content"}, ...]
         conversations         ShareGPT's [{"from", "value"}, ...], with an optional text `system`
-        prompt, completion    texts, or lists of messages
+        prompt, completion    texts, or lists of messages; those of the prompt aren't trained
         problem, solution     texts; the problem is put into the recipe's `prompt_template`
 
     Raises:
@@ -36,20 +37,20 @@ def conversations(data: Data, source: str, rows: Iterable[dict[str, Any]]) -> It
     """
     for number, row in enumerate(rows, start=1):
         where = f"{source}, row {number}"
-        messages = _messages({key: value for key, value in row.items() if value is not None}, data)
+        prompt, answers = _messages({key: value for key, value in row.items() if value is not None}, data)
+        messages = [*prompt, *answers]
         if not messages or not all(_is_message(message) for message in messages):
             raise UserError(
                 f"{where}: needs `messages`, a list of {{role, content}} texts, or `conversations`, `prompt` and "
                 f"`completion`, or the texts `problem` and `solution`; has {sorted(row)}"
             )
-        yield where, messages
+        yield Conversation(where, messages, len(prompt))
 
 
 def all_conversations(data: Data) -> list[Messages]:
     """The messages of all rows of all sources. Raises UserError as `conversations`."""
-    return [
-        messages for source in data.sources for _, messages in conversations(data, source, open_source(data, source)[0])
-    ]
+    found = [conversations(data, source, open_source(data, source)[0]) for source in data.sources]
+    return [conversation.messages for conversation in chain(*found)]
 
 
 def problems(data: Data) -> Iterator[dict[str, Any]]:
@@ -115,19 +116,19 @@ def json_hash(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _messages(row: dict[str, Any], data: Data) -> Messages:
-    """A row's messages; none if it has no known format."""
+def _messages(row: dict[str, Any], data: Data) -> tuple[Messages, Messages]:
+    """A row's messages that aren't trained, and those that may be; none if it has no known format."""
     match row:
         case {"messages": [*messages]}:
-            return [_without_nones(message) for message in messages]
+            return [], [_without_nones(message) for message in messages]
         case {"conversations": [*turns]}:
             system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-            return system + [_turn(turn) for turn in turns]
+            return system, [_turn(turn) for turn in turns]
         case {"prompt": prompt, "completion": completion}:
-            return _as_messages(prompt, "user") + _as_messages(completion, "assistant")
+            return _as_messages(prompt, "user"), _as_messages(completion, "assistant")
         case {"problem": str(problem), "solution": str(solution)}:
-            return [_user(data, problem), {"role": "assistant", "content": solution}]
-    return []
+            return [_user(data, problem)], [{"role": "assistant", "content": solution}]
+    return [], []
 
 
 def _turn(turn: Any) -> Any:

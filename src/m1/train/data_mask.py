@@ -8,7 +8,9 @@ Templates of R1-distilled models open the thought in the generation prompt, and 
 the last turn is the generation prompt, continued by the answer. The answer must begin with the same <think>.
 """
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 from transformers import BatchEncoding, PreTrainedTokenizerBase
@@ -20,6 +22,20 @@ from m1.tasks.prompts import Messages
 IGNORED = -100  # the label of a token that isn't trained
 PROBE = "PROBE"
 Span = tuple[int, int]  # the first character, and the one after the last
+
+
+class Conversation(NamedTuple):
+    """The messages of a row.
+
+    Attributes:
+        where: the row's source and number, for error messages.
+        messages: {"role", "content"} each.
+        first: the first message that may be trained.
+    """
+
+    where: str
+    messages: Messages
+    first: int = 0
 
 
 @dataclass(frozen=True)
@@ -57,36 +73,21 @@ class ChatEncoder:
         ends = [self.tail.index(token) + len(token) for token in special if token in self.tail]
         self.untrained = len(self.tail) - min(ends, default=len(self.tail.rstrip()))  # what follows the end token
 
-    def encode(self, rows: list[tuple[str, Messages]]) -> list[Example]:
-        """Tokenizes conversations.
+    def encode(self, conversations: list[Conversation]) -> list[Example]:
+        """Tokenizes conversations. Raises UserError as `render`."""
+        rendered = [self.render(conversation) for conversation in conversations]
+        encoded = self._tokenize([text for text, _ in rendered])
+        return [self._example(encoded, i, text, spans) for i, (text, spans) in enumerate(rendered)]
 
-        Args:
-            rows: for each, where it comes from, for error messages, and its messages.
-
-        Raises:
-            UserError: as `render`.
-        """
-        rendered = [self.render(messages, where) for where, messages in rows]
-        texts = [text for text, _ in rendered]
-        encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        examples = []
-        for i, (text, spans) in enumerate(rendered):
-            ids = np.array(encoded["input_ids"][i], dtype=np.int32)
-            labels = np.full_like(ids, IGNORED)
-            for start, stop in spans:
-                trained = slice(_token_from(encoded, i, start, text), _token_from(encoded, i, stop, text))
-                labels[trained] = ids[trained]
-            examples.append(Example(ids, labels if self.assistant_only else ids))
-        return examples
-
-    def render(self, messages: Messages, where: str) -> tuple[str, list[Span]]:
+    def render(self, conversation: Conversation) -> tuple[str, list[Span]]:
         """The text of a conversation up to its last assistant turn, and the spans of characters to train.
 
         Raises:
             UserError: no assistant turn that answers something, a template that fails on the messages, or an inference
                 prompt that the training text doesn't begin with.
         """
-        turns = [i for i, message in enumerate(messages) if i and message["role"] == "assistant"]
+        where, messages, first = conversation
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= max(first, 1)]
         if not turns:
             roles = ", ".join(message["role"] for message in messages)
             raise UserError(f"{where}: has no assistant turn to train on (roles: {roles}); remove the row or add one")
@@ -117,6 +118,30 @@ class ChatEncoder:
         """What the template puts before and after an assistant turn."""
         return self._text([*before, {"role": "assistant", "content": PROBE}]).rpartition(PROBE)
 
+    def _example(self, encoded: BatchEncoding, i: int, text: str, spans: list[Span]) -> Example:
+        """Labels text i. Its pieces are tokenized anew if a prompt's last token has merged with the answer's first."""
+        merged = [start for start, _ in spans if _token_at(encoded, i, start, text)[1] < start]
+        if merged:
+            bounds = list(pairwise([0, *sorted(merged), len(text)]))
+            pieces = self._tokenize([text[start:stop] for start, stop in bounds])
+            parts = [self._labelled(pieces, k, text[a:b], _within(spans, a, b)) for k, (a, b) in enumerate(bounds)]
+            return Example(*(np.concatenate(arrays) for arrays in zip(*map(astuple, parts), strict=True)))
+        return self._labelled(encoded, i, text, spans)
+
+    def _labelled(self, encoded: BatchEncoding, i: int, text: str, spans: list[Span]) -> Example:
+        ids = np.array(encoded["input_ids"][i], dtype=np.int32)
+        if not self.assistant_only:
+            return Example(ids, ids)
+        labels = np.full_like(ids, IGNORED)
+        for start, stop in spans:
+            after, begins = _token_at(encoded, i, stop, text)
+            trained = slice(_token_at(encoded, i, start, text)[0], after + (begins < stop))
+            labels[trained] = ids[trained]
+        return Example(ids, labels)
+
+    def _tokenize(self, texts: list[str]) -> BatchEncoding:
+        return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+
     def _text(self, messages: Messages) -> str:
         return render_chat(self.tokenizer, messages, add_generation_prompt=False)
 
@@ -124,10 +149,15 @@ class ChatEncoder:
         return render_chat(self.tokenizer, messages)
 
 
-def _token_from(encoded: BatchEncoding, i: int, position: int, text: str) -> int:
-    """The first token of text i that begins at this character or after it."""
+def _token_at(encoded: BatchEncoding, i: int, position: int, text: str) -> tuple[int, int]:
+    """The token with this character of text i, or with the next one that has a token, and where that token begins."""
     for character in range(position, len(text)):
         token = encoded.char_to_token(i, character)
-        if token is not None:  # not a character that the tokenizer leaves out
-            return token + (encoded.token_to_chars(i, token).start < position)
-    return len(encoded["input_ids"][i])
+        if token is not None:
+            return token, encoded.token_to_chars(i, token).start
+    return len(encoded["input_ids"][i]), len(text)
+
+
+def _within(spans: list[Span], start: int, stop: int) -> list[Span]:
+    """The spans in a piece of the text, counted from its beginning."""
+    return [(max(a, start) - start, min(b, stop) - start) for a, b in spans if a < stop and b > start]
