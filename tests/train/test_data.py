@@ -6,18 +6,17 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from checkpoints import tiny_teacher
 from commands import m1
 
 from m1.errors import UserError
-from m1.model.tokenizer import byte_tokenizer
+from m1.model.tokenizer import CHAT_TEMPLATE, byte_tokenizer
 from m1.recipe import Data, GRPOStage, SFTStage
 from m1.train.data import bucketed, conversations, open_source
 from m1.train.data_cache import Preparation
 from m1.train.data_mask import IGNORED, ChatEncoder
 from m1.train.grpo import arguments_of as grpo_arguments
 from m1.train.grpo import fitting_problems
-from m1.train.sft import arguments_of, training_rows
+from m1.train.sft import arguments_of, new_transformer, training_rows
 
 USER, ASSISTANT = {"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}
 
@@ -164,23 +163,33 @@ def test_bucketed_groups_have_rows_of_like_length():
     assert np.ptp(groups, axis=1).mean() < 100 < np.ptp(lengths.reshape(-1, 8), axis=1).mean()
 
 
-def sft_stage(path, out, trainer=None, **options):
-    init = tiny_teacher().config.to_dict() | {"max_position_embeddings": 4096}
-    init = {key: init[key] for key in ("hidden_size", "num_hidden_layers", "max_position_embeddings")}
-    return SFTStage(init=init, out=str(out), data=Data(path=path, **options), trainer=trainer or {})
+def sft_stage(path, out, trainer=None, chat_template=None, **options):
+    init = {"hidden_size": 64, "num_hidden_layers": 1, "max_position_embeddings": 4096}
+    data = Data(path=path, **options)
+    return SFTStage(init=init, out=str(out), data=data, trainer=trainer or {}, chat_template=chat_template)
 
 
 def test_long_answers_keep_their_end(tmp_path, caplog):
     """TRL would cut rows at 1,024 tokens without a word, and the model would never learn to stop."""
     caplog.set_level("INFO")
     stage = sft_stage(jsonl(tmp_path / "rows.jsonl", *rows_of(*["a" * 3000] * 8)), tmp_path / "out")
-    arguments, tokenizer = arguments_of(stage), byte_tokenizer()
-    for row in training_rows(stage, arguments, tokenizer, 4096):
+    arguments = arguments_of(stage)
+    model, tokenizer = new_transformer(stage.init)
+    for row in training_rows(stage, arguments, tokenizer, model):
         assert len(row["labels"]) > 3000 and row["labels"][-1] == tokenizer.eos_token_id
     assert "8 rows, 24,040 tokens, 99.9% trained; the longest row has 3,005 of at most 4,096 tokens" in caplog.text
     assert "0 rows cut, 0 dropped" in caplog.text
     assert "<|user|>0<|end|><|assistant|>⟦" + "a" * 200 + " [... 2,607 characters ...] " in caplog.text
     assert arguments.max_length is None  # TRL cuts nothing
+    assert "doesn't stop generation" not in caplog.text
+
+
+def test_an_end_token_that_does_not_stop_generation(tmp_path, caplog):
+    template = CHAT_TEMPLATE.replace("<|end|>", "<|im_end|>")
+    stage = sft_stage(jsonl(tmp_path / "rows.jsonl", *rows_of("a")), tmp_path / "out", chat_template=template)
+    model, tokenizer = new_transformer(stage.init)
+    training_rows(stage, arguments_of(stage), tokenizer, model)
+    assert "answers end with '<|im_end|>', which doesn't stop generation" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -152,7 +152,7 @@ def test_r1_distilled_models_train_the_thought(bos):
 
 def test_rows_without_an_answer():
     for messages in (chat("2+2?"), [{"role": "assistant", "content": "Hello!"}]):
-        with pytest.raises(UserError, match="row 1: has no assistant turn to train on"):
+        with pytest.raises(UserError, match="row 1: no assistant turn to train on"):
             marks(byte_tokenizer(), messages)
 
 

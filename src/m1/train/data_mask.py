@@ -58,6 +58,11 @@ class ChatEncoder:
         tokenizer: a fast tokenizer with a chat template.
         assistant_only: whether to train assistant turns, with their end token, or all tokens.
 
+    Attributes:
+        end: what ends an assistant turn, and is trained.
+        tail: this, and what the template puts after it at the end of a conversation.
+        untrained: number of characters of the latter.
+
     Raises:
         UserError: a slow tokenizer, no chat template, or one that leaves out an assistant's text.
     """
@@ -71,30 +76,39 @@ class ChatEncoder:
             raise UserError(f"the chat template of {tokenizer.name_or_path} leaves out what the assistant says")
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         ends = [self.tail.index(token) + len(token) for token in special if token in self.tail]
-        self.untrained = len(self.tail) - min(ends, default=len(self.tail.rstrip()))  # what follows the end token
+        end = min(ends, default=len(self.tail.rstrip()))
+        self.end, self.untrained = self.tail[:end], len(self.tail) - end
 
     def encode(self, conversations: list[Conversation]) -> list[Example]:
         """Tokenizes conversations. Raises UserError as `render`."""
-        rendered = [self.render(conversation) for conversation in conversations]
+        rendered = []
+        for where, messages, first in conversations:
+            try:
+                rendered.append(self.render(messages, first))
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from None
         encoded = self._tokenize([text for text, _ in rendered])
         return [self._example(encoded, i, text, spans) for i, (text, spans) in enumerate(rendered)]
 
-    def render(self, conversation: Conversation) -> tuple[str, list[Span]]:
+    def render(self, messages: Messages, first: int = 0) -> tuple[str, list[Span]]:
         """The text of a conversation up to its last assistant turn, and the spans of characters to train.
+
+        Args:
+            messages: the conversation.
+            first: the first message that may be trained.
 
         Raises:
             UserError: no assistant turn that answers something, a template that fails on the messages, or an inference
                 prompt that the training text doesn't begin with.
         """
-        where, messages, first = conversation
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= max(first, 1)]
         if not turns:
             roles = ", ".join(message["role"] for message in messages)
-            raise UserError(f"{where}: has no assistant turn to train on (roles: {roles}); remove the row or add one")
+            raise UserError(f"no assistant turn to train on (roles: {roles}); remove the row or add one")
         last = turns[-1]
         text, prompt = self._text(messages[: last + 1]), self._prompt(messages[:last])
         if not text.startswith(prompt):
-            text = self._continued(prompt, messages[:last], messages[last]["content"], where)
+            text = self._continued(prompt, messages[:last], messages[last]["content"])
         spans = [(len(prompt), len(text) - self.untrained if text.endswith(self.tail) else len(text))]
         for i in turns[:-1]:
             prompt, turn = self._prompt(messages[:i]), self._text(messages[: i + 1])
@@ -103,13 +117,13 @@ class ChatEncoder:
                 spans.append((len(prompt), stop))
         return text, spans
 
-    def _continued(self, prompt: str, before: Messages, answer: str, where: str) -> str:
+    def _continued(self, prompt: str, before: Messages, answer: str) -> str:
         """The prompt and the answer, whose first tag the prompt opens already."""
         head, _, tail = self._probe(before)
         opened = prompt.removeprefix(head).strip() if prompt.startswith(head) else ""
         if not opened or not answer.lstrip().startswith(opened):
             raise UserError(
-                f"{where}: the inference prompt ends with {prompt[-30:]!r} and the training text doesn't go on from "
+                f"the inference prompt ends with {prompt[-30:]!r} and the training text doesn't go on from "
                 f"there: begin the answer with {opened or 'the same text'!r}, or give another `chat_template`"
             )
         return prompt + answer.lstrip().removeprefix(opened).lstrip("\n") + tail

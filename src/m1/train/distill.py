@@ -44,7 +44,7 @@ def distill_trainer(stage: DistillStage, arguments: SFTConfig) -> "DistillTraine
     return DistillTrainer(
         model=model,
         args=arguments,
-        train_dataset=training_rows(stage, arguments, tokenizer, model.config.max_position_embeddings),
+        train_dataset=training_rows(stage, arguments, tokenizer, model),
         processing_class=tokenizer,
         teacher=teacher,
         divergence=stage.divergence,

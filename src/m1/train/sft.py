@@ -9,6 +9,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
+from m1.engine.engine import stop_tokens
 from m1.errors import UserError
 from m1.hub import checkpoint_folder
 from m1.model.checkpoint import load_config, load_model, load_tokenizer
@@ -46,12 +47,12 @@ def sft_trainer(stage: SFTStage, arguments: SFTConfig) -> SFTTrainer:
         model, tokenizer = load_model(stage.model, **options)
     else:
         model, tokenizer = new_transformer(stage.init, **options)
-    rows = training_rows(stage, arguments, tokenizer, model.config.max_position_embeddings)
+    rows = training_rows(stage, arguments, tokenizer, model)
     return SFTTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)
 
 
 def training_rows(
-    stage: SFTStage | DistillStage, arguments: SFTConfig, tokenizer: PreTrainedTokenizerBase, context: int
+    stage: SFTStage | DistillStage, arguments: SFTConfig, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
 ) -> Dataset | IterableDataset:
     """The tokenized rows of a stage. Logs a report on them, and changes `arguments` so that TRL takes rows as they are.
 
@@ -59,14 +60,17 @@ def training_rows(
         stage: the stage.
         arguments: its trainer's.
         tokenizer: gets the stage's chat template.
-        context: the model's, in tokens: the default of `max_length`.
+        model: its context is the default of `max_length`.
 
     Raises:
         UserError: as `Preparation.run`.
     """
-    preparation = preparation_of(stage, arguments, tokenizer, context)
+    preparation = preparation_of(stage, arguments, tokenizer, model.config.max_position_embeddings)
     prepared = preparation.run()
     logger.info("%s", report(prepared, preparation))
+    end = preparation.encoder.end
+    if not set(tokenizer(end, add_special_tokens=False).input_ids) & set(stop_tokens(model, tokenizer)):
+        logger.warning("answers end with %r, which doesn't stop generation: name it in generation_config.json", end)
     arguments.max_length = preparation.max_length if arguments.packing else None
     arguments.assistant_only_loss = False
     return prepared.rows
@@ -75,7 +79,8 @@ def training_rows(
 def preparation_of(
     stage: SFTStage | DistillStage, arguments: SFTConfig, tokenizer: PreTrainedTokenizerBase, context: int
 ) -> Preparation:
-    """How the rows of a stage are prepared. Arguments and errors as in `training_rows`."""
+    """How the rows of a stage are prepared, if the model's context has so many tokens. Raises UserError without a chat
+    template that can be used."""
     stage.use_chat_template(tokenizer)
     encoder = ChatEncoder(tokenizer, arguments.assistant_only_loss)
     return Preparation(stage.data, encoder, arguments.max_length or context)
