@@ -150,6 +150,18 @@ def test_r1_distilled_models_train_the_thought(bos):
         marks(tokenizer, chat("2+2?", "4"))
 
 
+def test_a_template_that_drops_thoughts_without_a_trace():
+    """DeepSeek-R1's first template: its prompt opens no thought. Plain rendering trains answers without one."""
+    template = TURNS.replace("message['content']", "message['content'].split('</think>')[-1]")
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = LOOP + template
+    expected = (
+        "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n\n\n4<|im_end|>\n"
+        "<|im_start|>user\n3+3?<|im_end|>\n<|im_start|>assistant\n⟦<think>\nhm\n</think>\n\n6<|im_end|>⟧\n"
+    )
+    assert marks(tokenizer, THOUGHTS) == expected
+
+
 def test_rows_without_an_answer():
     for messages in (chat("2+2?"), [{"role": "assistant", "content": "Hello!"}]):
         with pytest.raises(UserError, match="row 1: no assistant turn to train on"):

@@ -133,7 +133,11 @@ class Preparation:
             folder.mkdir(parents=True, exist_ok=True)
             with FileLock(folder / ".lock"):  # the first rank prepares, the others wait
                 if not (folder / COUNTS).exists():
-                    self._write(folder, source, raw)
+                    try:
+                        self._write(folder, source, raw)
+                    except BaseException:
+                        (folder / ROWS).unlink(missing_ok=True)  # it may be large, and nobody would ask for it again
+                        raise
         except OSError as error:
             raise UserError(f"can't write to {folder} ({error.strerror or error}): set HF_DATASETS_CACHE") from None
         counts = Counts(**read_json(folder / COUNTS))

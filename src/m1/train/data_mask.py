@@ -4,8 +4,8 @@ A turn's trained text is a prefix difference: the conversation up to the turn's 
 prompt is the messages before the turn, with the generation prompt. Both must be prefixes of the whole text. Otherwise
 the turn isn't trained: Qwen3's template drops the thoughts of earlier turns, for example. The last turn must be.
 
-Templates of R1-distilled models open the thought in the generation prompt, and drop the thoughts of all turns. There,
-the last turn is the generation prompt, continued by the answer. The answer must begin with the same <think>.
+Templates of R1-distilled models drop the thoughts of all turns, and may open one in the generation prompt. There, the
+last turn is the generation prompt, continued by the answer. The answer must begin with what the prompt opens.
 """
 
 from dataclasses import astuple, dataclass
@@ -106,27 +106,32 @@ class ChatEncoder:
             roles = ", ".join(message["role"] for message in messages)
             raise UserError(f"no assistant turn to train on (roles: {roles}); remove the row or add one")
         last = turns[-1]
-        text, prompt = self._text(messages[: last + 1]), self._prompt(messages[:last])
-        if not text.startswith(prompt):
-            text = self._continued(prompt, messages[:last], messages[last]["content"])
+        text, prompt, answer = (
+            self._text(messages[: last + 1]),
+            self._prompt(messages[:last]),
+            messages[last]["content"],
+        )
+        if not text.startswith(prompt) or not _holds(text[len(prompt) :], answer):
+            text = self._continued(prompt, messages[:last], answer)
         spans = [(len(prompt), len(text) - self.untrained if text.endswith(self.tail) else len(text))]
         for i in turns[:-1]:
             prompt, turn = self._prompt(messages[:i]), self._text(messages[: i + 1])
             stop = len(turn) - self.untrained
-            if text.startswith(prompt) and turn.endswith(self.tail) and text.startswith(turn[:stop]):
+            same = text.startswith(prompt) and turn.endswith(self.tail) and text.startswith(turn[:stop])
+            if same and _holds(text[len(prompt) : stop], messages[i]["content"]):
                 spans.append((len(prompt), stop))
         return text, spans
 
     def _continued(self, prompt: str, before: Messages, answer: str) -> str:
-        """The prompt and the answer, whose first tag the prompt opens already."""
+        """The prompt and the answer, of which the prompt may open the first tag already."""
         head, _, tail = self._probe(before)
-        opened = prompt.removeprefix(head).strip() if prompt.startswith(head) else ""
-        if not opened or not answer.lstrip().startswith(opened):
+        opened = prompt.removeprefix(head).strip()
+        if not prompt.startswith(head) or not answer.lstrip().startswith(opened):
             raise UserError(
                 f"the inference prompt ends with {prompt[-30:]!r} and the training text doesn't go on from "
-                f"there: begin the answer with {opened or 'the same text'!r}, or give another `chat_template`"
+                f"there: begin the answer with {opened[-30:]!r}, or give another `chat_template`"
             )
-        return prompt + answer.lstrip().removeprefix(opened).lstrip("\n") + tail
+        return prompt + (answer.lstrip().removeprefix(opened).lstrip("\n") if opened else answer) + tail
 
     def _probe(self, before: Messages) -> tuple[str, str, str]:
         """What the template puts before and after an assistant turn."""
@@ -161,6 +166,11 @@ class ChatEncoder:
 
     def _prompt(self, messages: Messages) -> str:
         return render_chat(self.tokenizer, messages)
+
+
+def _holds(text: str, answer: str) -> bool:
+    """Whether a rendered turn has all of the answer, whatever the template does to white space."""
+    return answer.strip() in text or "".join(answer.split()) in "".join(text.split())
 
 
 def _token_at(encoded: BatchEncoding, i: int, position: int, text: str) -> tuple[int, int]:
