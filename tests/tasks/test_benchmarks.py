@@ -125,6 +125,7 @@ def test_a_folder_that_load_dataset_reads(data_sets):
         ("org/name", ("org/name", None, "test")),
         ("org/name:train", ("org/name", None, "train")),
         ("org/na.me-1/con_fig:train", ("org/na.me-1", "con_fig", "train")),
+        ("org/name@v1.0:train", ("org/name", None, "train", "v1.0")),
     ],
 )
 def test_hub_ids(monkeypatch, data, called):
@@ -132,8 +133,8 @@ def test_hub_ids(monkeypatch, data, called):
 
     calls = []
 
-    def load_dataset(name, config, split):
-        calls.append((name, config, split))
+    def load_dataset(name, config, split, revision=None):
+        calls.append((name, config, split, *([revision] if revision else [])))
         return [{"question": "1+1", "answer": "#### 2"}]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)

@@ -1,6 +1,7 @@
 """Training data: the formats of rows, mixing, the length filter, and the cache."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import datasets
@@ -137,6 +138,22 @@ def test_the_second_start_reads_the_cache(tmp_path, cache, monkeypatch):
         with pytest.raises(ZeroDivisionError):
             prepare(data)
     assert texts(prepare(data)) != first
+
+
+def test_ranks_prepare_once(tmp_path, monkeypatch):
+    calls, encode = [], ChatEncoder.encode
+    monkeypatch.setattr(ChatEncoder, "encode", lambda self, rows: calls.append(rows) or encode(self, rows))
+    data = Data(path=jsonl(tmp_path / "rows.jsonl", *rows_of("a", "b")))
+    with ThreadPoolExecutor() as ranks:
+        found = list(ranks.map(lambda _: texts(prepare(data)), range(4)))
+    assert len(calls) == 1 and all(rows == found[0] for rows in found)
+
+
+def test_a_bad_row_leaves_no_file_behind(tmp_path, cache):
+    path = jsonl(tmp_path / "rows.jsonl", *rows_of("a"), {"messages": [USER]})
+    with pytest.raises(UserError, match=r"rows\.jsonl, row 2: no assistant turn to train on \(roles: user\)"):
+        prepare(Data(path=path))
+    assert not list(cache.glob("*/rows.arrow"))
 
 
 def test_a_killed_preparation_is_done_again(tmp_path, cache):
