@@ -1,10 +1,13 @@
 """Fixtures every test can use."""
 
 import os
+import shutil
+import tempfile
 
 # The kernels' and torch's threads share the cores with pytest's: don't spin.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="m1-datasets-")  # holds prepared data of this session only
 
 import torch
 
@@ -16,6 +19,10 @@ from checkpoints import save_checkpoint, scramble, tiny_teacher
 
 from m1.model import M1ForCausalLM
 from m1.model.convert import convert
+
+
+def pytest_unconfigure():
+    shutil.rmtree(os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -38,6 +38,7 @@ class Mutant(NamedTuple):
 
 
 SAMPLING, SCHEDULER = "engine/test_sampling.py", "engine/test_scheduler.py"
+MASK = "train/test_data_mask.py"
 MUTANTS = [
     # the prefix cache and admission
     Mutant(
@@ -329,6 +330,34 @@ MUTANTS = [
     Mutant(
         "evaluation/time_budget.py", "len(set(dtypes.values())) > 1", "len(set(dtypes.values())) > 2",
         "evaluation/test_curves.py", "unlike dtypes are compared",
+    ),
+    Mutant(
+        "train/data_mask.py", "end = min(ends, default=len(self.tail.rstrip()))", "end = 0", MASK,
+        "answers are trained without their end token",
+    ),
+    Mutant(
+        "train/data_mask.py", "if same and _holds(", "if same or _holds(", MASK,
+        "earlier turns are trained without their thoughts",
+    ),
+    Mutant(
+        "train/data_mask.py", "or not _holds(text[len(prompt) :], answer)", "", MASK,
+        "a template drops the thought that should be trained",
+    ),
+    Mutant(
+        "train/data_mask.py", "i >= max(first, 1)", "i >= 1", "train/test_data.py",
+        "what the assistant says in a prompt is trained",
+    ),
+    Mutant(
+        "train/sft.py", '"max_length": None', '"max_length": 1024', "train/test_data.py",
+        "long answers lose their end",
+    ),
+    Mutant(
+        "train/data_cache.py", '"chat_template": tokenizer.chat_template,', "", "train/test_data.py",
+        "another chat template trains on the rows of the last one",
+    ),
+    Mutant(
+        "train/grpo.py", "if length <= room]", "]", "train/test_data.py",
+        "a prompt too long for the model stops RL in mid-run",
     ),
     Mutant(
         "train/trainer.py", "trainer.accelerator.unwrap_model(trainer.model).to(dtype)", "pass",

@@ -13,9 +13,13 @@ def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
     """Yields one object per line and skips blank lines. Raises UserError naming a line that isn't a JSON object."""
     path = Path(path)
     try:
-        lines = path.read_bytes().split(b"\n")
+        with path.open("rb") as file:
+            yield from _parsed(path, file)
     except OSError as error:
         raise UserError(f"can't read {path}: {error.strerror}") from None
+
+
+def _parsed(path: Path, lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue

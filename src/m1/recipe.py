@@ -32,34 +32,60 @@ INT64_MAX = 2**63 - 1
 
 @dataclass(frozen=True, kw_only=True)
 class Data(ChainSizes):
-    """Training data of a stage: a JSONL file, or generated chain problems.
+    """Training data of a stage: files, data sets or generated chain problems.
 
-    Rows of a file have `messages`, or `problem` with `solution`, for fine-tuning and distillation. For RL they have
-    `problem` with `answer` or `answers`. Each field's metadata has its help text.
+    Rows for fine-tuning and distillation have `messages`, ShareGPT's `conversations`, `prompt` with `completion`, or
+    `problem` with `solution`. For RL they have `problem` with `answer` or `answers`. Each field's metadata has its help
+    text.
 
     Raises:
-        UserError: both or neither of `path` and `task`, or a value out of range.
+        UserError: both or neither of `path` and `task`, a value out of range, or options that exclude each other.
     """
 
-    path: str | None = option(None, "JSONL file.")
+    path: str | list[str] | None = option(
+        None,
+        "JSONL or Parquet file, folder of a data set, or ORG/NAME[/CONFIG][@REVISION][:SPLIT] on the Hub; or a list of "
+        "them.",
+    )
+    weights: list[int | float] = option(
+        [], "Share of each path among the rows; the smaller repeat. Default: every row once, in random order."
+    )
     task: Literal["chain"] | None = option(None, "Generate chain problems instead of reading a file.")
     count: int = option(10_000, "Number of chain problems.")
     slip_rate: float = option(0.0, "Share of a chain's worked steps that are wrong.")
-    seed: int = option(0, "Seed of the chain problems.")
-    limit: int | None = option(None, "Maximum number of the file's rows; the first ones are used.")
+    seed: int = option(0, "Seed of the chain problems, and of the order in which several paths are mixed.")
+    limit: int | None = option(None, "Maximum number of rows of each path; the first ones are used.")
     prompt_template: str = option("{problem}", "User message, with {problem} in it.")
+    overlong: Literal["drop", "cut"] = option(
+        "drop", "Rows longer than max_length: drop them, or cut them, so that the answer loses its end."
+    )
+    streaming: bool = option(False, "Read and prepare rows while training, for data that fits no disk.")
     bucket: int | None = option(
         None, "Group rows by length, this many per group. It saves padding with sequential sampling."
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.path is None) == (self.task is None):
-            raise UserError('[data] needs exactly one of `path` (a JSONL file) and `task` ("chain")')
+        if (not self.path) == (self.task is None):
+            raise UserError('[data] needs exactly one of `path` (a file or a data set) and `task` ("chain")')
         if not 0 <= self.slip_rate < 1:
             raise UserError(f"[data] slip_rate={self.slip_rate}: need 0 <= slip_rate < 1")
         if "{problem}" not in self.prompt_template:
             raise UserError(f"[data] prompt_template={self.prompt_template!r} has no {{problem}} in it")
+        if self.weights and (len(self.weights) != len(self.sources) or min(self.weights) <= 0):
+            raise UserError(f"[data] weights={self.weights}: need one positive number for each of {self.sources}")
+        if self.streaming and (self.task or self.bucket):
+            raise UserError("[data] streaming goes neither with `task` nor with `bucket`: remove one of them")
+        for name in ("count", "limit", "bucket"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"[data] {name}={value}: need at least 1")
+
+    @property
+    def sources(self) -> list[str]:
+        """The paths; for generated problems, the task's name."""
+        if self.task:
+            return [self.task]
+        return [self.path] if isinstance(self.path, str) else list(self.path or [])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,8 +135,8 @@ class Stage:
     def sources(self) -> list[Path]:
         """The files and folders that the stage reads."""
         data = getattr(self, "data", None)
-        texts = [getattr(self, name, None) or "" for name in ("prompt_template", "system_prompt")]
-        paths = [data.path if isinstance(data, Data) else data]
+        texts = [getattr(self, name, None) or "" for name in ("prompt_template", "system_prompt", "chat_template")]
+        paths = data.sources if isinstance(data, Data) and not data.task else [data if isinstance(data, str) else None]
         paths += [getattr(self, name, None) for name in ("prompts", "few_shot")]
         paths += [*(text[1:] for text in texts if text.startswith("@")), *self.checkpoints()]
         ranking = ranking_file(getattr(self, "keep_attention", None))
@@ -175,14 +201,26 @@ class ConvertStage(Stage, ConversionOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RankLayersStage(Stage, ConversionOptions):
+class ChatTemplateOption:
+    """How conversations become text."""
+
+    chat_template: str | None = option(None, "Chat template in Jinja, or @FILE. Default: the tokenizer's own.")
+
+    def use_chat_template(self, tokenizer: Any) -> None:
+        """Gives the tokenizer this template, if there is one. Raises UserError for an unreadable file."""
+        if self.chat_template is not None:
+            tokenizer.chat_template = read_text(self.chat_template, "chat template")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankLayersStage(Stage, ConversionOptions, ChatTemplateOption):
     """Stage `rank-layers`: measures the cost of replacing each layer alone, in KL divergence from the teacher."""
 
     kind = "rank-layers"
     function = "m1.train.rank_layers:run"
     is_file = True
 
-    data: Data = option(help="JSONL of {messages} or {problem, solution}.")
+    data: Data = option(help="JSONL or other source of {messages} or {problem, solution}.")
     out: str = option("ranking.json", "JSON file for `m1 convert --keep-attention @FILE:COUNT`.")
     max_length: int = option(1024, "Maximum number of tokens used per row.")
     batch_size: int = option(8, "Rows per forward pass.")
@@ -192,7 +230,7 @@ class RankLayersStage(Stage, ConversionOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainedStage(Stage):
+class TrainedStage(Stage, ChatTemplateOption):
     """What all training stages have in common: data, and a TRL trainer with arguments of its own."""
 
     trained = True

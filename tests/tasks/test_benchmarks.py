@@ -6,9 +6,10 @@ import os
 import pytest
 
 from m1.errors import UserError
-from m1.tasks.benchmarks import HUB, HUB_ID, Columns, load_task
+from m1.tasks.benchmarks import HUB, Columns, load_task
 from m1.tasks.chain import ChainSizes
 from m1.tasks.problem import Problem
+from m1.tasks.rows import HUB_ID
 
 
 def write(path, *rows):
@@ -124,6 +125,7 @@ def test_a_folder_that_load_dataset_reads(data_sets):
         ("org/name", ("org/name", None, "test")),
         ("org/name:train", ("org/name", None, "train")),
         ("org/na.me-1/con_fig:train", ("org/na.me-1", "con_fig", "train")),
+        ("org/name@v1.0:train", ("org/name", None, "train", "v1.0")),
     ],
 )
 def test_hub_ids(monkeypatch, data, called):
@@ -131,8 +133,8 @@ def test_hub_ids(monkeypatch, data, called):
 
     calls = []
 
-    def load_dataset(name, config, split):
-        calls.append((name, config, split))
+    def load_dataset(name, config, split, revision=None):
+        calls.append((name, config, split, *([revision] if revision else [])))
         return [{"question": "1+1", "answer": "#### 2"}]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)

@@ -5,6 +5,7 @@ package loads neither torch nor transformers: a command imports its libraries, a
 """
 
 import importlib
+import logging
 import os
 import sys
 import warnings
@@ -15,7 +16,7 @@ from typer.core import TyperGroup
 from typer.main import get_group
 
 import m1
-from m1.cli import evaluate, generate, model, train
+from m1.cli import data, evaluate, generate, model, train
 from m1.errors import M1Warning, UserError
 from m1.secrets import redact_logs
 
@@ -44,6 +45,7 @@ app = typer.Typer(
 )
 for group in (model.app, train.app, generate.app):
     app.add_typer(group)
+app.add_typer(data.app, name="data")
 app.add_typer(evaluate.app, name="eval")
 app.command("budget")(evaluate.budget)
 app.add_typer(
@@ -65,6 +67,9 @@ def main() -> None:
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     redact_logs()
     warnings.showwarning = show_warning
+    logger = logging.getLogger("m1")
+    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+    logger.handlers = [LogHandler()]
     try:
         status = app(prog_name="m1", standalone_mode=False)
     except Exception as error:
@@ -74,6 +79,16 @@ def main() -> None:
 
         render.error("interrupted; finished work is saved: run it again to resume (a training stage with --resume)")
     sys.exit(status if isinstance(status, int) else 0)
+
+
+class LogHandler(logging.Handler):
+    """Prints M1's log on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Prints a record."""
+        from m1.cli import render
+
+        render.line(self.format(record), "yellow" if record.levelno > logging.INFO else None, render.errors)
 
 
 def show_warning(message: Warning | str, category: type[Warning], *where: Any, **options: Any) -> None:

@@ -22,6 +22,8 @@ from m1.recipe import Stage
 from m1.secrets import redact
 
 if TYPE_CHECKING:  # they import torch
+    from numpy import ndarray
+
     from m1.model.summary import Summary
     from m1.reasoning.budget import Budget
     from m1.reasoning.solution import Solution
@@ -29,6 +31,7 @@ if TYPE_CHECKING:  # they import torch
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
 REDRAW_SECONDS = 0.1
 BAR_WIDTH = 40
+LENGTH_BINS = 12  # of a histogram of rows' lengths
 Row = dict[str, Any]  # a row of a benchmark's result
 WIDTH = 180  # characters of a benchmark's table in a file or a pipe
 MOST_ANSWERS = 10  # maximum number of answers drawn during a vote
@@ -109,6 +112,19 @@ def ranking(result: dict[str, Any], out: str) -> None:
     for place, layer in enumerate(result["ranking"], start=1):
         line(f"{place:3d}. layer {layer:3d}  {result['kl'][str(layer)]:.4f} nats per token")
     line(f"{result['tokens']} tokens; written to {out}")
+
+
+def lengths(lengths: "ndarray") -> None:
+    """Draws a histogram of rows' lengths in tokens."""
+    import numpy as np
+
+    if not len(lengths):
+        return
+    edges = np.unique(np.linspace(lengths.min(), lengths.max() + 1, LENGTH_BINS + 1).astype(int))
+    counts = np.histogram(lengths, edges)[0]
+    for first, end, count in zip(edges, edges[1:], counts, strict=False):
+        bar = "█" * round(BAR_WIDTH * count / counts.max())
+        line(f"{first:>9,} to {end - 1:>9,} tokens {count:>11,} rows  {bar}")
 
 
 def evaluation(task: str, result: dict[str, Any], out: Path) -> None:

@@ -10,12 +10,9 @@ from m1.errors import UserError
 
 SPECIAL_TOKENS = ("<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 
-# {% generation %} marks the assistant's text and its end token, from which trainers make the loss mask.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}"
-    "<|assistant|>{% generation %}{{ message['content'] }}<|end|>{% endgeneration %}"
-    "{% else %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endif %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
@@ -41,7 +38,15 @@ def byte_tokenizer(model_max_length: int = 4096) -> PreTrainedTokenizerFast:
 def encode_chat(
     tokenizer: PreTrainedTokenizerBase, messages: str | list[dict[str, str]], add_generation_prompt: bool = True
 ) -> list[int]:
-    """Token ids of chat messages, through the tokenizer's chat template.
+    """Token ids of chat messages: those of `render_chat`'s text, without special tokens added. Arguments as there."""
+    text = render_chat(tokenizer, messages, add_generation_prompt)
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def render_chat(
+    tokenizer: PreTrainedTokenizerBase, messages: str | list[dict[str, str]], add_generation_prompt: bool = True
+) -> str:
+    """The text of chat messages, through the tokenizer's chat template.
 
     Args:
         messages: a list of {"role", "content"}; a string is a single user message.
@@ -58,9 +63,7 @@ def encode_chat(
             "e.g. the instruct model's"
         )
     try:
-        return tokenizer.apply_chat_template(
-            messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False
-        )
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=False)
     except TemplateError as error:
         raise UserError(f"the chat template of {tokenizer.name_or_path} fails on {messages}: {error}") from None
 

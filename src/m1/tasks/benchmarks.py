@@ -1,4 +1,4 @@
-r"""Loads the problems of a task: generated chain problems, or a benchmark from a JSONL file or a Hugging Face data set.
+r"""Loads the problems of a task: generated chain problems, or a benchmark from a file or a Hugging Face data set.
 
 Rows of a file are {"id", "problem", "answer"}. "answers" may list several spellings of one gold; any of them is right.
 Other column names of published data sets are known, too. The problem may be called `question`. The gold may be `answer`
@@ -8,7 +8,6 @@ names other columns. Your own problems may have any task name.
 
 import re
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,10 +15,10 @@ from typing import Any
 
 from m1.errors import UserError
 from m1.grading import extract_answer
-from m1.jsonl import read_jsonl
 from m1.options import option
 from m1.tasks.chain import ChainSizes, chain_problems
 from m1.tasks.problem import Problem, problem_and_golds
+from m1.tasks.rows import read_rows
 
 HUB = {  # default source of each benchmark
     "math500": "HuggingFaceH4/MATH-500:test",
@@ -32,8 +31,6 @@ HUB = {  # default source of each benchmark
 }
 TASKS = ("chain", *HUB)
 TASK_NAME = re.compile(r"[\w.-]*\w[\w.-]*")  # used as a folder name
-HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+?)(/(?P<config>[\w.-]+))?(:(?P<split>[\w.-]+))?")
-FILE_ENDINGS = (".jsonl", ".json", ".txt", ".csv", ".parquet")  # a name with such an ending means a file
 ID_COLUMNS = ("id", "unique_id")
 PROBLEM_COLUMNS = ("problem", "question")
 GOLD_COLUMNS = ("answers", "answer", "final_answer", "solution")
@@ -62,8 +59,7 @@ def load_task(
 
     Args:
         task: one of TASKS, or with `data` any name of letters, digits and . - _
-        data: a JSONL file, or a data set for `datasets.load_dataset`: org/name[/config][:split] on the Hub, or
-            FOLDER[:split]. The default split is "test". The default data is the task's entry in HUB.
+        data: a source for `read_rows`, whose default split is "test". The default data is the task's entry in HUB.
         limit: maximum number of problems. When None, all of a benchmark, or 200 chain problems.
         sizes: of generated chain problems.
         seed: of generated chain problems.
@@ -82,7 +78,7 @@ def load_task(
         found = chain_problems(limit or 200, sizes or ChainSizes(), "test", seed)
         return [Problem(f"chain/{i}", p.problem, (p.answer,)) for i, p in enumerate(found)]
     source = HUB[task] if data is None else str(data)
-    rows = _rows(source, f"task {task!r} needs --data FILE.jsonl: " if data is None else "")
+    rows = read_rows(source, "test", f"task {task!r} needs --data FILE.jsonl: " if data is None else "")
     problems = [
         _problem(row, f"{task}/{number}", f"{source}, row {number}", columns or Columns())
         for number, row in enumerate(islice(rows, limit), start=1)
@@ -93,26 +89,6 @@ def load_task(
     if repeated:
         raise UserError(f"{source}: the id {repeated[0]!r} is used more than once; ids must be unique")
     return problems
-
-
-def _rows(source: str, advice: str) -> Iterable[dict[str, Any]]:
-    folder, _, split = source.partition(":")
-    if Path(folder).is_dir():
-        return _dataset(folder, None, split, advice)
-    if not Path(source).exists() and not source.endswith(FILE_ENDINGS) and (match := HUB_ID.fullmatch(source)):
-        return _dataset(match["id"], match["config"], match["split"], advice)
-    return read_jsonl(source)
-
-
-def _dataset(name: str, config: str | None, split: str | None, advice: str) -> Iterable[dict[str, Any]]:
-    from datasets import load_dataset  # takes a second, and JSONL files don't need it
-    from datasets.exceptions import DatasetsError
-
-    try:
-        return load_dataset(name, config, split=split or "test")
-    except (OSError, ValueError, DatasetsError) as error:  # no network, no such data set, config, split or format
-        text = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{advice}can't load the data set {name} ({text})") from None
 
 
 def _problem(row: dict[str, Any], default_id: str, where: str, columns: Columns) -> Problem:

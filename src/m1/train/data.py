@@ -1,82 +1,157 @@
-"""Training data: turns a recipe's `[data]` table into a data set with the columns that TRL expects."""
+"""Training data: reads a recipe's `[data]` sources, in the formats that data sets are published in."""
 
+import hashlib
+import json
 import random
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
+from typing import Any
 
-from datasets import Dataset
+import numpy as np
 
 from m1.errors import UserError
-from m1.jsonl import read_jsonl
 from m1.recipe import Data
+from m1.runs import sha256
 from m1.tasks.chain import chain_problems
 from m1.tasks.problem import problem_and_golds
+from m1.tasks.prompts import Messages
+from m1.tasks.rows import is_file, read_rows
+from m1.train.data_mask import Conversation
 
 BUCKET_WINDOW = 16  # groups sorted together: more makes lengths more similar, fewer keeps groups more random
+ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
 
 
-def conversations(data: Data) -> Dataset:
-    """Loads rows {"messages": [...]} for supervised training and distillation.
+def conversations(data: Data, source: str, rows: Iterable[dict[str, Any]]) -> Iterator[Conversation]:
+    """Yields a source's conversations, for supervised training and distillation.
 
-    Raises:
-        UserError: an unreadable or empty file, or a row with neither messages nor a problem with its solution.
-    """
-    rows = []
-    for number, row in enumerate(_rows(data), start=1):
-        match row:
-            case {"messages": [_, *_] as messages} if all(_is_message(message) for message in messages):
-                rows.append({"messages": messages})
-            case {"problem": str(problem), "solution": str(solution)}:
-                prompt = data.prompt_template.replace("{problem}", problem)
-                rows.append({"messages": [_user(prompt), {"role": "assistant", "content": solution}]})
-            case _:
-                raise UserError(
-                    f"{data.path}, row {number}: needs `messages`, a list of {{role, content}} texts, or the texts "
-                    f"`problem` and `solution`; has {sorted(row)}"
-                )
-    return Dataset.from_list(bucketed(rows, data.bucket, data.seed) if data.bucket else rows)
+    A row has one of
 
-
-def problems(data: Data) -> Dataset:
-    """Loads rows {"prompt": [user message], "answers": [...]} for RL.
+        messages              [{"role", "content"}, ...]
+        conversations         ShareGPT's [{"from", "value"}, ...], with an optional text `system`
+        prompt, completion    texts, or lists of messages; those of the prompt aren't trained
+        problem, solution     texts; the problem is put into the recipe's `prompt_template`
 
     Raises:
-        UserError: an unreadable or empty file, or a row without a problem or its answers.
+        UserError: an unreadable source, or a row in none of these formats.
     """
-    rows = []
-    for number, row in enumerate(_rows(data), start=1):
-        problem, golds = problem_and_golds(row, f"{data.path}, row {number}")
-        rows.append({"prompt": [_user(data.prompt_template.replace("{problem}", problem))], "answers": golds})
-    return Dataset.from_list(rows)
+    for number, row in enumerate(rows, start=1):
+        where = f"{source}, row {number}"
+        prompt, answers = _messages({key: value for key, value in row.items() if value is not None}, data)
+        messages = [*prompt, *answers]
+        if not messages or not all(_is_message(message) for message in messages):
+            raise UserError(
+                f"{where}: needs `messages`, a list of {{role, content}} texts, or `conversations`, `prompt` and "
+                f"`completion`, or the texts `problem` and `solution`; has {sorted(row)}"
+            )
+        yield Conversation(where, messages, len(prompt))
 
 
-def bucketed(rows: list[dict], size: int, seed: int) -> list[dict]:
-    """Groups rows of similar length, `size` rows per group, and puts the groups in random order.
+def all_conversations(data: Data) -> list[Messages]:
+    """The messages of all rows of all sources. Raises UserError as `conversations`."""
+    found = [conversations(data, source, open_source(data, source)[0]) for source in data.sources]
+    return [conversation.messages for conversation in chain(*found)]
+
+
+def problems(data: Data) -> Iterator[dict[str, Any]]:
+    """Yields rows {"prompt": [user message], "answers": [...]} for RL.
+
+    Raises:
+        UserError: an unreadable or empty source, or a row without a problem or its answers.
+    """
+    for source in data.sources:
+        for number, row in enumerate(open_source(data, source)[0], start=1):
+            problem, golds = problem_and_golds(row, f"{source}, row {number}")
+            yield {"prompt": [_user(data, problem)], "answers": golds}
+
+
+def open_source(data: Data, source: str) -> tuple[Iterator[dict[str, Any]], str | None]:
+    """Opens a source for its first `limit` rows.
+
+    Returns:
+        The rows, and a hash of the source's content; None where that takes reading it, as for streamed data sets.
+
+    Raises:
+        UserError: an unreadable source; an empty one once it is iterated.
+    """
+    if data.task:
+        chains = chain_problems(data.count, data, "train", data.seed, data.slip_rate)
+        rows: Any = [{"problem": p.problem, "solution": p.solution, "answer": p.answer} for p in chains]
+        return iter(rows), json_hash(rows)
+    rows = read_rows(source, "train", streaming=data.streaming)
+    content = sha256(source) if is_file(source) else getattr(rows, "_fingerprint", None)
+    return _limited(source, rows, data.limit), content
+
+
+def _limited(source: str, rows: Iterable[dict[str, Any]], limit: int | None) -> Iterator[dict[str, Any]]:
+    row = None
+    for row in islice(rows, limit):
+        yield row
+    if row is None:
+        raise UserError(f"{source} has no rows")
+
+
+def bucketed(lengths: np.ndarray, size: int, seed: int) -> list[int]:
+    """The order of rows that groups similar lengths, `size` rows per group, with the groups in random order.
 
     A trainer that keeps this order needs less padding. Rows are sorted by length within windows of BUCKET_WINDOW
     groups.
+
+    Args:
+        lengths: [rows].
+        size: rows per group.
+        seed: of the groups' order.
     """
     window = size * BUCKET_WINDOW
-    runs = []
-    for start in range(0, len(rows), window):
-        ordered = sorted(rows[start : start + window], key=lambda row: sum(len(m["content"]) for m in row["messages"]))
+    runs: list[np.ndarray] = []
+    for start in range(0, len(lengths), window):
+        ordered = start + np.argsort(lengths[start : start + window], kind="stable")
         runs += [ordered[i : i + size] for i in range(0, len(ordered), size)]
     random.Random(seed).shuffle(runs)
-    return [row for run in runs for row in run]
+    return np.concatenate(runs).tolist()
 
 
-def _rows(data: Data) -> list[dict]:
-    if data.task == "chain":
-        found = chain_problems(data.count, data, "train", data.seed, data.slip_rate)
-        return [{"problem": p.problem, "solution": p.solution, "answer": p.answer} for p in found]
-    assert data.path is not None
-    rows = list(read_jsonl(data.path))[: data.limit]
-    if not rows:
-        raise UserError(f"{data.path} has no rows")
-    return rows
+def json_hash(content: Any) -> str:
+    """sha256 of what JSON can hold."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _messages(row: dict[str, Any], data: Data) -> tuple[Messages, Messages]:
+    """A row's messages that aren't trained, and those that may be; none if it has no known format."""
+    match row:
+        case {"messages": [*messages]}:
+            return [], [_without_nones(message) for message in messages]
+        case {"conversations": [*turns]}:
+            system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+            return system, [_turn(turn) for turn in turns]
+        case {"prompt": prompt, "completion": completion}:
+            return _as_messages(prompt, "user"), _as_messages(completion, "assistant")
+        case {"problem": str(problem), "solution": str(solution)}:
+            return [_user(data, problem)], [{"role": "assistant", "content": solution}]
+    return [], []
+
+
+def _turn(turn: Any) -> Any:
+    match turn:
+        case {"from": str(role), "value": content}:
+            return {"role": ROLES.get(role, role), "content": content}
+    return _without_nones(turn)
+
+
+def _as_messages(value: Any, role: str) -> Messages:
+    if isinstance(value, list):
+        return [_without_nones(message) for message in value]
+    return [{"role": role, "content": value}]
+
+
+def _without_nones(message: Any) -> Any:
+    """The message without the keys that a table's other rows have: a template takes an empty `tool_calls` for some."""
+    return {k: v for k, v in message.items() if v is not None} if isinstance(message, dict) else message
 
 
 def _is_message(value: object) -> bool:
     return isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
 
 
-def _user(text: str) -> dict[str, str]:
-    return {"role": "user", "content": text}
+def _user(data: Data, problem: str) -> dict[str, str]:
+    return {"role": "user", "content": data.prompt_template.replace("{problem}", problem)}

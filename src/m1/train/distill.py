@@ -19,9 +19,8 @@ from trl import SFTConfig, SFTTrainer
 from m1.errors import UserError
 from m1.model.checkpoint import load_model
 from m1.recipe import DistillStage
-from m1.train.data import conversations
-from m1.train.sft import DEFAULTS
-from m1.train.trainer import model_options, run_training, trainer_arguments
+from m1.train.sft import arguments_of, training_rows
+from m1.train.trainer import model_options, run_training
 
 Divergence = Literal["reverse_kl", "forward_kl", "jsd"]
 CHUNK_TOKENS = 1024  # tokens whose logits exist at a time
@@ -45,17 +44,12 @@ def distill_trainer(stage: DistillStage, arguments: SFTConfig) -> "DistillTraine
     return DistillTrainer(
         model=model,
         args=arguments,
-        train_dataset=conversations(stage.data),
+        train_dataset=training_rows(stage, arguments, tokenizer, model),
         processing_class=tokenizer,
         teacher=teacher,
         divergence=stage.divergence,
         forward_kl_steps=stage.forward_kl_steps,
     )
-
-
-def arguments_of(stage: DistillStage) -> SFTConfig:
-    """The trainer's arguments. Raises UserError for an invalid `[trainer]`."""
-    return trainer_arguments(SFTConfig, stage.out, stage.trainer, **DEFAULTS)
 
 
 class DistillTrainer(SFTTrainer):

@@ -7,6 +7,7 @@ import logging
 from functools import partial
 from typing import Any
 
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer
 
@@ -41,19 +42,52 @@ def grpo(stage: GRPOStage, resume: bool = False, force: bool = False) -> None:
 def grpo_trainer(grader: Grader, stage: GRPOStage, arguments: GRPOConfig) -> GRPOTrainer:
     """The stage's trainer, with model, data, reward and rollouts."""
     model, tokenizer = load_model(stage.model, **model_options(stage.trainer))
+    stage.use_chat_template(tokenizer)
     return GRPOTrainer(
         model=model,
         args=arguments,
-        train_dataset=problems(stage.data),
+        train_dataset=fitting_problems(stage, arguments, tokenizer, model.config.max_position_embeddings),
         processing_class=tokenizer,
         reward_funcs=correctness_reward(grader, tokenizer),
         rollout_func=EngineRollouts(stage.max_num_seqs),
     )
 
 
+def fitting_problems(
+    stage: GRPOStage, arguments: GRPOConfig, tokenizer: PreTrainedTokenizerBase, context: int
+) -> Dataset:
+    """The rows of `problems` whose prompt leaves room for a completion. Logs how many don't.
+
+    Args:
+        stage: the stage.
+        arguments: its trainer's, for max_completion_length.
+        tokenizer: with its chat template.
+        context: the model's, in tokens.
+
+    Raises:
+        UserError: as `problems`, or none fits.
+    """
+    rows = list(problems(stage.data))
+    room = context - arguments.max_completion_length
+    lengths = [len(encode_chat(tokenizer, row["prompt"])) for row in rows]
+    fitting = [row for row, length in zip(rows, lengths, strict=True) if length <= room]
+    if not fitting:
+        raise UserError(
+            f"no prompt fits: the shortest of {len(rows)} has {min(lengths)} tokens, and max_completion_length = "
+            f"{arguments.max_completion_length} leaves {room} of the model's {context}; lower max_completion_length"
+        )
+    logger.info(
+        "%d prompts, the longest of %d tokens; %d dropped, longer than the %d that max_completion_length leaves",
+        len(fitting), max(lengths), len(rows) - len(fitting), room,
+    )  # fmt: skip
+    return Dataset.from_list(fitting)
+
+
 def arguments_of(stage: GRPOStage) -> GRPOConfig:
     """The trainer's arguments. Raises UserError for an invalid `[trainer]`."""
     arguments = trainer_arguments(GRPOConfig, stage.out, stage.trainer, **DEFAULTS)
+    if stage.data.streaming or stage.data.weights:
+        raise UserError("[data] streaming and weights are for sft and distill: remove them")
     if arguments.entropy_coef < 0:
         raise UserError(f"[trainer] entropy_coef = {arguments.entropy_coef} must not be negative")
     return arguments

@@ -23,7 +23,7 @@ from m1.ops.backend import default_device
 from m1.progress import Progress, silent
 from m1.recipe import RankLayersStage
 from m1.runs import Run, sha256
-from m1.train.data import conversations
+from m1.train.data import all_conversations
 from m1.train.distill import divergence_from_states
 
 Batch = tuple[Tensor, Tensor]  # input ids and attention mask, [b, T] each
@@ -98,7 +98,8 @@ def _divergence(model: M1ForCausalLM, batches: list[Batch], targets: list[Tensor
 
 
 def _batches(stage: RankLayersStage, tokenizer: PreTrainedTokenizerBase) -> list[Batch]:
-    rows = conversations(stage.data)["messages"]
+    stage.use_chat_template(tokenizer)
+    rows = all_conversations(stage.data)
     encoded = [encode_chat(tokenizer, row, add_generation_prompt=False)[: stage.max_length] for row in rows]
     encoded.sort(key=len)
     batches = []

@@ -1,20 +1,38 @@
 """Supervised fine-tuning with TRL, of a checkpoint or of a new small transformer (the pocket recipe's teacher)."""
 
+import logging
 from typing import Any
 
+import numpy as np
+from datasets import Dataset, IterableDataset
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
+from m1.engine.engine import stop_tokens
 from m1.errors import UserError
-from m1.model.checkpoint import load_model
+from m1.hub import checkpoint_folder
+from m1.model.checkpoint import load_config, load_model, load_tokenizer
+from m1.model.configuration import TEACHERS
 from m1.model.tokenizer import byte_tokenizer
 from m1.options import check_keys
-from m1.recipe import SFTStage
-from m1.train.data import conversations
+from m1.recipe import DistillStage, SFTStage
+from m1.train.data_cache import Preparation
+from m1.train.data_mask import ChatEncoder
+from m1.train.data_report import report
 from m1.train.trainer import model_options, run_training, trainer_arguments
 
-DEFAULTS = {"assistant_only_loss": True}
+logger = logging.getLogger(__name__)
+
+DEFAULTS = {"assistant_only_loss": True, "max_length": None}
+# TRL's own preparation of data, which M1's takes the place of.
+REPLACED = {
+    "chat_template_path": "set `chat_template`",
+    "completion_only_loss": "rows of `prompt` and `completion` train the completion",
+    "dataset_text_field": "see docs/training.md for the formats of rows",
+    "dataset_kwargs": "rows are always prepared",
+    "truncation_mode": "set `overlong` in [data]",
+}
 
 
 def sft(stage: SFTStage, resume: bool = False, force: bool = False) -> None:
@@ -29,8 +47,55 @@ def sft_trainer(stage: SFTStage, arguments: SFTConfig) -> SFTTrainer:
         model, tokenizer = load_model(stage.model, **options)
     else:
         model, tokenizer = new_transformer(stage.init, **options)
-    rows = conversations(stage.data)
+    rows = training_rows(stage, arguments, tokenizer, model)
     return SFTTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)
+
+
+def training_rows(
+    stage: SFTStage | DistillStage, arguments: SFTConfig, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
+) -> Dataset | IterableDataset:
+    """The tokenized rows of a stage. Logs a report on them, and changes `arguments` so that TRL takes rows as they are.
+
+    Args:
+        stage: the stage.
+        arguments: its trainer's.
+        tokenizer: gets the stage's chat template.
+        model: its context is the default of `max_length`.
+
+    Raises:
+        UserError: as `Preparation.run`.
+    """
+    preparation = preparation_of(stage, arguments, tokenizer, model.config.max_position_embeddings)
+    prepared = preparation.run()
+    logger.info("%s", report(prepared, preparation))
+    end = preparation.encoder.end
+    if not set(tokenizer(end, add_special_tokens=False).input_ids) & set(stop_tokens(model, tokenizer)):
+        logger.warning("answers end with %r, which doesn't stop generation: name it in generation_config.json", end)
+    arguments.max_length = preparation.max_length if arguments.packing else None
+    arguments.assistant_only_loss = False
+    return prepared.rows
+
+
+def preparation_of(
+    stage: SFTStage | DistillStage, arguments: SFTConfig, tokenizer: PreTrainedTokenizerBase, context: int
+) -> Preparation:
+    """How the rows of a stage are prepared, if the model's context has so many tokens. Raises UserError without a chat
+    template that can be used."""
+    stage.use_chat_template(tokenizer)
+    encoder = ChatEncoder(tokenizer, arguments.assistant_only_loss)
+    return Preparation(stage.data, encoder, arguments.max_length or context)
+
+
+def data_report(stage: SFTStage | DistillStage, samples: int) -> tuple[str, np.ndarray]:
+    """A report on a stage's rows with `samples` of them, and all rows' lengths. Raises UserError as `training_rows`."""
+    if isinstance(stage, SFTStage) and stage.init:
+        config, tokenizer = new_config(stage.init)
+    else:
+        folder = checkpoint_folder(str(stage.model))
+        config, tokenizer = load_config(folder, ("m1", *TEACHERS)), load_tokenizer(folder)
+    preparation = preparation_of(stage, arguments_of(stage), tokenizer, config.max_position_embeddings)
+    prepared = preparation.run()
+    return report(prepared, preparation, samples), prepared.lengths
 
 
 def new_transformer(init: dict[str, Any], **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -50,8 +115,16 @@ def new_config(init: dict[str, Any]) -> tuple[LlamaConfig, PreTrainedTokenizerBa
         raise UserError(f"[init]: {error.__cause__ or error}") from None
 
 
-def arguments_of(stage: SFTStage) -> SFTConfig:
+def arguments_of(stage: SFTStage | DistillStage) -> SFTConfig:
     """The trainer's arguments. Raises UserError for an invalid `[trainer]` or `[init]`."""
-    if stage.init:
+    for key, instead in REPLACED.items():
+        if key in stage.trainer:
+            raise UserError(f"[trainer] {key}: M1 prepares the rows itself; remove the key ({instead})")
+    if isinstance(stage, SFTStage) and stage.init:
         new_config(stage.init)
-    return trainer_arguments(SFTConfig, stage.out, stage.trainer, **DEFAULTS)
+    arguments = trainer_arguments(SFTConfig, stage.out, stage.trainer, **DEFAULTS)
+    if arguments.max_length is not None and arguments.max_length < 1:
+        raise UserError(f"[trainer] max_length = {arguments.max_length}: need at least 1")
+    if stage.data.streaming and arguments.max_steps < 1:
+        raise UserError("[data] streaming needs max_steps in [trainer]: a stream's length isn't known")
+    return arguments
