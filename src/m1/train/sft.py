@@ -12,7 +12,8 @@ from m1.model.tokenizer import byte_tokenizer
 from m1.options import check_keys
 from m1.recipe import SFTStage
 from m1.train.data import conversations
-from m1.train.trainer import model_options, run_training, trainer_arguments
+from m1.train.stage_trainer import StageTrainer
+from m1.train.trainer import eval_defaults, model_options, run_training, split, trainer_arguments
 
 DEFAULTS = {"assistant_only_loss": True}
 
@@ -22,15 +23,26 @@ def sft(stage: SFTStage, resume: bool = False, force: bool = False) -> None:
     run_training(stage, arguments_of(stage), sft_trainer, resume, force)
 
 
-def sft_trainer(stage: SFTStage, arguments: SFTConfig) -> SFTTrainer:
+class Trainer(StageTrainer, SFTTrainer):
+    """TRL's SFTTrainer with what all stages have in common."""
+
+
+def sft_trainer(stage: SFTStage, arguments: SFTConfig) -> Trainer:
     """The stage's trainer, with model and data."""
     options = model_options(stage.trainer)
     if stage.model:
         model, tokenizer = load_model(stage.model, **options)
     else:
         model, tokenizer = new_transformer(stage.init, **options)
-    rows = conversations(stage.data)
-    return SFTTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)
+    rows, held_out = split(conversations(stage.data), stage.eval_rows, arguments.seed)
+    return Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        mixer_lr_scale=stage.mixer_lr_scale,
+    )
 
 
 def new_transformer(init: dict[str, Any], **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -54,4 +66,4 @@ def arguments_of(stage: SFTStage) -> SFTConfig:
     """The trainer's arguments. Raises UserError for an invalid `[trainer]` or `[init]`."""
     if stage.init:
         new_config(stage.init)
-    return trainer_arguments(SFTConfig, stage.out, stage.trainer, **DEFAULTS)
+    return trainer_arguments(SFTConfig, stage.out, stage.trainer, **DEFAULTS, **eval_defaults(stage))
