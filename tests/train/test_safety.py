@@ -55,8 +55,8 @@ def test_a_nan_weight_stops_the_stage(kind, hybrid_dir, teacher_dir, tmp_path):
 
 @pytest.mark.parametrize("kind", STAGES)
 def test_divergence_stops_the_stage_and_keeps_the_last_good_checkpoint(kind, hybrid_dir, teacher_dir, tmp_path):
-    trainer = {"learning_rate": 1e30, "save_steps": 1, "max_steps": 6, "warmup_steps": 1, "max_grad_norm": 0.0}
-    with pytest.raises(UserError, match=r"step [2-4]: the (loss|gradient norm|weight) .*lower|Lower the learning rate"):
+    trainer = {"learning_rate": 1e18, "save_steps": 1, "max_steps": 6, "warmup_steps": 1, "max_grad_norm": 0.0}
+    with pytest.raises(UserError, match=r"step [2-4]: .* Lower the learning rate"):
         stage_of(kind, hybrid_dir, teacher_dir, tmp_path, trainer).run()
     assert not (tmp_path / "manifest.json").exists()
     kept = load_file(last_checkpoint(tmp_path) + "/model.safetensors")
@@ -99,7 +99,7 @@ def test_one_bad_value_among_many_is_found(value):
         ("grpo", {"repetition_penalty": 1.1}, "repetition_penalty"),
         ("grpo", {"generation_kwargs": {"num_beams": 2}}, "generation_kwargs"),
         ("grpo", {"use_vllm": True}, "use_vllm = True would change nothing"),
-        ("grpo", {"temperature": 0.0}, "temperature = 0.0 must be above 0"),
+        ("grpo", {"temperature": 0.0}, "temperature = 0.0 is out of range"),
         ("sft", {"eval_strategy": "steps"}, "set the stage's key `eval_rows`"),
         ("grpo", {"eval_on_start": True}, "set the stage's key `eval_rows`"),
     ],
@@ -127,11 +127,24 @@ def test_arguments_without_effect_are_refused(kind, trainer, words):
         ("max_grad_norm", {}),
         ("warmup_steps", "many"),
         ("seed", None),
+        ("seed", -1),
+        ("learning_rate", -1e-3),
+        ("learning_rate", math.nan),
+        ("per_device_train_batch_size", 0),
+        ("gradient_accumulation_steps", -1),
+        ("num_train_epochs", 0),
+        ("adam_beta2", 1.0),
+        ("deepspeed", "zero3.json"),
     ],
 )
 def test_bad_values_are_refused_before_a_model_is_loaded(kind, key, value):
     with pytest.raises(UserError, match=r"\[trainer\]"):
         arguments_of(kind, {key: value})
+
+
+def test_what_trl_refuses_is_one_line(hybrid_dir, tmp_path):
+    with pytest.raises(UserError, match=r"\[trainer\]: Invalid `loss_type` zzz"):
+        stage_of("sft", hybrid_dir, None, tmp_path, {"loss_type": "zzz"}).run()
 
 
 def test_an_integer_is_a_float():

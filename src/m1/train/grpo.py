@@ -10,7 +10,6 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer
 
-from m1.errors import UserError
 from m1.grading import Grader, with_thought
 from m1.model.checkpoint import load_model
 from m1.model.tokenizer import decode_text, encode_chat
@@ -77,14 +76,7 @@ def arguments_of(stage: GRPOStage) -> GRPOConfig:
     """The trainer's arguments. Raises UserError for an invalid `[trainer]`."""
     ignored = [key for key in stage.trainer if key in IGNORED or key.startswith(IGNORED_FAMILIES)]
     refuse_ignored(stage.trainer, ignored, "M1's engine samples the rollouts")
-    arguments = trainer_arguments(GRPOConfig, stage.out, stage.trainer, **DEFAULTS, **eval_defaults(stage))
-    if arguments.entropy_coef < 0:
-        raise UserError(f"[trainer] entropy_coef = {arguments.entropy_coef} must not be negative")
-    if arguments.temperature <= 0:
-        raise UserError(
-            f"[trainer] temperature = {arguments.temperature} must be above 0: RL needs samples that differ"
-        )
-    return arguments
+    return trainer_arguments(GRPOConfig, stage.out, stage.trainer, **DEFAULTS, **eval_defaults(stage))
 
 
 def correctness_reward(grader: Grader, tokenizer: PreTrainedTokenizerBase) -> Any:

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 import random
 import resource
@@ -32,7 +33,7 @@ from m1.jsonl import to_jsonl, write_text
 from m1.machine import describe_machine, gemm_rate
 from m1.model.checkpoint import saved_dtype
 from m1.options import check_keys, fitted
-from m1.recipe import TrainedStage
+from m1.recipe import INT64_MAX, TrainedStage
 from m1.runs import Run, sha256
 from m1.secrets import redact_settings
 from m1.train.checkpoints import last_checkpoint, seal
@@ -40,6 +41,19 @@ from m1.train.stage_trainer import StageTrainer
 
 METRICS = "metrics.jsonl"
 MADE = ("checkpoints", METRICS, "tensorboard", "model.part")  # what an interrupted stage leaves
+TINY, BELOW_1 = math.nextafter(0, 1), math.nextafter(1, 0)
+RANGES: dict[str, tuple[float, float]] = {  # of trainers' arguments that transformers and TRL don't check themselves
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), (1, INT64_MAX)),
+    **dict.fromkeys(("gradient_accumulation_steps", "save_total_limit", "dataset_num_proc"), (1, INT64_MAX)),
+    **dict.fromkeys(("max_completion_length", "num_iterations", "steps_per_generation"), (1, INT64_MAX)),
+    **dict.fromkeys(("num_train_epochs", "logging_steps", "save_steps", "eval_steps"), (TINY, INT64_MAX)),
+    **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm"), (0, INT64_MAX)),
+    **dict.fromkeys(("beta", "epsilon", "epsilon_high", "entropy_coef"), (0, INT64_MAX)),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), (0, BELOW_1)),
+    "temperature": (TINY, INT64_MAX),  # at 0 all samples of a prompt are the same
+    "top_p": (TINY, 1),
+    "seed": (0, 2**32 - 1),
+}
 S = TypeVar("S", bound=TrainedStage)
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
@@ -60,6 +74,10 @@ def trainer_arguments(cls: type[Arguments], out: str | Path, given: dict[str, An
     check_keys(given, known, "[trainer]")
     hints = typing.get_type_hints(cls) | {"model_init_kwargs": dict[str, Any]}
     given = {key: fitted(value, hints[key], f"[trainer]: {key}") for key, value in given.items()}
+    for key, value in given.items():
+        low, high = RANGES.get(key, (-INT64_MAX, INT64_MAX))
+        if isinstance(value, int | float) and not low <= value <= high:
+            raise UserError(f"[trainer]: {key} = {value} is out of range: must be {low:g} to {high:g}")
     if "trust_remote_code" in {*given, *given.get("model_init_kwargs", {})}:
         raise UserError("[trainer]: trust_remote_code: M1 never runs code that comes with a checkpoint; remove the key")
     common = {
@@ -75,8 +93,8 @@ def trainer_arguments(cls: type[Arguments], out: str | Path, given: dict[str, An
     given = {key: value for key, value in given.items() if key != "model_init_kwargs"}  # see model_options
     try:
         return cls(**(common | defaults | given))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"[trainer]: {error}") from None
+    except (TypeError, ValueError, ArithmeticError, ImportError, OSError) as error:
+        raise UserError(f"[trainer]: {' '.join(str(error).split())}") from None
 
 
 def refuse_ignored(given: dict[str, Any], ignored: Iterable[str], why: str) -> None:
@@ -151,7 +169,7 @@ def run_training(
         dtype = saved_dtype(source) if source else torch.float32
         set_seed(arguments.seed)
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.folder / "tensorboard")  # the trainer reads it when it is made
-        trainer, interrupt = make_trainer(stage, arguments), _InterruptCallback()
+        trainer, interrupt = _made(make_trainer, stage, arguments), _InterruptCallback()
         trainer.add_callback(interrupt)
         trainer.add_callback(MetricsCallback(run, trainer))
         trainer.add_callback(_TrainedCallback())
@@ -166,6 +184,15 @@ def run_training(
             run.finish(**provenance(trainer, run.folder))
         if run.writes:
             shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
+
+
+def _made(make_trainer: Callable[[S, Any], StageTrainer], stage: S, arguments: TrainingArguments) -> StageTrainer:
+    try:
+        return make_trainer(stage, arguments)
+    except UserError:
+        raise
+    except (ValueError, ImportError) as error:  # what TRL checks itself: choices, combinations, missing packages
+        raise UserError(f"[trainer]: {' '.join(str(error).split())}") from error
 
 
 def _save(trainer: StageTrainer, run: Run, dtype: torch.dtype) -> None:
