@@ -1,7 +1,8 @@
-"""This machine: what it is, how fast its matrix products are, and how long a call takes."""
+"""This machine: what it is, how fast its matrix products are, how long a call takes and how much memory is in use."""
 
 import os
 import platform
+import re
 import time
 from collections.abc import Callable
 from functools import partial
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 
+STATUS = Path("/proc/self/status")  # Linux only; a new process would inherit its parent's ru_maxrss
 LARGEST_BUFFER = 2**30  # bytes; enough for one process, even if the caches of all sockets are larger together
 PRODUCT_SECONDS = 0.1  # a matrix product of this length hides the overhead of its call
 LARGEST_PRODUCT = 16384
@@ -76,3 +78,12 @@ def cpu_name() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def process_bytes(field: str) -> int | None:
+    """This process's memory: VmRSS, what is resident now, or VmHWM, the most so far. None if the system doesn't say."""
+    if not STATUS.exists():
+        return None
+    found = re.search(rf"{field}:\s+(\d+) kB", STATUS.read_text())
+    assert found, f"{STATUS} has no {field}"
+    return 1024 * int(found[1])

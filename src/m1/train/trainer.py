@@ -12,7 +12,6 @@ import json
 import math
 import os
 import random
-import resource
 import shutil
 import signal
 import time
@@ -30,7 +29,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from m1.errors import UserError
 from m1.jsonl import to_jsonl, write_text
-from m1.machine import describe_machine, gemm_rate
+from m1.machine import describe_machine, gemm_rate, process_bytes
 from m1.model.checkpoint import saved_dtype
 from m1.options import check_keys, fitted
 from m1.recipe import INT64_MAX, TrainedStage
@@ -233,10 +232,8 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def most_memory(device: torch.device) -> int:
-    """Bytes: the most that was allocated on a GPU so far; on a CPU the process's largest resident size."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Bytes: the most that was allocated on a GPU so far; on a CPU the process's largest size, 0 if unknown."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else process_bytes("VmHWM") or 0
 
 
 class MetricsCallback(TrainerCallback):
