@@ -380,7 +380,8 @@ MUTANTS = [
         "a loss that isn't finite is let through",
     ),
     Mutant(
-        "train/stage_trainer.py", "if self.accelerator.scaler is None:", "if False:", "train/test_safety.py", "a gradient norm that isn't finite is let through",
+        "train/stage_trainer.py", "if self.accelerator.scaler is None:", "if False:", "train/test_safety.py",
+        "a gradient norm that isn't finite is let through",
     ),
     # rotary frequencies
     Mutant(

@@ -15,6 +15,7 @@ def peak_growth(run: Callable[[], Any], device: torch.device) -> int | None:
 
     On a CPU the whole process is measured, which should be a fresh one: see `in_fresh_process`.
     """
+    before: int | None
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
