@@ -27,7 +27,7 @@ FLOORS = [
     {"model"},
     {"ops"},
     {"recipe"},
-    {"tasks", "layer_choice"},
+    {"tasks", "layer_choice", "history"},
     {"grading", "runs"},
     {"outputs"},
     {"jsonl", "plots", "machine"},

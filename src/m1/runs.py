@@ -379,6 +379,15 @@ def _lock(out: Path, folder: Path) -> "FileLock":
     return lock
 
 
+def is_busy(folder: Path) -> bool:
+    """Whether another process writes to this run folder."""
+    try:
+        _refuse_busy(folder, folder)
+    except UserError:
+        return True
+    return False
+
+
 def _refuse_busy(out: Path, folder: Path) -> None:
     """Raises UserError while another process writes to this folder."""
     if (folder / LOCK).is_file():

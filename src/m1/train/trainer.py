@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from m1.errors import UserError
+from m1.history import METRICS
 from m1.jsonl import to_jsonl, write_text
 from m1.machine import describe_machine, gemm_rate, process_bytes
 from m1.model.checkpoint import saved_dtype
@@ -38,7 +39,6 @@ from m1.secrets import redact_settings
 from m1.train.checkpoints import last_checkpoint, seal
 from m1.train.stage_trainer import StageTrainer
 
-METRICS = "metrics.jsonl"
 MADE = ("checkpoints", METRICS, "tensorboard", "model.part")  # what an interrupted stage leaves
 TINY, BELOW_1 = math.nextafter(0, 1), math.nextafter(1, 0)
 RANGES: dict[str, tuple[float, float]] = {  # of trainers' arguments that transformers and TRL don't check themselves
