@@ -40,7 +40,7 @@ from m1.train.checkpoints import last_checkpoint, seal
 from m1.train.stage_trainer import StageTrainer
 
 MADE = ("checkpoints", METRICS, "tensorboard", "model.part")  # what an interrupted stage leaves
-TINY, BELOW_1 = math.nextafter(0, 1), math.nextafter(1, 0)
+TINY, BELOW_1 = 1e-9, math.nextafter(1, 0)
 RANGES: dict[str, tuple[float, float]] = {  # of trainers' arguments that transformers and TRL don't check themselves
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), (1, INT64_MAX)),
     **dict.fromkeys(("gradient_accumulation_steps", "save_total_limit", "dataset_num_proc"), (1, INT64_MAX)),
@@ -76,7 +76,7 @@ def trainer_arguments(cls: type[Arguments], out: str | Path, given: dict[str, An
     for key, value in given.items():
         low, high = RANGES.get(key, (-INT64_MAX, INT64_MAX))
         if isinstance(value, int | float) and not low <= value <= high:
-            raise UserError(f"[trainer]: {key} = {value} is out of range: must be {low:g} to {high:g}")
+            raise UserError(f"[trainer]: {key} = {value} is out of range: must be {low:.3g} to {high:.3g}")
     if "trust_remote_code" in {*given, *given.get("model_init_kwargs", {})}:
         raise UserError("[trainer]: trust_remote_code: M1 never runs code that comes with a checkpoint; remove the key")
     common = {
