@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
-from m1.bench.roofline import describe_machine
 from m1.jsonl import write_json
+from m1.machine import describe_machine
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = {"shape": "30m", "prompt": 32, "dtype": "float32", "device": "cpu", "repeats": 1}

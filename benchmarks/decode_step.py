@@ -23,9 +23,10 @@ import m1.engine.sampling as sampling
 import m1.model.mamba as mamba
 from m1.bench.decode import floor_of_step
 from m1.bench.decoders import make_model, random_prompts
-from m1.bench.roofline import describe_machine, measure_limits
+from m1.bench.roofline import measure_limits
 from m1.engine import Engine, Request, SamplingParams
 from m1.jsonl import write_json
+from m1.machine import describe_machine
 from m1.ops import PackedLinear
 
 ROOT = Path(__file__).parents[1]

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from m1.bench.decoders import make_model, random_prompts
-from m1.bench.roofline import describe_machine
 from m1.engine import Engine, SamplingParams
 from m1.jsonl import write_json
+from m1.machine import describe_machine
 
 ROOT = Path(__file__).parents[1]
 SAMPLES, PROMPT, REPEATS = 16, 512, 9

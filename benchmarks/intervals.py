@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from m1.bench.roofline import describe_machine
 from m1.evaluation.intervals import LEVEL, Z95, _student, difference, estimate
 from m1.jsonl import write_json
+from m1.machine import describe_machine
 
 ROOT = Path(__file__).parents[1]
 PROBLEMS = (8, 15, 30, 60, 120, 500)

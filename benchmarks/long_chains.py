@@ -18,12 +18,12 @@ import torch
 from conversion import seeded
 from matplotlib.figure import Figure
 
-from m1.bench.roofline import describe_machine
 from m1.cli.render import progress_bar
 from m1.evaluation.curves import accuracy_curves, draw_accuracy
 from m1.evaluation.time_budget import measure_budgets
 from m1.grading import Grader
 from m1.jsonl import read_jsonl, write_json
+from m1.machine import describe_machine
 from m1.model.checkpoint import load_model
 from m1.peers.vllm_client import version
 from m1.pipeline import load_pipeline

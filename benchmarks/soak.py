@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 
 from m1.bench.decoders import make_model
-from m1.bench.roofline import describe_machine
 from m1.engine import Engine, Request, SamplingParams
 from m1.jsonl import write_json
+from m1.machine import describe_machine
 
 ROOT = Path(__file__).parents[1]
 SLOTS, MAX_MODEL_LEN, WAITING = 16, 512, 48  # requests kept in the queue

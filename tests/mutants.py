@@ -375,6 +375,43 @@ MUTANTS = [
         "ops/selective_scan.py", "if len(dtypes) == 1 and dtypes <= {*KERNEL_FLOATS}", "if len(dtypes) == 1",
         "ops/test_state_update.py", "a kernel gets a dtype that it doesn't know",
     ),
+    # training
+    Mutant(
+        "train/distill.py", "count = selected.sum() if num_items_in_batch is None else num_items_in_batch",
+        "count = selected.sum()", "train/test_distill.py", "accumulated batches are weighed alike",
+    ),
+    Mutant(
+        "train/distill.py", "if known.get(token) != i:", "if token not in known:", "train/test_distill.py",
+        "a teacher whose tokens have other ids",
+    ),
+    Mutant(
+        "train/distill.py", "with torch.autocast(student_states.device.type, enabled=False):", "if True:",
+        "train/test_distill.py", "logits rounded to bfloat16",
+    ),
+    Mutant(
+        "train/checkpoints.py", 'key=lambda path: int(path.name.split("-")[1]), reverse', "reverse",
+        "train/test_safety.py", "checkpoint 9 comes after 10",
+    ),
+    Mutant(
+        "train/checkpoints.py", "if sha256(checkpoint / name) != digest", "if not (checkpoint / name).exists()",
+        "train/test_safety.py", "half of a checkpoint's file is taken for all of it",
+    ),
+    Mutant(
+        "recipe.py", 'for name in ("", runs.MANIFEST, "config.json")', 'for name in ("", "config.json")',
+        "train/test_safety.py", "a stage doesn't know that its model was trained again",
+    ),
+    Mutant(
+        "train/stage_trainer.py", 'UNDECAYED = ("A_log", "D")', 'UNDECAYED = ("D",)', "train/test_safety.py",
+        "A_log decays",
+    ),
+    Mutant(
+        "train/stage_trainer.py", 'raise not_finite(step, f"the {what} is {value}")', "pass", "train/test_safety.py",
+        "a loss that isn't finite is let through",
+    ),
+    Mutant(
+        "train/stage_trainer.py", "if self.accelerator.scaler is None:", "if False:", "train/test_safety.py",
+        "a gradient norm that isn't finite is let through",
+    ),
     # rotary frequencies
     Mutant(
         "engine/rotary.py", "lengths[:, None] > self.switch", "lengths[:, None] >= self.switch",

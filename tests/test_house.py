@@ -27,17 +27,17 @@ FLOORS = [
     {"model"},
     {"ops"},
     {"recipe"},
-    {"tasks", "layer_choice"},
+    {"tasks", "layer_choice", "history"},
     {"grading", "runs"},
     {"outputs"},
-    {"jsonl", "plots"},
+    {"jsonl", "plots", "machine"},
     {"hub"},
     {"options", "progress", "secrets"},
     {"errors"},
 ]
 # These may import less than that.
 ONLY = {
-    "bench": {"engine", "peers", "model", "ops", "outputs", "jsonl", "plots", "options", "errors"},
+    "bench": {"engine", "peers", "model", "ops", "outputs", "jsonl", "plots", "options", "machine", "errors"},
     "plugins": {"model", "ops", "errors"},
     "peers": {"errors"},
     "ops": {"errors"},

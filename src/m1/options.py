@@ -46,15 +46,24 @@ def build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
     for key, value in table.items():
         if dataclasses.is_dataclass(hints[key]) and isinstance(value, dict):
             value = build(typing.cast(type, hints[key]), value, f"{where} [{key}]")
-        elif type(value) is int and not _matches(value, hints[key]) and _matches(float(value), hints[key]):
-            value = float(value)
-        if not _matches(value, hints[key]):
-            raise UserError(f"{where}: {key} = {value!r} should be {_describe(hints[key])}")
-        values[key] = value
+        values[key] = fitted(value, hints[key], f"{where}: {key}")
     try:
         return cls(**values)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
+
+
+def fitted(value: Any, hint: Any, name: str) -> Any:
+    """Returns a value that fits the type hint: the value itself, or an integer as the float that is expected.
+
+    Raises:
+        UserError: the value fits neither way. The message begins with `name`.
+    """
+    if type(value) is int and not _matches(value, hint) and _matches(float(value), hint):
+        return float(value)
+    if not _matches(value, hint):
+        raise UserError(f"{name} = {value!r} should be {_describe(hint)}")
+    return value
 
 
 def check_keys(table: Iterable[str], known: Iterable[str], where: str) -> None:

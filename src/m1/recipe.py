@@ -237,7 +237,15 @@ class TrainedStage(Stage, ChatTemplateOption):
 
     out: str = option(help="Folder for the trained model.")
     data: Data = option(help="Training data.")
+    eval_rows: int = option(0, "Rows held out of the data, to evaluate on; once per epoch, or as `eval_strategy` says.")
+    mixer_lr_scale: float = option(1.0, "Learning rate of the Mamba mixers, as a multiple of the others'.")
     trainer: dict[str, Any] = option({}, "Arguments of TRL's trainer: SFTConfig, for grpo GRPOConfig.")
+
+    def __post_init__(self) -> None:
+        if self.eval_rows < 0:
+            raise UserError(f"eval_rows={self.eval_rows}: must not be negative")
+        if not 0 < self.mixer_lr_scale < math.inf:
+            raise UserError(f"mixer_lr_scale={self.mixer_lr_scale}: need a positive, finite number")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,6 +259,7 @@ class SFTStage(TrainedStage):
     init: dict[str, Any] = option({}, "LlamaConfig arguments of a new model with a byte tokenizer.")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if (self.model is None) == (not self.init):
             raise UserError("an sft stage needs exactly one of `model` (a checkpoint) and `[init]` (a new model)")
 
@@ -266,6 +275,10 @@ class DistillStage(TrainedStage):
     teacher: str = option(help="The teacher's checkpoint folder or Hub id.")
     divergence: Literal["reverse_kl", "forward_kl", "jsd"] = option("reverse_kl", "The loss per assistant token.")
     forward_kl_steps: int = option(0, "Optimizer steps under forward KL before `divergence` takes over.")
+    teacher_dtype: Literal["float32", "bfloat16", "float16"] | None = option(
+        None, "What the teacher runs in. Default: the checkpoint's dtype, under the student's autocast."
+    )
+    teacher_device: str | None = option(None, "Where the teacher runs, e.g. cuda:1. Default: the student's device.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,8 @@
 
     settings.json   the command, and everything that its results depend on; written first
     seconds.json    time spent so far, over all sessions, while the run is unfinished
-    manifest.json   settings, seconds, versions, git commit; written last, so a run with a manifest is finished
+    manifest.json   settings, seconds, versions, git commit, and what the command adds; written last, so a run with a
+                    manifest is finished
     .lock           locked by the process that writes to the run
 
 A command that writes one file, such as samples.jsonl, keeps these in a folder next to it, samples.jsonl.run.
@@ -162,8 +163,12 @@ class Run:
         for path in [self.folder / MANIFEST, *contents]:  # without its manifest, the rest never counts as finished
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
-    def finish(self) -> None:
-        """Writes the manifest, which marks the run as finished. Write everything else before."""
+    def finish(self, **facts: Any) -> None:
+        """Writes the manifest, which marks the run as finished. Write everything else before.
+
+        Args:
+            facts: what else the manifest says, by key.
+        """
         if not self.writes:
             return
         manifest = {
@@ -172,6 +177,7 @@ class Run:
             "seconds": round(self.seconds, 1),
             "versions": versions(),
             "git_commit": _git_commit(),
+            **facts,
         }
         write_json(self.folder / MANIFEST, manifest)
         (self.folder / SECONDS).unlink(missing_ok=True)
@@ -371,6 +377,15 @@ def _lock(out: Path, folder: Path) -> "FileLock":
     except Timeout:
         raise UserError(f"{out} is in use by another process: wait until it ends") from None
     return lock
+
+
+def is_busy(folder: Path) -> bool:
+    """Whether another process writes to this run folder."""
+    try:
+        _refuse_busy(folder, folder)
+    except UserError:
+        return True
+    return False
 
 
 def _refuse_busy(out: Path, folder: Path) -> None:

@@ -1,6 +1,7 @@
 """The clock's turns, the comparison before it, and the memory a call takes."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ def growth_of_a_temporary():
     return peak_growth(lambda: torch.ones(2**24)[: 2**18].clone(), CPU)
 
 
-@pytest.mark.skipif(not roofline.Path("/proc/self/status").exists(), reason="measured on Linux only")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="measured on Linux only")
 def test_peak_memory_counts_what_is_freed_again():
     ballast = torch.ones(2**26)  # of this process: what a new one would inherit if ru_maxrss were asked
     assert 64 * 2**20 <= in_fresh_process(growth_of_a_temporary) < 80 * 2**20

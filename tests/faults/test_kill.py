@@ -1,5 +1,6 @@
 """kill -9 of real `m1` processes: a second run completes the work, and a user's files are as before.
 
+Training that is killed twenty times, or stopped by SIGTERM, ends with the weights of an uninterrupted run, bit for bit.
 The long version (`make test-long`) kills at random moments between a process's start and its end. The short one kills
 as soon as there is something to resume from.
 """
@@ -7,18 +8,39 @@ as soon as there is something to resume from.
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
 
 import pytest
+import torch
 from checkpoints import save_checkpoint, tiny_teacher
 from commands import m1
+from safetensors.torch import load_file
 
 from m1.jsonl import read_jsonl
 from m1.model.convert import convert
 
 KILLS = 4  # per command, in the long version
+TRAINING_KILLS = 20
+TRAINING = """
+    stage = "{kind}"
+    out = "{out}"
+    model = "{model}"
+    {more}
+    [data]
+    task = "chain"
+    count = 128
+    min_steps = 1
+    max_steps = 3
+    [trainer]
+    max_steps = 300
+    save_steps = 2
+    logging_steps = 1
+    per_device_train_batch_size = 4
+    learning_rate = 1e-3
+"""
 LONG = 6  # its amount of work: more than starting takes
 FOREIGN = {  # beside the output; names that commands use for their own files are among them
     "notes.txt": b"no newline at the end",
@@ -211,3 +233,39 @@ def test_killed_at_random_moments(inputs, tmp_path, name):
         rows = sum(path.read_bytes().count(b"\n") for path in folder.rglob("*.jsonl"))
         assert resumed(name, inputs, folder, LONG) == expected, f"killed after {delay:.2f} s of {seconds:.2f}"
         print(f"{name}: killed after {delay:.2f} of {seconds:.2f} s (running: {running}, rows: {rows}), resumed")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
+@pytest.mark.parametrize("kind", ["sft", "distill"])
+def test_training_interrupted_at_random_steps(inputs, tmp_path, kind, number):
+    recipes = {}
+    for name in ("whole", "cut"):
+        recipes[name] = tmp_path / f"{name}.toml"
+        more = f'teacher = "{inputs / "teacher"}"\nforward_kl_steps = 100' if kind == "distill" else ""
+        values = {"kind": kind, "out": tmp_path / name, "model": inputs / "hybrid", "more": more}
+        recipes[name].write_text(TRAINING.format(**values))
+    complete(kind, recipes["whole"])
+    moments, at = random.Random(f"{kind} {number}"), []
+    for _ in range(TRAINING_KILLS):
+        process = start(kind, recipes["cut"], "--resume")
+        wanted = lines(tmp_path / "cut") + moments.randint(1, 7)
+        while lines(tmp_path / "cut") < wanted and process.poll() is None:
+            time.sleep(0.005)
+        time.sleep(moments.random() / 10)
+        assert process.poll() is None, process.stderr.read().decode()[-3000:]
+        process.send_signal(number)
+        process.communicate(timeout=120)
+        assert process.returncode == {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 130}[number]
+        at.append(lines(tmp_path / "cut"))
+    complete(kind, recipes["cut"], "--resume")
+    print(f"{kind}, {number.name}: interrupted at steps {at}")
+    whole, cut = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(cut[name], tensor) for name, tensor in whole.items())
+    losses = [[(row["step"], row["loss"]) for row in read_jsonl(tmp_path / name / "metrics.jsonl")] for name in recipes]
+    assert losses[0] == losses[1] and len(losses[0]) == 300
+
+
+def lines(out):
+    path = out / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 # Samples decoded together: the first of these spellings that the command line has.
 BATCH_OPTIONS = ("--max-num-seqs", "--max-batch")
-TIMES = re.compile("second|time|version", re.IGNORECASE)
+TIMES = re.compile("second|time|version|mfu|memory", re.IGNORECASE)
 BUDGET_SAMPLES = 16  # samples of a run that are compared; how many more there are is up to the clock
 
 LONG = " ".join(f"{i}: 7+{i}*3-4 mod 10;" for i in range(80))  # some 1500 tokens: three chunks of prefill

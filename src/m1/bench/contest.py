@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from m1.bench.options import KernelOptions, Options
-from m1.bench.roofline import Limits, describe_machine, interleaved, measure_limits
+from m1.bench.roofline import Limits, interleaved, measure_limits
+from m1.machine import describe_machine
 
 # The largest relative error allowed. The order of summation may differ, and peers compute some sums in bfloat16.
 TOLERANCES = {"float32": 1e-3, "bfloat16": 3e-2}

@@ -7,7 +7,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from m1.secrets import redact
 if TYPE_CHECKING:  # they import torch
     from numpy import ndarray
 
+    from m1.history import PastRun
     from m1.model.summary import Summary
     from m1.reasoning.budget import Budget
     from m1.reasoning.solution import Solution
@@ -171,6 +172,19 @@ def budgets(result: dict[str, Any], out: str) -> None:
         value, low, high = (f"{100 * number:+.1f}" for number in (lead["value"], *lead["ci95"]))
         line(f"{name} is right {value} points [{low}, {high}] more often than {first}, averaged over the budgets")
     line(f"written to {Path(out, 'budget.json')} and budget.png")
+
+
+def runs(found: Sequence["PastRun"], folder: Path) -> None:
+    """Prints the table of `m1 runs`."""
+    if not found:
+        return line(f"no runs in {folder}")
+    table = Table("run", "stage", "state", *_right("steps", "loss"), "when")
+    for run in found:
+        total = f" of {run.max_steps:,}" if run.max_steps and run.max_steps > 0 else ""
+        steps = "" if run.step is None else f"{run.step:,}{total}"
+        loss = "" if run.loss is None else f"{run.loss:.4g}"
+        table.add_row(clean(str(run.path)), clean(run.stage), run.state, steps, loss, f"{run.when:%Y-%m-%d %H:%M}")
+    console.print(table, width=None if console.is_terminal else WIDTH)
 
 
 def generated(tokens: int, seconds: float, out: str) -> None:

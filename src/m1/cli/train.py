@@ -1,4 +1,4 @@
-"""Commands that train: sft, distill, grpo, and pipeline, which runs a whole recipe."""
+"""Commands that train: sft, distill, grpo, and pipeline, which runs a whole recipe; runs lists what they left."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -44,3 +44,12 @@ def pipeline(recipe_dir: Annotated[Path, typer.Argument(help="Recipe folder with
     from m1.pipeline import run_pipeline
 
     render.json_data(run_pipeline(recipe_dir, render.stage_begins, render.stage_result, render.progress_bar))
+
+
+@app.command()
+def runs(folder: Annotated[Path, typer.Argument(help="Folder with runs in it or below it.")] = Path("runs")) -> None:
+    """List runs: stage, state, steps, last loss and time, the latest first."""
+    from m1.cli import render
+    from m1.history import list_runs
+
+    render.runs(list_runs(folder), folder)

@@ -8,22 +8,28 @@ A student far from a near-deterministic teacher learns little from reverse KL. I
 on the teacher's token. `forward_kl_steps` sets the length of a warm-up with forward KL.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
+from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
 from m1.errors import UserError
 from m1.model.checkpoint import load_model
 from m1.recipe import DistillStage
-from m1.train.sft import arguments_of, training_rows
-from m1.train.trainer import model_options, run_training
+from m1.train import sft
+from m1.train.stage_trainer import StageTrainer, weights_in_products
+from m1.train.trainer import model_options, refuse_ignored, run_training, split
 
 Divergence = Literal["reverse_kl", "forward_kl", "jsd"]
-CHUNK_TOKENS = 1024  # tokens whose logits exist at a time
+CHUNK_TOKENS = 256  # tokens whose logits exist at a time on a CPU; more aren't faster
+TRL_BETA: dict[str, float] = {"forward_kl": 0.0, "jsd": 0.5, "reverse_kl": 1.0}
+IGNORED = ("label_smoothing_factor", "loss_type", "completion_only_loss", "router_aux_loss_coef", "use_liger_kernel")
 
 
 def distill(stage: DistillStage, resume: bool = False, force: bool = False) -> None:
@@ -35,28 +41,56 @@ def distill_trainer(stage: DistillStage, arguments: SFTConfig) -> "DistillTraine
     """The stage's trainer, with both models and the data. Raises UserError for models of different vocabularies."""
     options = model_options(stage.trainer)
     model, tokenizer = load_model(stage.model, **options)
-    teacher, _ = load_model(stage.teacher, **(options | {"dtype": "auto"}))
-    if teacher.config.vocab_size != model.config.vocab_size:
-        raise UserError(
-            f"{stage.teacher} has a vocabulary of {teacher.config.vocab_size} and {stage.model} of "
-            f"{model.config.vocab_size}: a teacher must share its student's tokenizer"
-        )
+    teacher, teacher_tokenizer = load_model(stage.teacher, **(options | {"dtype": stage.teacher_dtype or "auto"}))
+    check_vocabulary(tokenizer, teacher_tokenizer, f"{stage.model} and {stage.teacher}")
+    shared = min(len(m.get_output_embeddings().weight) for m in (model, teacher))
+    if (largest := max(tokenizer.get_vocab().values())) >= shared:
+        raise UserError(f"{stage.model} and {stage.teacher} share {shared} logits, too few for token {largest}")
+    rows, held_out = split(sft.training_rows(stage, arguments, tokenizer, model), stage.eval_rows, arguments.seed)
     return DistillTrainer(
         model=model,
         args=arguments,
-        train_dataset=training_rows(stage, arguments, tokenizer, model),
+        train_dataset=rows,
+        eval_dataset=held_out,
         processing_class=tokenizer,
+        mixer_lr_scale=stage.mixer_lr_scale,
         teacher=teacher,
+        teacher_device=stage.teacher_device,
+        teacher_autocast=stage.teacher_dtype is None,
         divergence=stage.divergence,
         forward_kl_steps=stage.forward_kl_steps,
     )
 
 
-class DistillTrainer(SFTTrainer):
+def check_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, names: str) -> None:
+    """Raises UserError unless each of the student's tokens has the same id in the teacher's tokenizer."""
+    known = teacher.get_vocab()
+    for token, i in student.get_vocab().items():
+        if known.get(token) != i:
+            raise UserError(
+                f"{names} have different vocabularies: token {token!r} is {i} for the student and {known.get(token)} "
+                "for the teacher. Give a teacher with the student's tokenizer"
+            )
+
+
+def arguments_of(stage: DistillStage) -> SFTConfig:
+    """The trainer's arguments. Raises UserError for an invalid `[trainer]` or a `teacher_device` that isn't there."""
+    refuse_ignored(stage.trainer, IGNORED, "the loss is the divergence from the teacher")
+    device = stage.teacher_device
+    if device not in (None, "cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))):
+        raise UserError(
+            f"teacher_device={device!r}: this machine has cpu and {torch.cuda.device_count()} GPUs (cuda:N)"
+        )
+    return sft.arguments_of(stage)
+
+
+class DistillTrainer(StageTrainer, SFTTrainer):
     """TRL's SFTTrainer with a divergence from a teacher in place of the cross-entropy.
 
     Args:
-        teacher: a causal LM with the student's vocabulary.
+        teacher: a causal LM with the student's vocabulary. One may have more padding rows at the end of its head.
+        teacher_device: where the teacher runs; None for the student's device.
+        teacher_autocast: run the teacher under the student's autocast; else in its own dtype.
         divergence: the loss, per assistant token.
         forward_kl_steps: optimizer steps under forward KL before `divergence` takes over.
     """
@@ -65,13 +99,22 @@ class DistillTrainer(SFTTrainer):
         self,
         *args: Any,
         teacher: PreTrainedModel,
+        teacher_device: str | None = None,
+        teacher_autocast: bool = True,
         divergence: Divergence = "reverse_kl",
         forward_kl_steps: int = 0,
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
-        self.teacher = teacher.to(self.accelerator.device).eval().requires_grad_(False)
+        self.teacher = teacher.to(teacher_device or self.accelerator.device).eval().requires_grad_(False)
+        self.teacher_autocast = teacher_autocast
+        self.teacher_head = self.teacher.get_output_embeddings().weight.to(self.accelerator.device)
         self.divergence, self.forward_kl_steps = divergence, forward_kl_steps
+
+    @property
+    def flops_per_token(self) -> float:
+        """Operations per trained token, with the teacher's forward pass."""
+        return super().flops_per_token + 2 * weights_in_products(self.teacher)
 
     def compute_loss(
         self,
@@ -81,19 +124,17 @@ class DistillTrainer(SFTTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The divergence from the teacher, averaged over assistant tokens. Overrides TRL's loss."""
-        labels = inputs["labels"]
+        self.count_tokens(inputs)
+        selected = inputs["labels"][:, 1:] != -100
         # The model's own forward, with its wrappers, runs for its last hidden states. It makes logits of one position.
-        forward = {k: v for k, v in inputs.items() if k != "labels"}
-        forward |= {"use_cache": False, "output_hidden_states": True, "logits_to_keep": 1}
-        outputs = model(**forward)
-        with torch.no_grad():
-            teacher_states = self.teacher(**forward).hidden_states[-1]
-        selected = labels[:, 1:] != -100
+        forward = {k: v for k, v in inputs.items() if k != "labels"} | {"use_cache": False, "logits_to_keep": 1}
+        student = self.accelerator.unwrap_model(model)
+        states, outputs = last_states(student.get_decoder(), partial(model, **forward))
         total = divergence_from_states(
-            outputs.hidden_states[-1][:, :-1][selected],
-            self.accelerator.unwrap_model(model).get_output_embeddings().weight,
-            teacher_states[:, :-1][selected],
-            self.teacher.get_output_embeddings().weight,
+            states[:, :-1][selected],
+            student.get_output_embeddings().weight,
+            self.teacher_states(forward)[:, :-1][selected],
+            self.teacher_head,
             self.current_divergence,
         )
         count = selected.sum() if num_items_in_batch is None else num_items_in_batch
@@ -104,38 +145,68 @@ class DistillTrainer(SFTTrainer):
         self._metrics[mode][self.current_divergence].append((total / selected.sum().clamp(min=1)).item())
         return (loss, outputs) if return_outputs else loss
 
+    @torch.no_grad()
+    def teacher_states(self, inputs: dict[str, Any]) -> Tensor:
+        """The teacher's last hidden states [b, T, H] of a batch, on the student's device."""
+        device = self.teacher.device
+        inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+        enabled = self.teacher_autocast and torch.is_autocast_enabled(self.accelerator.device.type)
+        with torch.autocast(device.type, torch.get_autocast_dtype(self.accelerator.device.type), enabled=enabled):
+            states, _ = last_states(self.teacher.get_decoder(), partial(self.teacher, **inputs))
+        return states.to(self.accelerator.device)
+
     @property
     def current_divergence(self) -> Divergence:
         """The divergence of the current step: forward KL during the warm-up."""
         return "forward_kl" if self.state.global_step < self.forward_kl_steps else self.divergence
 
 
+def last_states(decoder: nn.Module, forward: Callable[[], Any]) -> tuple[Tensor, Any]:
+    """Runs a model's forward pass. Returns the last hidden states of its decoder, behind the last norm, and its output.
+
+    `output_hidden_states` would keep those of all layers.
+    """
+    found: list[Tensor] = []
+    hook = decoder.register_forward_hook(lambda module, inputs, output: found.append(output[0]))
+    try:
+        output = forward()
+    finally:
+        hook.remove()
+    return found[0], output
+
+
 def divergence_from_states(
     student_states: Tensor, student_head: Tensor, teacher_states: Tensor, teacher_head: Tensor, kind: Divergence
 ) -> Tensor:
-    """Sum over tokens of the divergence between two heads' distributions.
+    """Sum over tokens of the divergence between two heads' distributions over the tokens that both have.
 
-    Logits exist for CHUNK_TOKENS tokens at a time, also in the backward pass, which computes them again.
+    Logits are float32. On a CPU they exist for CHUNK_TOKENS tokens at a time, also in the backward pass, which computes
+    them again. On a GPU they exist in tiles of TRL's kernel.
 
     Args:
         student_states, teacher_states: [tokens, H] of each model's own H.
-        student_head, teacher_head: [V, H].
+        student_head, teacher_head: [V, H]. Rows that only one of them has are padding, and left out.
 
     Returns:
         A float32 scalar with gradients to the student's states and head.
     """
+    vocabulary = min(len(student_head), len(teacher_head))
+    student_head, teacher_head = student_head[:vocabulary], teacher_head[:vocabulary]
+    nothing = 0 * student_states.sum(dtype=torch.float32)  # a gradient even without tokens
+    if student_states.is_cuda and len(student_states):
+        per_token, _ = ChunkedDivergenceFunction.apply(
+            student_states, student_head, None, teacher_states, teacher_head, None, TRL_BETA[kind]
+        )
+        return nothing + per_token.sum()
+
+    student_head, teacher_head = student_head.float(), teacher_head.float()
 
     def chunk_loss(student: Tensor, teacher: Tensor) -> Tensor:
-        student_logits = student.to(student_head.dtype) @ student_head.T
-        teacher_logits = teacher.to(teacher_head.dtype) @ teacher_head.T
-        return divergence(student_logits, teacher_logits, kind).sum()
+        return divergence(student.float() @ student_head.T, teacher.float() @ teacher_head.T, kind).sum()
 
-    total = (
-        student_states.new_zeros((), dtype=torch.float32) + 0 * student_states.sum()
-    )  # a gradient even without tokens
-    for student, teacher in zip(student_states.split(CHUNK_TOKENS), teacher_states.split(CHUNK_TOKENS), strict=True):
-        total = total + checkpoint(chunk_loss, student, teacher, use_reentrant=False)
-    return total
+    chunks = zip(student_states.split(CHUNK_TOKENS), teacher_states.split(CHUNK_TOKENS), strict=True)
+    with torch.autocast(student_states.device.type, enabled=False):
+        return sum((checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks), start=nothing)
 
 
 def divergence(student_logits: Tensor, teacher_logits: Tensor, kind: Divergence) -> Tensor:

@@ -18,7 +18,15 @@ from m1.model.tokenizer import decode_text, encode_chat
 from m1.recipe import GRPOStage
 from m1.train.data import problems
 from m1.train.rollout import EngineRollouts
-from m1.train.trainer import model_options, run_training, trainer_arguments
+from m1.train.stage_trainer import StageTrainer
+from m1.train.trainer import (
+    eval_defaults,
+    model_options,
+    refuse_ignored,
+    run_training,
+    split,
+    trainer_arguments,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +37,8 @@ DEFAULTS = {
     "gradient_checkpointing": False,
     "remove_unused_columns": False,
 }
+IGNORED = ("min_p", "repetition_penalty", "generation_kwargs", "cache_implementation", "chat_template_kwargs")
+IGNORED_FAMILIES = ("use_vllm", "vllm_", "use_transformers_", "transformers_continuous_")
 
 
 def grpo(stage: GRPOStage, resume: bool = False, force: bool = False) -> None:
@@ -39,15 +49,28 @@ def grpo(stage: GRPOStage, resume: bool = False, force: bool = False) -> None:
             logger.warning("some answers couldn't be graded and got reward 0: %s", dict(grader.counts))
 
 
-def grpo_trainer(grader: Grader, stage: GRPOStage, arguments: GRPOConfig) -> GRPOTrainer:
+class Trainer(StageTrainer, GRPOTrainer):
+    """TRL's GRPOTrainer with what all stages have in common."""
+
+    @property
+    def flops_per_token(self) -> float:
+        """Operations per trained token, with the forward pass that sampled it."""
+        return super().flops_per_token * 4 / 3
+
+
+def grpo_trainer(grader: Grader, stage: GRPOStage, arguments: GRPOConfig) -> Trainer:
     """The stage's trainer, with model, data, reward and rollouts."""
     model, tokenizer = load_model(stage.model, **model_options(stage.trainer))
     stage.use_chat_template(tokenizer)
-    return GRPOTrainer(
+    fitting = fitting_problems(stage, arguments, tokenizer, model.config.max_position_embeddings)
+    rows, held_out = split(fitting, stage.eval_rows, arguments.seed)
+    return Trainer(
         model=model,
         args=arguments,
-        train_dataset=fitting_problems(stage, arguments, tokenizer, model.config.max_position_embeddings),
+        train_dataset=rows,
+        eval_dataset=held_out,
         processing_class=tokenizer,
+        mixer_lr_scale=stage.mixer_lr_scale,
         reward_funcs=correctness_reward(grader, tokenizer),
         rollout_func=EngineRollouts(stage.max_num_seqs),
     )
@@ -85,12 +108,11 @@ def fitting_problems(
 
 def arguments_of(stage: GRPOStage) -> GRPOConfig:
     """The trainer's arguments. Raises UserError for an invalid `[trainer]`."""
-    arguments = trainer_arguments(GRPOConfig, stage.out, stage.trainer, **DEFAULTS)
+    ignored = [key for key in stage.trainer if key in IGNORED or key.startswith(IGNORED_FAMILIES)]
+    refuse_ignored(stage.trainer, ignored, "M1's engine samples the rollouts")
     if stage.data.streaming or stage.data.weights:
         raise UserError("[data] streaming and weights are for sft and distill: remove them")
-    if arguments.entropy_coef < 0:
-        raise UserError(f"[trainer] entropy_coef = {arguments.entropy_coef} must not be negative")
-    return arguments
+    return trainer_arguments(GRPOConfig, stage.out, stage.trainer, **DEFAULTS, **eval_defaults(stage))
 
 
 def correctness_reward(grader: Grader, tokenizer: PreTrainedTokenizerBase) -> Any:

@@ -1,5 +1,6 @@
 """Rollouts for GRPO from this project's engine, after a check that its log-probabilities equal the trainer's."""
 
+import math
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from trl import GRPOTrainer
 from m1.engine import LLM, SamplingParams, Sequence
 from m1.errors import UserError
 from m1.model.tokenizer import encode_chat
+from m1.train.stage_trainer import not_finite
 
 PARITY_THRESHOLD = 0.02  # mean |difference| of log-probabilities, in nats per token; float32 gives about 1e-6
 PARITY_SAMPLES = 8
@@ -28,7 +30,8 @@ class EngineRollouts:
         checked: whether the log-probabilities have been compared.
 
     Raises:
-        UserError: on the first call, as `check_parity`; on any call, if the engine refuses a prompt.
+        UserError: on the first call, as `check_parity`; on any call, if the engine refuses a prompt, or a
+            log-probability isn't finite.
     """
 
     def __init__(self, max_num_seqs: int):
@@ -55,6 +58,8 @@ class EngineRollouts:
             self.llm = LLM(model, trainer.processing_class, trainer.eos_token_ids, max_num_seqs=self.max_num_seqs)
         self.llm.reload_weights()
         sequences = self.llm.engine_for(rendered, params.max_tokens).generate(rendered[::n], params)
+        if not all(s.token_ids and all(map(math.isfinite, s.logprobs)) for s in sequences):
+            raise not_finite(trainer.state.global_step + 1, "a sampled token's log-probability isn't finite")
         if not self.checked:
             check_parity(model, rendered, sequences, args.temperature)
             self.checked = True

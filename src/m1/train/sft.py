@@ -20,7 +20,8 @@ from m1.recipe import DistillStage, SFTStage
 from m1.train.data_cache import Preparation
 from m1.train.data_mask import ChatEncoder
 from m1.train.data_report import report
-from m1.train.trainer import model_options, run_training, trainer_arguments
+from m1.train.stage_trainer import StageTrainer
+from m1.train.trainer import eval_defaults, model_options, run_training, split, trainer_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -40,15 +41,26 @@ def sft(stage: SFTStage, resume: bool = False, force: bool = False) -> None:
     run_training(stage, arguments_of(stage), sft_trainer, resume, force)
 
 
-def sft_trainer(stage: SFTStage, arguments: SFTConfig) -> SFTTrainer:
+class Trainer(StageTrainer, SFTTrainer):
+    """TRL's SFTTrainer with what all stages have in common."""
+
+
+def sft_trainer(stage: SFTStage, arguments: SFTConfig) -> Trainer:
     """The stage's trainer, with model and data."""
     options = model_options(stage.trainer)
     if stage.model:
         model, tokenizer = load_model(stage.model, **options)
     else:
         model, tokenizer = new_transformer(stage.init, **options)
-    rows = training_rows(stage, arguments, tokenizer, model)
-    return SFTTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)
+    rows, held_out = split(training_rows(stage, arguments, tokenizer, model), stage.eval_rows, arguments.seed)
+    return Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        mixer_lr_scale=stage.mixer_lr_scale,
+    )
 
 
 def training_rows(
@@ -122,9 +134,11 @@ def arguments_of(stage: SFTStage | DistillStage) -> SFTConfig:
             raise UserError(f"[trainer] {key}: M1 prepares the rows itself; remove the key ({instead})")
     if isinstance(stage, SFTStage) and stage.init:
         new_config(stage.init)
-    arguments = trainer_arguments(SFTConfig, stage.out, stage.trainer, **DEFAULTS)
+    arguments = trainer_arguments(SFTConfig, stage.out, stage.trainer, **DEFAULTS, **eval_defaults(stage))
     if arguments.max_length is not None and arguments.max_length < 1:
         raise UserError(f"[trainer] max_length = {arguments.max_length}: need at least 1")
     if stage.data.streaming and arguments.max_steps < 1:
         raise UserError("[data] streaming needs max_steps in [trainer]: a stream's length isn't known")
+    if stage.data.streaming and stage.eval_rows:
+        raise UserError(f"eval_rows={stage.eval_rows}: no rows can be held out of a stream; remove it or streaming")
     return arguments

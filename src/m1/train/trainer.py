@@ -6,29 +6,54 @@ OUT/               the trained model and tokenizer, and the run's own files (run
 """
 
 import dataclasses
+import functools
+import hashlib
+import json
+import math
 import os
+import random
 import shutil
 import signal
 import time
-from collections.abc import Callable
+import typing
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from datasets import Dataset
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from m1.errors import UserError
+from m1.history import METRICS
 from m1.jsonl import to_jsonl, write_text
+from m1.machine import describe_machine, gemm_rate, process_bytes
 from m1.model.checkpoint import saved_dtype
-from m1.options import check_keys
-from m1.recipe import Stage
-from m1.runs import Run
+from m1.options import check_keys, fitted
+from m1.recipe import INT64_MAX, TrainedStage
+from m1.runs import Run, sha256
+from m1.secrets import redact_settings
+from m1.train.checkpoints import last_checkpoint, seal
+from m1.train.stage_trainer import StageTrainer
 
-METRICS = "metrics.jsonl"
 MADE = ("checkpoints", METRICS, "tensorboard", "model.part")  # what an interrupted stage leaves
-S = TypeVar("S", bound=Stage)
+TINY, BELOW_1 = 1e-9, math.nextafter(1, 0)
+RANGES: dict[str, tuple[float, float]] = {  # of trainers' arguments that transformers and TRL don't check themselves
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), (1, INT64_MAX)),
+    **dict.fromkeys(("gradient_accumulation_steps", "save_total_limit", "dataset_num_proc"), (1, INT64_MAX)),
+    **dict.fromkeys(("max_completion_length", "num_iterations", "steps_per_generation"), (1, INT64_MAX)),
+    **dict.fromkeys(("num_train_epochs", "logging_steps", "save_steps", "eval_steps"), (TINY, INT64_MAX)),
+    **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm"), (0, INT64_MAX)),
+    **dict.fromkeys(("beta", "epsilon", "epsilon_high", "entropy_coef"), (0, INT64_MAX)),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), (0, BELOW_1)),
+    "temperature": (TINY, INT64_MAX),  # at 0 all samples of a prompt are the same
+    "top_p": (TINY, 1),
+    "seed": (0, 2**32 - 1),
+}
+S = TypeVar("S", bound=TrainedStage)
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
 
@@ -46,14 +71,19 @@ def trainer_arguments(cls: type[Arguments], out: str | Path, given: dict[str, An
     """
     known = {f.name for f in dataclasses.fields(cls) if f.init} - {"output_dir", "resume_from_checkpoint"}
     check_keys(given, known, "[trainer]")
-    if not isinstance(given.get("model_init_kwargs", {}), dict):
-        raise UserError(f"[trainer]: model_init_kwargs = {given['model_init_kwargs']!r} should be a table")
+    hints = typing.get_type_hints(cls) | {"model_init_kwargs": dict[str, Any]}
+    given = {key: fitted(value, hints[key], f"[trainer]: {key}") for key, value in given.items()}
+    for key, value in given.items():
+        low, high = RANGES.get(key, (-INT64_MAX, INT64_MAX))
+        if isinstance(value, int | float) and not low <= value <= high:
+            raise UserError(f"[trainer]: {key} = {value} is out of range: must be {low:.3g} to {high:.3g}")
     if "trust_remote_code" in {*given, *given.get("model_init_kwargs", {})}:
         raise UserError("[trainer]: trust_remote_code: M1 never runs code that comes with a checkpoint; remove the key")
     common = {
         "output_dir": str(Path(out) / "checkpoints"),
-        "save_total_limit": 1,
+        "save_total_limit": 2,  # if the last one is damaged, the one before is still there
         "logging_steps": 10,
+        "logging_nan_inf_filter": False,  # it would log a NaN as 0
         "report_to": ["tensorboard"],
         "use_cpu": not torch.cuda.is_available(),
         "bf16": torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported(),  # else emulated and slow
@@ -62,8 +92,39 @@ def trainer_arguments(cls: type[Arguments], out: str | Path, given: dict[str, An
     given = {key: value for key, value in given.items() if key != "model_init_kwargs"}  # see model_options
     try:
         return cls(**(common | defaults | given))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"[trainer]: {error}") from None
+    except (TypeError, ValueError, ArithmeticError, ImportError, OSError) as error:
+        raise UserError(f"[trainer]: {' '.join(str(error).split())}") from None
+
+
+def refuse_ignored(given: dict[str, Any], ignored: Iterable[str], why: str) -> None:
+    """Raises UserError if `[trainer]` has one of the arguments that the stage would ignore."""
+    for key in ignored:
+        if key in given:
+            raise UserError(f"[trainer]: {key} = {given[key]!r} would change nothing, because {why}: remove the key")
+
+
+def eval_defaults(stage: TrainedStage) -> dict[str, Any]:
+    """The trainer's defaults for evaluation. Raises UserError if it is asked for without held-out rows."""
+    asked = stage.trainer.get("eval_strategy", "no") != "no" or stage.trainer.get("eval_on_start")
+    if asked and not stage.eval_rows:
+        raise UserError("[trainer]: eval_strategy needs held-out rows: set the stage's key `eval_rows`")
+    return {"eval_strategy": "epoch"} if stage.eval_rows else {}
+
+
+def split(rows: Any, count: int, seed: int) -> tuple[Any, Dataset | None]:
+    """Holds out `count` random rows of a Dataset for evaluation. Returns the others, in their order, and these.
+
+    Without `count`, returns the rows, which may be a stream, and None.
+
+    Raises:
+        UserError: no row would be left to train on.
+    """
+    if not count:
+        return rows, None
+    if count >= len(rows):
+        raise UserError(f"eval_rows={count}: the data has only {len(rows)} rows")
+    held_out = set(random.Random(seed).sample(range(len(rows)), count))
+    return rows.select([i for i in range(len(rows)) if i not in held_out]), rows.select(sorted(held_out))
 
 
 def model_options(given: dict[str, Any]) -> dict[str, Any]:
@@ -76,14 +137,14 @@ def model_options(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_training(
-    stage: S, arguments: TrainingArguments, make_trainer: Callable[[S, Any], Trainer], resume: bool, force: bool
+    stage: S, arguments: TrainingArguments, make_trainer: Callable[[S, Any], StageTrainer], resume: bool, force: bool
 ) -> None:
     """Trains a stage's model, from its last checkpoint if there is one, and saves it to the stage's folder.
 
     The model is saved in the dtype of its teacher, or of the checkpoint that it began from, whatever it was trained in.
 
-    A stage that has finished already is left alone. Ctrl-C finishes the current step, saves a checkpoint and raises
-    KeyboardInterrupt.
+    A stage that has finished already is left alone. Ctrl-C and SIGTERM finish the current step, save a checkpoint and
+    raise KeyboardInterrupt.
 
     Args:
         arguments: the trainer's.
@@ -92,7 +153,8 @@ def run_training(
         force: move aside what `out` holds, if it can't be resumed.
 
     Raises:
-        UserError: `out` holds an interrupted run of this stage, and `resume` is False; and as `Run`.
+        UserError: `out` holds an interrupted run of this stage, and `resume` is False; a loss, gradient norm or weight
+            isn't finite; as `last_checkpoint`; as `Run`.
     """
     with ExitStack() as stack:
         with arguments.main_process_first(local=False):  # it may move or delete what the others then look at
@@ -108,21 +170,33 @@ def run_training(
         dtype = saved_dtype(source) if source else torch.float32
         set_seed(arguments.seed)
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.folder / "tensorboard")  # the trainer reads it when it is made
-        trainer, interrupt = make_trainer(stage, arguments), _InterruptCallback()
+        trainer, interrupt = _made(make_trainer, stage, arguments), _InterruptCallback()
         trainer.add_callback(interrupt)
-        trainer.add_callback(MetricsCallback(run))
+        trainer.add_callback(MetricsCallback(run, trainer))
         trainer.add_callback(_TrainedCallback())
+        trainer.add_callback(_SafetyCallback(trainer))  # the last: what it checks, the trainer then saves
         with interrupt, suppress(_Trained):
             trainer.train(resume_from_checkpoint=last)
         if interrupt.requested:
             raise KeyboardInterrupt
+        trainer.check_finite()
         _save(trainer, run, dtype)
-        run.finish()
+        if run.writes:
+            run.finish(**provenance(trainer, run.folder))
         if run.writes:
             shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
 
 
-def _save(trainer: Trainer, run: Run, dtype: torch.dtype) -> None:
+def _made(make_trainer: Callable[[S, Any], StageTrainer], stage: S, arguments: TrainingArguments) -> StageTrainer:
+    try:
+        return make_trainer(stage, arguments)
+    except UserError:
+        raise
+    except (ValueError, ImportError) as error:  # what TRL checks itself: choices, combinations, missing packages
+        raise UserError(f"[trainer]: {' '.join(str(error).split())}") from error
+
+
+def _save(trainer: StageTrainer, run: Run, dtype: torch.dtype) -> None:
     """Saves the model into the run's folder, file by file when all are complete: a reader never sees half a file."""
     trainer.accelerator.unwrap_model(trainer.model).to(dtype)
     draft = run.folder / "model.part"
@@ -133,31 +207,69 @@ def _save(trainer: Trainer, run: Run, dtype: torch.dtype) -> None:
         draft.rmdir()
 
 
-def last_checkpoint(out: Path) -> str | None:
-    """The newest complete checkpoint in OUT/checkpoints, None without one. Its trainer_state.json is written last."""
-    complete = [path.parent for path in out.glob("checkpoints/checkpoint-*/trainer_state.json")]
-    return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
+def provenance(trainer: StageTrainer, folder: Path) -> dict[str, Any]:
+    """What the manifest says of a trained model: data and weights by hash, resolved arguments, groups, machine."""
+    return {
+        "data_sha256": rows_sha256(trainer.train_dataset),
+        "weights_sha256": {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))},
+        "arguments": redact_settings(json.loads(trainer.args.to_json_string())),
+        "parameter_groups": trainer.group_sizes,
+        "machine": describe_machine(trainer.accelerator.device),
+    }
+
+
+def rows_sha256(rows: Dataset) -> str:
+    """The hash of a data set's content in its order, as the trainer sees it: tokens and labels."""
+    digest = hashlib.sha256()
+    for table in rows.with_format("arrow").iter(1000):
+        for batch in table.combine_chunks().to_batches():
+            digest.update(batch.serialize())
+    return digest.hexdigest()
+
+
+@functools.cache
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations per second of large matrix products on one device, measured once."""
+    return gemm_rate(device, dtype)
+
+
+def most_memory(device: torch.device) -> int:
+    """Bytes: the most that was allocated on a GPU so far; on a CPU the process's largest size, 0 if unknown."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else process_bytes("VmHWM") or 0
 
 
 class MetricsCallback(TrainerCallback):
     """Writes the trainer's logs to metrics.jsonl, one JSON line per logged step.
 
-    When training resumes, lines logged after the checkpoint are dropped. `seconds` counts all sessions.
+    When training resumes, lines logged after the checkpoint are dropped. `seconds` counts all sessions. A line of
+    training also has
+
+        tokens_per_second   real tokens trained on since the line before, on all devices
+        mfu                 model FLOPs utilization: the share of the rate that matrix products reach on this machine
+        memory_gib          most memory so far: of the first GPU, or of the process
 
     Args:
         run: the run whose folder holds the file.
+        trainer: counts the tokens.
     """
 
-    def __init__(self, run: Run):
-        self.run = run
+    def __init__(self, run: Run, trainer: StageTrainer):
+        self.run, self.trainer = run, trainer
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Drops lines after the checkpoint and continues the clock."""
+        device = self.trainer.accelerator.device
+        self.peak = matrix_rate(device, torch.bfloat16 if args.bf16 else torch.float32) * args.world_size
         self.seconds_before, self.started = 0.0, time.monotonic()
+        self.logged_tokens, self.logged_at = 0.0, self.started
         if not self.run.writes:
             return
+        for group in self.trainer.group_sizes:
+            tqdm.write(
+                "{parameters:,} parameters: learning rate {learning_rate:g}, decay {weight_decay:g}".format(**group)
+            )
         rows = [row for row in self.run.read(METRICS, "step", "seconds") if row["step"] <= state.global_step]
         write_text(self.run.folder / METRICS, to_jsonl(rows))
         self.seconds_before = rows[-1]["seconds"] if rows else 0.0
@@ -174,7 +286,19 @@ class MetricsCallback(TrainerCallback):
         if logs and "train_runtime" in logs:
             return
         seconds = self.seconds_before + time.monotonic() - self.started
-        self.run.append(METRICS, {"step": state.global_step, "seconds": round(seconds, 2), **(logs or {})})
+        row = {"step": state.global_step, "seconds": round(seconds, 2), **(logs or {})}
+        self.run.append(METRICS, row | (self._speed() if "loss" in row else {}))
+
+    def _speed(self) -> dict[str, float]:
+        device, now = self.trainer.accelerator.device, time.monotonic()
+        tokens = float(self.trainer.accelerator.reduce(torch.as_tensor(self.trainer.tokens, device=device)))
+        rate = (tokens - self.logged_tokens) / (now - self.logged_at)
+        self.logged_tokens, self.logged_at = tokens, now
+        return {
+            "tokens_per_second": round(rate, 1),
+            "mfu": round(rate * self.trainer.flops_per_token / self.peak, 4),
+            "memory_gib": round(most_memory(device) / 2**30, 2),
+        }
 
 
 class _Trained(Exception):
@@ -192,16 +316,52 @@ class _TrainedCallback(TrainerCallback):
             raise _Trained
 
 
+class _SafetyCallback(TrainerCallback):
+    """Checks that numbers are finite before the trainer logs or saves them, and seals checkpoints.
+
+    Reading a number waits for a GPU. There the numbers of many steps are read together, where the trainer logs or
+    saves, which waits anyway. On a CPU they are read at each step.
+    """
+
+    def __init__(self, trainer: StageTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Checks the weights."""
+        self.trainer.check_finite()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Checks the step's numbers, unless they can wait."""
+        stops = control.should_log or control.should_save or control.should_evaluate or control.should_training_stop
+        if stops or self.trainer.accelerator.device.type == "cpu":
+            self.trainer.check_finite()
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Checks the numbers; the trainer may log and save now."""
+        self.trainer.check_finite()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Notes the hashes of the checkpoint's files when all ranks have written theirs."""
+        self.trainer.accelerator.wait_for_everyone()
+        if args.should_save:
+            seal(Path(args.output_dir, f"checkpoint-{state.global_step}"))
+
+
 class _InterruptCallback(TrainerCallback):
-    """Makes Ctrl-C finish the step, save a checkpoint and stop. A second Ctrl-C stops at once."""
+    """Makes Ctrl-C and SIGTERM finish the step, save a checkpoint and stop. A second one stops at once."""
 
     requested = False
 
     def __enter__(self) -> None:
-        self._previous = signal.signal(signal.SIGINT, self._on_signal)
+        self._previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self._previous)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         if self.requested:
@@ -211,7 +371,7 @@ class _InterruptCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """After Ctrl-C, makes the trainer save a checkpoint and stop."""
+        """After a signal, makes the trainer save a checkpoint and stop."""
         if self.requested:
             control.should_save = control.should_training_stop = True
         return control

@@ -1,0 +1,48 @@
+"""The trainer's checkpoints: sealed when complete, checked before training resumes from one."""
+
+import logging
+from pathlib import Path
+
+from m1.errors import UserError
+from m1.jsonl import read_json, write_json
+from m1.runs import sha256
+
+SEAL = "sha256.json"  # the sha256 of each of a checkpoint's files
+STATE = "trainer_state.json"  # the trainer writes it last
+
+logger = logging.getLogger(__name__)
+
+
+def seal(checkpoint: Path) -> None:
+    """Notes the hashes of a complete checkpoint's files."""
+    write_json(checkpoint / SEAL, {path.name: sha256(path) for path in checkpoint.iterdir() if path.name != SEAL})
+
+
+def last_checkpoint(out: Path) -> str | None:
+    """The newest intact checkpoint in OUT/checkpoints. None if none was ever completed.
+
+    A damaged checkpoint is passed over, with a warning, for the one before.
+
+    Raises:
+        UserError: there are checkpoints, but none is intact.
+    """
+    complete = [path.parent for path in out.glob(f"checkpoints/checkpoint-*/{STATE}")]
+    complete.sort(key=lambda path: int(path.name.split("-")[1]), reverse=True)
+    for path in complete:
+        if not (problem := damage(path)):
+            return str(path)
+        logger.warning("%s is damaged (%s): training resumes from the checkpoint before", path, problem)
+    if complete:
+        raise UserError(f"{out} has no intact checkpoint ({problem}): delete {out} to start again")
+    return None
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint; None if it is intact. One killed just before its seal is taken as it is."""
+    try:
+        read_json(checkpoint / STATE)
+        hashes = read_json(checkpoint / SEAL) if (checkpoint / SEAL).exists() else {}
+    except UserError as error:
+        return str(error)
+    changed = [name for name, digest in hashes.items() if sha256(checkpoint / name) != digest]
+    return f"{changed[0]} isn't what was saved" if changed else None
