@@ -184,13 +184,13 @@ def test_every_generation_has_the_weights_of_its_step(hybrid_dir, tmp_path, monk
 
 
 def test_parity_gate_refuses_wrong_logprobs(hybrid_dir, tmp_path, monkeypatch):
-    from m1.engine.sampling import SamplingBatch
+    from m1.engine.executor import Drawn
 
-    def shifted(self, logits, drawn, sample=SamplingBatch.sample):
-        tokens, logprobs = sample(self, logits, drawn)
-        return tokens, logprobs + 0.1
+    def shifted(self, wait=Drawn.wait):
+        tokens, logprobs = wait(self)
+        return tokens, [logprob + 0.1 for logprob in logprobs]
 
-    monkeypatch.setattr(SamplingBatch, "sample", shifted)
+    monkeypatch.setattr(Drawn, "wait", shifted)
     trainer = TRAINER | {"num_generations": 4, "max_completion_length": 8}
     with pytest.raises(UserError, match=r"differ from the trainer's by 0\.1"):
         GRPOStage(model=str(hybrid_dir), out=str(tmp_path), data=CHAIN, trainer=trainer).run()
