@@ -53,11 +53,25 @@ MUTANTS = [
         "engine/scheduler.py", "request.resumable and length < size", "length < size", SCHEDULER,
         "any request continues the state at a sequence's end",
     ),
+    # a GPU's decode step
+    Mutant("ops/triton/linear.py", "gate = silu(gate) * up", "gate = silu(up) * gate", "ops/test_linear.py", "up gates"),
+    Mutant(
+        "ops/triton/registers.py", "length + 1 - ended", "length + 1", "ops/test_registers.py",
+        "a sequence that has ended grows",
+    ),
+    Mutant(
+        "ops/triton/scan_forward.py", "oldest, older, old = older, old, x_t", "oldest, older, old = older, x_t, old",
+        "ops/test_prefill_scan.py", "the convolution's inputs change places",
+    ),
+    Mutant(
+        "ops/triton/scan_forward.py", "tl.where(end - start > SHORT, end, start)", "end", "ops/test_prefill_scan.py",
+        "a short chunk is scanned twice",
+    ),
     # pages, swaps and overlapping steps
     Mutant("engine/pages.py", "if not self._holders[page]:", "if True:", SCHEDULER, "a shared page is freed"),
     Mutant("engine/scheduler.py", "max(self.running)", "min(self.running)", SCHEDULER, "the oldest is swapped out"),
     Mutant(
-        "engine/executor.py", "torch.where(rows[:, ENDED] > 0, -1, slots)", "slots", "engine/test_invariants.py",
+        "ops/reference.py", "torch.where(rows[:, columns.ENDED] > 0, -1, slots)", "slots", "engine/test_invariants.py",
         "a sequence that has ended moves its slot",
     ),
     Mutant(

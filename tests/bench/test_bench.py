@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from m1 import cli
+from m1 import cli, machine
 from m1.bench import attention, peers, roofline, scan, state
 
 SCAN = ("scan", "--inner", 64, "--kv", 32, "--batch", 2, "--length", 5)
@@ -20,7 +20,7 @@ FLOAT32, BFLOAT16 = ("--dtype", "float32"), ("--dtype", "bfloat16")
 def small_machine(monkeypatch, tmp_path):
     """Limits measured on little data, few layers, and no `results` folder that isn't the test's own."""
     monkeypatch.setattr(roofline, "LARGEST_BUFFER", 2**16)
-    monkeypatch.setattr(roofline, "LARGEST_PRODUCT", 512)
+    monkeypatch.setattr(machine, "LARGEST_PRODUCT", 512)
     monkeypatch.chdir(tmp_path)
 
 

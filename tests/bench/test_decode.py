@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from m1.bench import decoders
@@ -10,6 +11,7 @@ from m1.bench.decode import floor_seconds
 from m1.bench.options import DecodeOptions
 from m1.bench.roofline import Limits
 from m1.cli import app
+from m1.engine import Engine, Request, SamplingParams
 from m1.errors import UserError
 
 OPTIONS = dict(shape="tiny", cells="3x5", prompt=4, engines="ours-hybrid", device="cpu", repeats=1)
@@ -66,6 +68,26 @@ def test_a_batch_without_room_goes_in_parts(monkeypatch):
     options = DecodeOptions(**OPTIONS | {"cells": "6x100", "contexts": 2})
     run = decoders.at_contexts(options, hybrid=True)(6, 100)
     assert run.together == 2 and run.seconds == 3 * (2 * 7.0 + 100 * (4 + 25 + 4 + 75) / 2)
+
+
+def test_unshared_pages_hold_the_same_keys():
+    model = decoders.make_model("tiny", torch.float32, hybrid=True, max_model_len=200)
+    sampled, shared = [], []
+    for unshares in (False, True):
+        engine = Engine(model, [], 3, 200, prefix_cache=0, page_size=16)
+        request = Request(list(range(100)), SamplingParams(n=3, max_tokens=40))
+        engine.submit(request)
+        while engine.scheduler.waiting:
+            engine.step()
+        if unshares:
+            decoders.unshare_pages(engine)
+        held = [page for sequence in engine.running for page in sequence.pages]
+        shared.append(len(held) - len(set(held)))
+        while engine.busy:
+            engine.step()
+        sampled.append([sequence.token_ids for sequence in request.sequences])
+        assert sorted(engine.scheduler.pages.free) == list(range(len(engine.scheduler.pages.free)))
+    assert sampled[0] == sampled[1] and shared == [12, 0]
 
 
 def test_floor_by_hand():

@@ -23,7 +23,7 @@ from m1.jsonl import read_jsonl
 from m1.model.convert import convert
 
 KILLS = 4  # per command, in the long version
-TRAINING_KILLS = 20
+TRAINING_KILLS = 5
 TRAINING = """
     stage = "{kind}"
     out = "{out}"

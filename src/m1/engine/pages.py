@@ -37,6 +37,10 @@ class Pages:
             self._holders[page] += 1
         return pages
 
+    def shared(self, page: int) -> bool:
+        """Whether the page has several holders."""
+        return self._holders[page] > 1
+
     def release(self, pages: list[int]) -> None:
         """Ends one holder's use of these pages. Those without another holder are free at once."""
         for page in pages:
