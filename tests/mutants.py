@@ -54,7 +54,7 @@ MUTANTS = [
         "any request continues the state at a sequence's end",
     ),
     # a GPU's decode step
-    Mutant("ops/triton/linear.py", "gate = silu(gate) * up", "gate = silu(up) * gate", "ops/test_linear.py", "up gates"),
+    Mutant("ops/triton/linear.py", "gate = silu(gate) * up", "gate = up * gate", "ops/test_linear.py", "no silu"),
     Mutant(
         "ops/triton/registers.py", "length + 1 - ended", "length + 1", "ops/test_registers.py",
         "a sequence that has ended grows",
