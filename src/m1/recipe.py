@@ -107,7 +107,7 @@ class Stage:
     function: ClassVar[str]
     trained: ClassVar[bool] = False
     is_file: ClassVar[bool] = False
-    free: ClassVar[tuple[str, ...]] = ("out", "max_num_seqs")
+    free: ClassVar[tuple[str, ...]] = ("out", "max_num_seqs", "devices")
 
     out: str = option(help="Output.")
 
@@ -303,6 +303,17 @@ class LoadOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DevicesOption:
+    """Which devices share a command's samples. Samples don't depend on it."""
+
+    devices: str | None = option(
+        None,
+        "all: one engine per GPU of this host; or a list such as cuda:0,cuda:1. Default, auto: one device. "
+        "max_num_seqs is per engine.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
     """How a command samples tokens: the user's part of the engine's `SamplingParams`.
 
@@ -368,7 +379,7 @@ class PromptOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateStage(Stage, SamplingOptions, PromptOptions, LoadOptions):
+class GenerateStage(Stage, SamplingOptions, PromptOptions, LoadOptions, DevicesOption):
     """Stage `generate`: samples every prompt of a file with the engine."""
 
     kind = "generate"
@@ -478,7 +489,7 @@ class MeasuredStage(Stage, Columns):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalStage(MeasuredStage, EvalSettings, LoadOptions):
+class EvalStage(MeasuredStage, EvalSettings, LoadOptions, DevicesOption):
     """Stage `eval`: measures the accuracy of `n` samples per problem and of their votes, for a recipe's report."""
 
     kind = "eval"

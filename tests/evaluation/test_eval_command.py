@@ -116,6 +116,9 @@ def test_bad_arguments(run, problems, tmp_path):
         run(*task, "--data", problems, "--sampler", "vllm"), "sampler = 'vllm' should be 'engine' or 'transformers'"
     )
     refused(run(*task, "--data", problems, "--sampler", "transformers"), "leave out --sampler")
+    refused(
+        run(*task, "--data", problems, "--devices", "all"), "leave out --sampler, --dtype, --quantize and --devices"
+    )
     refused(run(*task, "--data", problems, "--concurrency", 0), "concurrency=0")
     refused(run(*task, "--data", problems, "--temperature", -1), "temperature=-1")
     refused(run(*task[:2], "--endpoint", "localhost", *task[4:], "--data", problems), "endpoint 'localhost'")

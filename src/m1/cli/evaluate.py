@@ -61,6 +61,8 @@ def evaluate(
 
     Every sample is kept with its grade. Run again to resume.
     """
+    from contextlib import nullcontext
+
     from m1.cli import render
     from m1.evaluation.endpoint import EndpointSampler
     from m1.evaluation.evaluate import evaluate as run
@@ -69,14 +71,14 @@ def evaluate(
     folder = out or Path(model, "eval", task)
     models = {} if endpoint else {"model": model}
     stage = build(EvalStage, options | {"models": models, "task": task, "out": str(folder)}, "eval")
-    if endpoint and (stage.sampler != "engine" or stage.quantize or stage.dtype != "auto"):
-        raise UserError("--endpoint samples on a server: leave out --sampler, --dtype and --quantize")
+    if endpoint and (stage.sampler != "engine" or stage.quantize or stage.dtype != "auto" or stage.devices):
+        raise UserError("--endpoint samples on a server: leave out --sampler, --dtype, --quantize and --devices")
     refuse_sources(folder, stage.sources())
     if not force:
         refuse_foreign("eval", folder)
     problems = load_problems(stage)
-    sampler = EndpointSampler(endpoint, model, concurrency, timeout) if endpoint else local_sampler(stage, model)
-    with render.progress_bar(task, "samples") as on_progress:
+    server = nullcontext(EndpointSampler(endpoint, model, concurrency, timeout)) if endpoint else None
+    with server or local_sampler(stage, model) as sampler, render.progress_bar(task, "samples") as on_progress:
         result = run(sampler, problems, stage, folder, on_progress, force)
     render.evaluation(task, result, folder)
 

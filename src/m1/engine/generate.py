@@ -4,11 +4,13 @@ OUT          one line per finished sample: id, sample, text, finish_reason, toke
 OUT.run/     settings and manifest (runs.py)
 """
 
-import time
+from contextlib import closing
 from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from m1.engine.data_parallel import DataParallel, load_llm
 from m1.engine.llm import LLM, Prompt
 from m1.engine.sampling import SamplingParams
 from m1.engine.sequence import Request
@@ -28,7 +30,7 @@ class Generated(NamedTuple):
 
     Attributes:
         tokens: number of tokens generated in this session.
-        seconds: time spent generating them, without the loading of the model.
+        seconds: time spent generating them, without the loading of the model and the engine's pauses.
     """
 
     tokens: int
@@ -40,13 +42,13 @@ def run(stage: GenerateStage, force: bool = False, progress: Progress = silent) 
     params = SamplingParams.of(stage, n=stage.n, seed=stage.seed, stop=tuple(stage.stop))
     prompt = stage.load_prompt(PLAIN.template)
     options = {"max_num_seqs": stage.max_num_seqs, "quantize": stage.quantize}
-    llm = LLM.from_pretrained(stage.model, stage.dtype or "auto", **options)
-    with progress("generate", "samples") as on_progress:
+    loaded = load_llm(stage.model, stage.devices, stage.dtype or "auto", **options)
+    with loaded as llm, progress("generate", "samples") as on_progress:
         return generate_file(llm, stage.prompts, stage.out, params, prompt, on_progress, force, stage.settings())
 
 
 def generate_file(
-    llm: LLM,
+    llm: LLM | DataParallel,
     prompts: str | Path,
     out: str | Path,
     params: SamplingParams,
@@ -91,23 +93,16 @@ def generate_file(
             for i, text in enumerate(texts)
             if (missing := tuple(j for j in range(params.n) if (ids[i], j) not in done))
         ]
-        total, ended, tokens = len(ids) * params.n, len(done), 0
+        total, ended, tokens, seconds = len(ids) * params.n, len(done), 0, 0.0
         on_progress(ended, total)
         if requests:
-            llm.engine_for([request.tokens for request in requests], params.max_tokens)  # made before the clock starts
-        began = time.monotonic()
-        for sample in llm.stream_requests(requests) if requests else ():
-            sequence = sample.sequence
-            if not sequence.done:
-                continue
-            ended, tokens = ended + 1, tokens + len(sequence.token_ids)
-            key = {"id": ids[sample.prompt], "sample": sequence.index}
-            how = {"text": sample.text, "finish_reason": sequence.finish_reason}
-            cost = {"tokens": len(sequence.token_ids), "logprob": sum(sequence.logprobs)}
-            run.append(out.name, key | how | cost)
-            sequence.forget()
-            on_progress(ended, total)
-        seconds = time.monotonic() - began if requests else 0.0
+            with closing(llm.run(requests)) as steps:
+                for sample in chain.from_iterable(steps):
+                    key = {"id": ids[sample.prompt], "sample": sample.index}
+                    how = {"text": sample.text, "finish_reason": sample.finish_reason}
+                    run.append(out.name, key | how | {"tokens": sample.tokens, "logprob": sample.logprob})
+                    ended, tokens, seconds = ended + 1, tokens + sample.tokens, max(seconds, sample.seconds)
+                    on_progress(ended, total)
         run.finish()
     return Generated(tokens, seconds)
 

@@ -1,6 +1,7 @@
 """Text in, text out: chat templates, stop strings, and streams on top of the engine."""
 
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -105,15 +106,48 @@ class LLM:
 
     def stream_requests(self, requests: list[Request]) -> Iterator["TextSequence"]:
         """`stream` for requests, each with its own parameters."""
+        with closing(self._steps(requests)) as steps:
+            for read in steps:
+                yield from read
+
+    def run(self, requests: list[Request]) -> Generator[list["FinishedSample"], None, None]:
+        """Runs requests as `Engine.run` does. After each step, yields the samples that ended in it.
+
+        You may append prepared requests to the list (see `prepare`). A sequence's tokens are forgotten once it is
+        yielded. The clock of the samples' `seconds` starts when the engine is made, and pauses while the caller works.
+
+        Raises:
+            UserError: a prompt the engine refuses.
+        """
+        self.prepare(requests)
+        started = time.monotonic()
+        with closing(self._steps(requests, ends_only=True)) as steps:
+            for read in steps:
+                now = time.monotonic()
+                yield [_finished(sample, now - started) for sample in read if sample.sequence.done]
+                started += time.monotonic() - now
+
+    def prepare(self, requests: list[Request]) -> Engine:
+        """The engine to use for these requests. Their stop strings that are special tokens become stop tokens."""
         for request in requests:
             request.params = self._with_special_stops(request.params)
         longest = max((request.params.max_tokens for request in requests), default=0)
-        engine = self.engine_for([request.tokens for request in requests], longest)
-        mine = set(requests)
+        return self.engine_for([request.tokens for request in requests], longest)
+
+    def _steps(self, requests: list[Request], ends_only: bool = False) -> Generator[list["TextSequence"], None, None]:
+        """After each step, yields the samples whose text has grown or ended.
+
+        With `ends_only`, a running sequence is read only if a stop string may end it.
+        """
+        engine = self.prepare(requests)
+        mine: set[Request] = set()
         texts: dict[Sequence, TextSequence] = {}  # of the running sequences: there may be many more
         with closing(engine.run(requests)) as steps:
             for ended in steps:
-                for sequence in [*ended, *(running for running in engine.running if running.request in mine)]:
+                mine.update(requests[len(mine) :])
+                running = [s for s in engine.running if s.request in mine and (s.request.params.stop or not ends_only)]
+                read = []
+                for sequence in [*ended, *running]:
                     sample = texts.pop(sequence, None) or self._text_of(sequence)
                     length = len(sample.text)
                     if sample.read():
@@ -121,7 +155,8 @@ class LLM:
                     if not sequence.done:
                         texts[sequence] = sample
                     if sequence.done or len(sample.text) != length:
-                        yield sample
+                        read.append(sample)
+                yield read
 
     def _text_of(self, sequence: Sequence) -> "TextSequence":
         skip = frozenset([*self.stop_token_ids, *sequence.request.params.stop_token_ids])
@@ -134,6 +169,36 @@ class LLM:
         special = {str(token): i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         found = [special[stop] for stop in params.stop if stop in special]
         return replace(params, stop_token_ids=(*params.stop_token_ids, *found)) if found else params
+
+
+@dataclass(frozen=True)
+class FinishedSample:
+    """A sample that has ended.
+
+    Attributes:
+        prompt: its request's `id`.
+        index: its number among the prompt's samples.
+        text: its text, without the stop string that ended it.
+        tokens: number of its tokens.
+        logprob: sum of their log-probabilities.
+        finish_reason: as in `Sequence`.
+        seconds: from the start of the run to its end, without the pauses of the engine.
+    """
+
+    prompt: int
+    index: int
+    text: str
+    tokens: int
+    logprob: float
+    finish_reason: str
+    seconds: float
+
+
+def _finished(sample: "TextSequence", seconds: float) -> FinishedSample:
+    sequence = sample.sequence
+    length, logprob = len(sequence.token_ids), sum(sequence.logprobs)
+    sequence.forget()
+    return FinishedSample(sample.prompt, sequence.index, sample.text, length, logprob, sequence.finish_reason, seconds)
 
 
 @dataclass

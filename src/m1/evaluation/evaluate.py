@@ -17,13 +17,14 @@ doesn't know the pairs of answers that earlier ones compared, so some pairs are 
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 from m1.engine import SamplingParams, fold_in
+from m1.engine.data_parallel import devices_of, load_llm
 from m1.errors import UserError
 from m1.evaluation.metrics import metrics_of
 from m1.evaluation.samplers import EngineSampler, Sample, Sampler, SampleRequest, TransformersSampler
@@ -38,7 +39,6 @@ from m1.tasks.benchmarks import load_task
 from m1.tasks.problem import Problem, problems_hash
 from m1.tasks.prompts import ProblemPrompt
 
-SAMPLERS: dict[str, Callable[..., Sampler]] = {cls.kind: cls for cls in (EngineSampler, TransformersSampler)}
 ROW = (*(field.name for field in fields(Sample)), "answer", "correct", "grading")  # keys of a line of samples.jsonl
 DOUBTED = ("problem", "round", "answer", "golds", "correct")  # shown of samples whose grade is doubted
 
@@ -49,17 +49,24 @@ def run(stage: EvalStage, force: bool = False, progress: Progress = silent) -> d
     results = {}
     with Run(stage.kind, stage.out, stage.settings(), force=force) as whole:
         for name, folder in stage.models.items():
-            sampler = local_sampler(stage, folder)
-            with progress(name, "samples") as on_progress:
+            with local_sampler(stage, folder) as sampler, progress(name, "samples") as on_progress:
                 results[name] = evaluate(sampler, problems, stage, Path(stage.out, name), on_progress)
         whole.finish()
     return results
 
 
-def local_sampler(stage: EvalStage, folder: str | Path) -> Sampler:
-    """Loads the checkpoint `folder` into the kind of sampler that the stage names."""
-    model = load_model(folder, dtype=stage.dtype or "auto")
-    return SAMPLERS[stage.sampler](*model, stage.max_num_seqs, stage.quantize)
+@contextmanager
+def local_sampler(stage: EvalStage, folder: str | Path) -> Iterator[Sampler]:
+    """Loads the checkpoint `folder` into the kind of sampler that the stage names, on its devices."""
+    dtype, sizes = stage.dtype or "auto", {"max_num_seqs": stage.max_num_seqs, "quantize": stage.quantize}
+    if stage.sampler == "engine":
+        with load_llm(folder, stage.devices, dtype, **sizes) as llm:
+            yield EngineSampler(llm.model, llm.tokenizer, llm=llm, **sizes)
+    else:
+        device, *others = devices_of(stage.devices)
+        if others:
+            raise UserError(f"devices {stage.devices}: the sampler {stage.sampler} runs on one device; name one")
+        yield TransformersSampler(*load_model(folder, device, dtype=dtype), **sizes)
 
 
 def load_problems(stage: EvalStage) -> list[Problem]:

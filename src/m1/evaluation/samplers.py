@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from m1.engine import LLM, Request, SamplingParams, fold_in, stop_tokens
+from m1.engine.data_parallel import DataParallel
 from m1.engine.sequence import shortened
 from m1.errors import UserError
 from m1.grading import with_thought
@@ -122,16 +123,19 @@ class LocalSampler:
 
 
 class EngineSampler(LocalSampler):
-    """Draws an evaluation's samples with this project's engine.
+    """Draws an evaluation's samples with this project's engine, or with one per device.
 
     In float32 on a CPU, a sample depends only on its prompt, settings and seed (see `Engine`).
+
+    Args:
+        llm: runs the requests, with these settings; when None, an `LLM` of the model.
     """
 
     kind = "engine"
 
-    def __init__(self, *model: Any, **options: Any):
+    def __init__(self, *model: Any, llm: LLM | DataParallel | None = None, **options: Any):
         super().__init__(*model, **options)
-        self.llm = LLM(self.model, self.tokenizer, max_num_seqs=self.max_num_seqs, quantize=self.quantize)
+        self.llm = llm or LLM(self.model, self.tokenizer, max_num_seqs=self.max_num_seqs, quantize=self.quantize)
 
     def generate(self, requests: Sequence[SampleRequest], params: SamplingParams) -> Samples:
         """Yields samples in the order in which they finish. A prompt is prefilled once for all its samples.
@@ -139,21 +143,15 @@ class EngineSampler(LocalSampler):
         Raises:
             UserError: a prompt the engine refuses.
         """
-        prompts = [encode_chat(self.llm.tokenizer, request.messages) for request in requests]
-        engine = self.llm.engine_for(prompts, params.max_tokens)
         submitted = [
-            Request(prompt, replace(params, seed=request.seed), i, request.rounds)
-            for i, (request, prompt) in enumerate(zip(requests, prompts, strict=True))
+            Request(self.llm.encode(request.messages), replace(params, seed=request.seed), i, request.rounds)
+            for i, request in enumerate(requests)
         ]
-        started = time.monotonic()
-        with closing(engine.run(submitted)) as steps:
-            for sequence in chain.from_iterable(steps):
-                now, request = time.monotonic(), requests[sequence.request.id]
-                tokens, logprob, reason = sequence.token_ids, sum(sequence.logprobs), sequence.finish_reason
-                text = with_thought(self.llm.decode(sequence.request.tokens), self.llm.decode(tokens))
-                yield Sample(request.problem, sequence.index, text, len(tokens), logprob, reason, now - started)
-                sequence.forget()
-                started += time.monotonic() - now
+        with closing(self.llm.run(submitted)) as steps:
+            for ended in chain.from_iterable(steps):
+                problem, prompt = requests[ended.prompt].problem, self.llm.decode(submitted[ended.prompt].tokens)
+                text, cost = with_thought(prompt, ended.text), (ended.tokens, ended.logprob)
+                yield Sample(problem, ended.index, text, *cost, ended.finish_reason, ended.seconds)
 
 
 class TransformersSampler(LocalSampler):

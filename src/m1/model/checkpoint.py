@@ -53,11 +53,14 @@ TOKENIZER_FILES = (
 )
 
 
-def load_model(path: str | Path, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads a model, on the GPU if there is one, and its tokenizer.
+def load_model(
+    path: str | Path, device: str | None = None, **options: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads a model and its tokenizer.
 
     Args:
         path: folder or Hub id (`checkpoint_folder`) of an M1 model or of any causal LM that transformers knows.
+        device: where to put the model; None for the GPU if there is one.
         options: arguments of `from_pretrained`, e.g. dtype or attn_implementation.
 
     Raises:
@@ -84,7 +87,7 @@ def load_model(path: str | Path, **options: Any) -> tuple[PreTrainedModel, PreTr
         raise UserError(f"can't load {path}: {reason(error)}") from None
     if missing := sorted(loaded["missing_keys"]):
         raise UserError(f"{path} has no tensor {missing[0]!r} ({len(missing)} missing): copy the checkpoint again")
-    return model.to(default_device()), load_tokenizer(path)
+    return model.to(device or default_device()), load_tokenizer(path)
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
