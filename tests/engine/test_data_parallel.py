@@ -55,6 +55,7 @@ def test_a_file_begun_on_one_device_is_completed_on_two(llm, parallel, tmp_path)
     assert generated.tokens == sum(row["tokens"] for row in list(read_jsonl(out))[3:])
 
 
+@pytest.mark.long
 def test_an_evaluation_begun_on_one_device_is_completed_on_two(llm, parallel, tmp_path):
     problems = [Problem(f"p{i}", f"{i}+1", (str(i + 1),)) for i in range(5)]
     settings = EvalSettings(n=3, max_new_tokens=6, temperature=1.0)
@@ -100,6 +101,7 @@ def test_a_killed_worker_is_named_and_the_others_end(parallel):
     assert not any(process.is_alive() for process in processes)
 
 
+@pytest.mark.long
 def test_a_refused_prompt_ends_the_workers(hybrid_dir):
     parallel = DataParallel(hybrid_dir, ["cpu"])
     with pytest.raises(UserError, match="cpu: prompt 1 is empty"):
