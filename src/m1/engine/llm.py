@@ -106,7 +106,7 @@ class LLM:
 
     def stream_requests(self, requests: list[Request]) -> Iterator["TextSequence"]:
         """`stream` for requests, each with its own parameters."""
-        with closing(self._steps(requests)) as steps:
+        with closing(self._steps(self.prepare(requests), requests)) as steps:
             for read in steps:
                 yield from read
 
@@ -119,9 +119,9 @@ class LLM:
         Raises:
             UserError: a prompt the engine refuses.
         """
-        self.prepare(requests)
+        engine = self.prepare(requests)
         started = time.monotonic()
-        with closing(self._steps(requests, ends_only=True)) as steps:
+        with closing(self._steps(engine, requests, ends_only=True)) as steps:
             for read in steps:
                 now = time.monotonic()
                 yield [_finished(sample, now - started) for sample in read if sample.sequence.done]
@@ -134,12 +134,13 @@ class LLM:
         longest = max((request.params.max_tokens for request in requests), default=0)
         return self.engine_for([request.tokens for request in requests], longest)
 
-    def _steps(self, requests: list[Request], ends_only: bool = False) -> Generator[list["TextSequence"], None, None]:
+    def _steps(
+        self, engine: Engine, requests: list[Request], ends_only: bool = False
+    ) -> Generator[list["TextSequence"], None, None]:
         """After each step, yields the samples whose text has grown or ended.
 
         With `ends_only`, a running sequence is read only if a stop string may end it.
         """
-        engine = self.prepare(requests)
         mine: set[Request] = set()
         texts: dict[Sequence, TextSequence] = {}  # of the running sequences: there may be many more
         with closing(engine.run(requests)) as steps:
