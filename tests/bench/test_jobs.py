@@ -118,10 +118,10 @@ def test_engines_take_turns_but_not_on_a_gpu(monkeypatch, device, expected):
     @contextmanager
     def start(name, options):
         events.append(f"+{name}")
-        yield lambda number: events.append(f"{name}{number}")
+        yield lambda number: events.append(f"{name}{number}") or SimpleNamespace(seconds=1.0)
         events.append(f"-{name}")
 
-    decoders.take_turns(options, [(1,), (2,)], start, lambda name, i, run: None)
+    decoders.measure_engines(options, [(1,), (2,)], start, lambda work, runs: [], {}, decoders.ignore)
     assert " ".join(events) == expected
 
 

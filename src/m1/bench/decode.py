@@ -6,7 +6,7 @@ divided by the time from the first prompt's submission to the last token.
 
 import statistics
 from collections import Counter
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,32 +15,21 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from m1.bench.contest import begin
-from m1.bench.decoders import TimedRun, is_hybrid, left_out, make_model, start, take_turns
+from m1.bench.decoders import OnRun, TimedRun, ignore, is_hybrid, make_model, measure_engines, start
 from m1.bench.options import Cell, DecodeOptions
 from m1.bench.roofline import Limits
 from m1.model.cache_layout import layer_bytes
 from m1.model.configuration import ATTENTION, layer_kinds
 
 
-def run(options: DecodeOptions, on_line: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
-    """Measures all engines. Returns the result that is printed and written.
-
-    Args:
-        on_line: receives a line of text after each timed batch.
-    """
+def run(options: DecodeOptions, on_run: OnRun = ignore) -> dict[str, Any]:
+    """Measures all engines. Returns the result that is printed and written."""
     limits, result = begin(options)
-    cells = options.chosen_cells()
-
-    def on_run(name: str, i: int, run: TimedRun) -> None:
-        on_line(f"{name}: {cells[i].batch} x {cells[i].new_tokens} in {run.seconds:.1f} s")
-
-    runs = take_turns(options, cells, start, on_run)
-    rows = [row for cell, taken in zip(cells, runs, strict=True) for row in rows_of(options, cell, taken, limits)]
-    return result | {"skipped": left_out(options), "rows": rows}
+    return measure_engines(options, options.chosen_cells(), start, partial(rows_of, options, limits), result, on_run)
 
 
 def rows_of(
-    options: DecodeOptions, cell: Cell, runs: dict[str, list[TimedRun]], limits: Limits
+    options: DecodeOptions, limits: Limits, cell: Cell, runs: dict[str, list[TimedRun]]
 ) -> list[dict[str, Any]]:
     """The rows of one batch: for each engine its median time, and its speed relative to its floor and to its peers."""
     batch, new = cell
@@ -52,15 +41,13 @@ def rows_of(
         row = {"name": name, "batch": batch, "new_tokens": new, "runs": len(taken), "seconds": median}
         row |= {"seconds_min": min(seconds), "seconds_max": max(seconds), "tokens_per_second": batch * new / median}
         facts: dict[str, Any] = {
-            "together": together,
-            "largest_batch": taken[0].largest,
+            "together": min(together.values()),
             "peak_memory_bytes": taken[0].peak_bytes,
         }
         facts |= {"versions": taken[0].versions}
         row |= {key: value for key, value in facts.items() if value is not None}
         if name.startswith("ours") and not name.endswith("-int8"):
-            floor = floor_seconds(options, name, together, new, limits) * batch / together
-            row["share_of_floor"] = floor / median
+            row["share_of_floor"] = floor_seconds(options, name, cell, together, limits) / median
         for peer in ("vllm", "ours-transformer"):
             if peer in medians and name != peer:
                 row[f"times_{peer}"] = medians[peer] / median
@@ -68,16 +55,20 @@ def rows_of(
     return rows
 
 
-def floor_seconds(options: DecodeOptions, name: str, batch: int, new: int, limits: Limits) -> float:
+def floor_seconds(options: DecodeOptions, name: str, cell: Cell, together: dict[int, int], limits: Limits) -> float:
     """The minimum seconds of a batch: the prompts' matrix products, and one step per new token.
 
-    Every step counts with the floor of a step at the mean context.
+    Args:
+        together: the contexts whose mean step counts, and how many samples of the batch a step decodes at each.
     """
+    batch, new = cell
     with torch.device("meta"):
         model = make_model(options.shape, options.torch_dtype, is_hybrid(name), options.prompt + new)
     layers = product_weights(model) - model.config.hidden_size * model.config.vocab_size
-    step = sum(floor_of_step(model, batch, options.prompt + new // 2, limits).values())
-    return new * step + 2 * layers * batch * options.prompt / limits.gemm
+    steps = [
+        sum(floor_of_step(model, rows, context, limits).values()) * batch / rows for context, rows in together.items()
+    ]
+    return new * statistics.mean(steps) + 2 * layers * batch * options.prompt / limits.gemm
 
 
 def floor_of_step(model: PreTrainedModel, batch: int, context: int, limits: Limits) -> dict[str, float]:

@@ -5,9 +5,10 @@ A decoder warms up before its first run of a batch, so that compiling, capturing
 
 import gc
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, NamedTuple, TypeVar
+from functools import partial
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -15,7 +16,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from m1.bench.models import SHAPES
 from m1.bench.options import DecodeOptions, EngineOptions
 from m1.engine import Engine, Request, SamplingParams
-from m1.engine.slots import PAGE_SIZE, sequences_that_fit
 from m1.errors import UserError
 from m1.model import M1Config, M1ForCausalLM
 from m1.model.cache_layout import AttentionCache
@@ -30,20 +30,27 @@ class TimedRun(NamedTuple):
 
     Attributes:
         seconds: time from the first prompt's submission to the last token.
-        together: number of samples that were decoded in parallel.
-        largest: the largest batch that fits into memory, None if unknown.
+        together: context lengths, and how many samples were decoded in parallel at each.
         peak_bytes: peak memory in bytes, None if unknown.
         versions: of a peer and its libraries, None for this engine.
     """
 
     seconds: float
-    together: int
-    largest: int | None = None
+    together: dict[int, int]
     peak_bytes: int | None = None
     versions: dict[str, str] | None = None
 
 
-Timed = TypeVar("Timed")
+class Timed(Protocol):
+    """A timed run of any benchmark of engines."""
+
+    @property
+    def seconds(self) -> float: ...
+
+
+TimedT = TypeVar("TimedT", bound=Timed)
+Work = TypeVar("Work", bound=tuple[int, ...])
+OnRun = Callable[[str, dict[str, Any]], None]  # arguments: a line of text, the result so far
 Decoder = Callable[[int, int], TimedRun]  # arguments: batch, new tokens per sample
 
 
@@ -70,12 +77,14 @@ def random_prompts(shape: str, count: int, length: int) -> list[list[int]]:
     return torch.randint(SHAPES[shape]["vocab_size"], (count, length), generator=generator).tolist()
 
 
-def take_turns(
+def measure_engines(
     options: EngineOptions,
-    works: Sequence[Iterable[int]],
-    start: Callable[[str, Any], AbstractContextManager[Callable[..., Timed]]],
-    on_run: Callable[[str, int, Timed], None],
-) -> list[dict[str, list[Timed]]]:
+    works: Sequence[Work],
+    start: Callable[[str, Any], AbstractContextManager[Callable[..., TimedT]]],
+    rows_of: Callable[[Work, dict[str, list[TimedT]]], list[dict[str, Any]]],
+    result: dict[str, Any],
+    on_run: OnRun,
+) -> dict[str, Any]:
     """Runs each of `works` `options.repeats` times with each chosen engine.
 
     On a CPU engines take turns, so that a disturbance affects all of them. On a GPU one engine follows the other,
@@ -83,27 +92,37 @@ def take_turns(
 
     Args:
         start: starts an engine by name. It is called with a work's numbers.
-        on_run: receives the engine's name, the work's index and the run, after each run.
+        rows_of: makes the rows of one work from its runs by the engine's name.
+        result: the head of the result.
+        on_run: receives a line of text and the result so far, after each run.
 
     Returns:
-        For each work, the runs by the engine's name.
+        The result.
     """
-    runs: list[dict[str, list[Timed]]] = [{} for _ in works]
+    runs: list[dict[str, list[TimedT]]] = [{} for _ in works]
+
+    def so_far() -> dict[str, Any]:
+        rows = [row for work, taken in zip(works, runs, strict=True) for row in rows_of(work, taken)]
+        return result | {"skipped": left_out(options), "rows": rows}
 
     def measure(names: list[str]) -> None:
         with ExitStack() as stack:
             engines = {name: stack.enter_context(start(name, options)) for name in names}
-            for i, work in enumerate(works):
+            for work, taken in zip(works, runs, strict=True):
                 for _ in range(options.repeats):
                     for name, run in engines.items():
-                        runs[i].setdefault(name, []).append(run(*work))
-                        on_run(name, i, runs[i][name][-1])
+                        taken.setdefault(name, []).append(run(*work))
+                        on_run(f"{name}: {'x'.join(map(str, work))} in {taken[name][-1].seconds:.2f} s", so_far())
 
     chosen = [name for name in options.chosen_engines() if name != "vllm" or not left_out(options)]
     for names in [[name] for name in chosen] if options.device == "cuda" else [chosen]:
         measure(names)
         free_memory(options)
-    return runs
+    return so_far()
+
+
+def ignore(line: str, result: dict[str, Any]) -> None:
+    """What hears of each run, if nobody does."""
 
 
 def left_out(options: EngineOptions) -> list[str]:
@@ -165,46 +184,60 @@ def whole_batches(options: DecodeOptions, hybrid: bool, quantize: str | None = N
             decode(engine, batch, min(new, 2))
         began = clock(options)
         decode(engine, batch, new)
-        return TimedRun(clock(options) - began, batch)
+        return TimedRun(clock(options) - began, whole(options, batch, new))
 
     return run
 
 
 def at_contexts(options: DecodeOptions, hybrid: bool, quantize: str | None = None) -> Decoder:
-    """A decoder that times a few steps of this engine at each of `options.contexts` context lengths.
+    """A decoder that times a few steps of this engine at some context lengths of the batch, see `estimate`.
 
-    The lengths are evenly spread over those of the batch. The batch's time is estimated: the mean step for each new
-    token, plus the time of a single prompt for each prompt. If the batch doesn't fit into memory, it counts as several
-    parts that do, one after the other. Each batch loads its own model, because a second one would take memory.
+    Each batch loads its own model, because a second one would take memory.
     """
 
     def run(batch: int, new: int) -> TimedRun:
         free_memory(options)
         if options.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        model = model_on_device(options, hybrid)
-        length, parts = options.prompt + new, options.contexts or 1
-        largest = sequences_that_fit(model.config, length, PAGE_SIZE, model.dtype, model.device)
-        engine = Engine(model, [], min(batch, largest), max_model_len=length, prefix_cache=0, quantize=quantize)
-        together = engine.num_slots
-        contexts = [options.prompt + (2 * i + 1) * new // (2 * parts) for i in range(parts)]
-        step = sum(seconds_of_step(options, engine, context) for context in contexts) / parts
-        seconds = together * seconds_of_prompt(options, engine) + new * step
-        peak = torch.cuda.max_memory_allocated() if options.device == "cuda" else None
-        return TimedRun(seconds * batch / together, together, largest, peak)
+        model, length = model_on_device(options, hybrid), options.prompt + new
+        engine = Engine(model, [], batch, max_model_len=length, prefix_cache=0, quantize=quantize)
+        taken = estimate(
+            options, batch, new, seconds_of_prompts(options, engine, batch), partial(seconds_of_step, options, engine)
+        )
+        return taken._replace(peak_bytes=torch.cuda.max_memory_allocated() if options.device == "cuda" else None)
 
     return run
 
 
-def seconds_of_step(options: DecodeOptions, engine: Engine, context: int) -> float:
-    """Seconds of a step that decodes in all slots, at a context of about `context` tokens."""
+def estimate(
+    options: DecodeOptions, batch: int, new: int, prompts: float, time_steps: Callable[[int], tuple[float, int]]
+) -> TimedRun:
+    """The time of a batch from a few steps at each of `options.contexts` context lengths, evenly spread over its own.
+
+    Where memory has no room for the whole batch at a context, the step counts as often as parts of the batch that fit.
+
+    Args:
+        prompts: seconds until each prompt of the batch has its first token.
+        time_steps: called with a context. Returns the seconds of a step, and how many samples it decoded.
+    """
+    parts = options.contexts or 1
+    contexts = [options.prompt + (2 * i + 1) * new // (2 * parts) for i in range(parts)]
+    steps = {context: time_steps(context) for context in contexts}
+    mean = sum(seconds * batch / together for seconds, together in steps.values()) / parts
+    return TimedRun(prompts + new * mean, {context: together for context, (_, together) in steps.items()})
+
+
+def seconds_of_step(options: DecodeOptions, engine: Engine, context: int) -> tuple[float, int]:
+    """Seconds of a step at a context of about `context` tokens, and of how many samples: as many as have room."""
     steps = min(STEPS, 2 * (engine.max_model_len - context - WARMUPS) - 2)
     if steps < 1:
         raise UserError(
             f"--contexts: no room for timed steps at {context} of {engine.max_model_len} tokens; give fewer"
         )
     (prompt,) = random_prompts(options.shape, 1, max(1, context - WARMUPS - steps // 2))
-    request = Request(prompt, SamplingParams(n=engine.num_slots, max_tokens=WARMUPS + steps + 1))
+    new, pages = WARMUPS + steps + 1, engine.scheduler.pages
+    together = min(engine.num_slots, len(pages.free) // pages.for_tokens(len(prompt) + new))
+    request = Request(prompt, SamplingParams(n=together, max_tokens=new))
     engine.submit(request)
     while engine.scheduler.waiting:
         engine.step()
@@ -216,7 +249,7 @@ def seconds_of_step(options: DecodeOptions, engine: Engine, context: int) -> flo
         engine.step()
     seconds = (clock(options) - began) / steps
     engine.abort(request)
-    return seconds
+    return seconds, together
 
 
 @torch.inference_mode()
@@ -239,11 +272,12 @@ def unshare_pages(engine: Engine) -> None:
         pages.release(shared)
 
 
-def seconds_of_prompt(options: DecodeOptions, engine: Engine, count: int = 4) -> float:
-    """Seconds of one prompt's prefill, until its first token."""
-    began = clock(options)
-    engine.generate(random_prompts(options.shape, count, options.prompt), SamplingParams(max_tokens=1))
-    return (clock(options) - began) / count
+def seconds_of_prompts(options: DecodeOptions, engine: Engine, batch: int) -> float:
+    """Seconds until each prompt of a batch has its first token, after a warm-up."""
+    for count in (1, batch):
+        began = clock(options)
+        engine.generate(random_prompts(options.shape, count, options.prompt), SamplingParams(max_tokens=1))
+    return clock(options) - began
 
 
 def transformers_generate(options: DecodeOptions) -> Decoder:
@@ -269,24 +303,40 @@ def transformers_generate(options: DecodeOptions) -> Decoder:
         if (batch, new) not in warm:  # the static cache has the sample's length: each length compiles anew
             generate()
             warm.add((batch, new))
-        return TimedRun(generate(), batch)
+        return TimedRun(generate(), whole(options, batch, new))
 
     return run
 
 
 @contextmanager
 def vllm(options: DecodeOptions) -> Iterator[Decoder]:
-    """A decoder that runs the transformer in vLLM."""
+    """A decoder that runs the transformer in vLLM: every token, or with `--contexts` a few steps, see `estimate`."""
     most = max(cell.batch for cell in options.chosen_cells())
     python = find_python(options.vllm_python, options.device)
     with start_vllm(model_on_device(options, hybrid=False), options.max_model_len, most, python) as ask:
         warm: set[int] = set()
 
-        def run(batch: int, new: int) -> TimedRun:
+        def seconds(batch: int, new: int) -> float:
             work = {"batch": batch, "prompt": options.prompt, "new_tokens": new, "seed": 0}
             if batch not in warm:
                 ask(work | {"new_tokens": 2})
                 warm.add(batch)
-            return TimedRun(ask(work)["seconds"], batch, versions=ask.versions)
+            return float(ask(work)["seconds"])
+
+        def time_steps(batch: int, context: int) -> tuple[float, int]:
+            answer = ask({"batch": batch, "context": context, "warmups": WARMUPS, "steps": STEPS, "seed": 0})
+            return answer["seconds"], answer["together"]
+
+        def run(batch: int, new: int) -> TimedRun:
+            if options.contexts:
+                taken = estimate(options, batch, new, seconds(batch, 1), partial(time_steps, batch))
+            else:
+                taken = TimedRun(seconds(batch, new), whole(options, batch, new))
+            return taken._replace(versions=ask.versions)
 
         yield run
+
+
+def whole(options: DecodeOptions, batch: int, new: int) -> dict[int, int]:
+    """`TimedRun.together` of a batch that was decoded whole: the mean context."""
+    return {options.prompt + new // 2: batch}

@@ -8,12 +8,22 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
 from m1.bench.contest import begin
-from m1.bench.decoders import clock, free_memory, is_hybrid, left_out, model_on_device, random_prompts, take_turns
+from m1.bench.decoders import (
+    OnRun,
+    clock,
+    free_memory,
+    ignore,
+    is_hybrid,
+    measure_engines,
+    model_on_device,
+    random_prompts,
+)  # fmt: skip
 from m1.bench.options import Job, JobsOptions
 from m1.engine import Engine, Request, SamplingParams
 from m1.peers.vllm_client import find_python, start_vllm
@@ -36,21 +46,10 @@ class TimedJob(NamedTuple):
 JobRunner = Callable[[int, int, int, int], TimedJob]  # arguments: the numbers of a Job
 
 
-def run(options: JobsOptions, on_line: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
-    """Measures all engines. Returns the result that is printed and written.
-
-    Args:
-        on_line: receives a line of text after each timed job.
-    """
+def run(options: JobsOptions, on_run: OnRun = ignore) -> dict[str, Any]:
+    """Measures all engines. Returns the result that is printed and written."""
     _, result = begin(options)
-    jobs = options.chosen_jobs()
-
-    def on_run(name: str, i: int, run: TimedJob) -> None:
-        on_line(f"{name}: {jobs[i]} in {run.seconds:.2f} s, prefill {run.prefill_seconds:.2f} s")
-
-    runs = take_turns(options, jobs, start, on_run)
-    rows = [row for job, taken in zip(jobs, runs, strict=True) for row in rows_of(options, job, taken)]
-    return result | {"skipped": left_out(options), "rows": rows}
+    return measure_engines(options, options.chosen_jobs(), start, partial(rows_of, options), result, on_run)
 
 
 def rows_of(options: JobsOptions, job: Job, runs: dict[str, list[TimedJob]]) -> list[dict[str, Any]]:

@@ -276,8 +276,8 @@ class DecodeOptions(EngineOptions):
         super().__post_init__()
         at_least_1 = all(number >= 1 for cell in self.chosen_cells() for number in cell)
         self.require(at_least_1, "cells", "each number must be at least 1")
-        if self.contexts and not all(engine in OURS for engine in self.chosen_engines()):
-            raise UserError("--contexts times steps of this engine: choose --engines ours-hybrid,ours-transformer")
+        if self.contexts and "transformers" in self.chosen_engines():
+            raise UserError("--contexts can't time steps of transformers: choose other --engines")
 
     def chosen_cells(self) -> list[Cell]:
         """The batches to decode. Raises UserError if `cells` isn't of the form BATCHxNEW_TOKENS,..."""

@@ -5,7 +5,6 @@ Libraries that load slowly (torch, transformers, matplotlib) are imported inside
 
 import importlib
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -55,7 +54,7 @@ def bench_decode(out: Out = None, plot: Plot = None, force: Force = False, **val
     options = options_from(DecodeOptions, values)
     if plot:
         make_room(plot, "bench decode", force=force)
-    result = measure(partial(run, on_line=partial(render.line, to=render.errors)), options, out, force)
+    result = measure(run, options, out, force, by_run=True)
     if plot:
         plot_result(result, plot)
         render.line(f"written to {plot}", to=render.errors)  # the last line of stdout is the JSON
@@ -69,10 +68,8 @@ def bench_jobs(out: Out = None, force: Force = False, **values: Any) -> None:
     Of this engine, on a hybrid and a transformer, and of vLLM.
     """
     from m1.bench.jobs import run
-    from m1.cli import render
 
-    options = options_from(JobsOptions, values)
-    measure(partial(run, on_line=partial(render.line, to=render.errors)), options, out, force)
+    measure(run, options_from(JobsOptions, values), out, force, by_run=True)
 
 
 def options_from(cls: type[OptionsT], values: dict[str, Any]) -> OptionsT:
@@ -81,14 +78,24 @@ def options_from(cls: type[OptionsT], values: dict[str, Any]) -> OptionsT:
 
 
 def measure(
-    run: Callable[[OptionsT], dict[str, Any]], options: OptionsT, out: Path | None, force: bool
+    run: Callable[..., dict[str, Any]], options: Options, out: Path | None, force: bool, by_run: bool = False
 ) -> dict[str, Any]:
-    """Runs one benchmark, prints and writes its result and returns it. The exit code is 1 if a row failed."""
+    """Runs one benchmark, prints and writes its result and returns it. The exit code is 1 if a row failed.
+
+    Args:
+        by_run: the benchmark takes minutes, and reports each run. The file then has the rows so far.
+    """
     from m1.cli import render
 
     path = result_file(options.name, options.device, out, force)
+
+    def on_run(line: str, result: dict[str, Any]) -> None:
+        render.line(line, to=render.errors)
+        if path:
+            write_json(path, result)
+
     with render.errors.status(f"measuring on {options.device} ..."):
-        result = run(options)
+        result = run(options, on_run) if by_run else run(options)
     if path:
         write_json(path, result)
     render.benchmark(result, path)

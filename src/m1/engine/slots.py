@@ -133,14 +133,6 @@ def capacity_for(
     return Capacity(slots, prefix_cache, max(enough, min(left, wanted)), page_size, max_pages)
 
 
-def sequences_that_fit(
-    config: PreTrainedConfig, max_model_len: int, page_size: int, dtype: torch.dtype, device: torch.device
-) -> int:
-    """How many sequences of the maximum length fit into `SHARE` of the free memory; at least 1."""
-    of_slot, of_page, max_pages = _sizes(config, max_model_len, page_size, dtype)
-    return max(1, _room(device) // (of_slot + max_pages * of_page) - 1)
-
-
 def _sizes(config: PreTrainedConfig, max_model_len: int, page_size: int, dtype: torch.dtype) -> tuple[int, int, int]:
     """Bytes of a slot, bytes of a page, and the maximum number of pages of a sequence."""
     kinds = layer_kinds(config)

