@@ -208,54 +208,71 @@ PAPER = {
 }  # fmt: skip
 
 
-def h200() -> str:
-    """`benchmarks/gpu.sh decode` on an H200."""
+def gpu_decode() -> str:
+    """`benchmarks/gpu.sh decode-128 decode-256 decode-512`: whole batches beside vLLM."""
+    benches = [result(f"gpu-decode-{most}") for most in (128, 512, 256)]
+    found: dict[tuple[int, int], dict[str, dict]] = {}
+    for bench in benches:
+        for row in bench["rows"]:
+            found.setdefault((row["batch"], row["new_tokens"]), {}).setdefault(row["name"], row)
+    rows = []
+    for (batch, new), engines in sorted(found.items()):
+        hybrid, rates = engines["ours-hybrid"], []
+        for name in ("ours-hybrid", "ours-transformer", "vllm"):
+            rates.append(f"{engines[name]['tokens_per_second']:,.0f}" if name in engines else "")
+        ratios = [f"{ratio:.2f}" for ratio in (hybrid["times_vllm"], PAPER[batch, new])]
+        rows.append([f"{batch} x {new:,}", *rates, *ratios, f"{100 * hybrid['share_of_floor']:.0f} %"])
+    columns = ["batch x new tokens", "hybrid, tokens/s", "transformer", "transformer, vLLM", "hybrid / vLLM", "paper's"]
+    machine, limits = benches[0]["machine"], benches[0]["limits"]
+    vllm = next(row["versions"]["vllm"] for row in benches[0]["rows"] if row["name"] == "vllm")
+    return markdown([*columns, "of floor, hybrid"], rows) + (
+        f"\n{machine['gpu']}, copies {limits['copy_bytes_per_second'] / 1e12:.2f} TB/s, matrix products "
+        f"{limits['gemm_flops_per_second'] / 1e12:.0f} TFLOP/s, torch {machine['torch']}, vLLM {vllm}; shapes of M1-3B and "
+        f"Llama-3.2-3B, random bfloat16 weights, prompts of {benches[0]['options']['prompt']} tokens, one run each.\n"
+    )
+
+
+def short_gpu_decode() -> str:
+    """The first columns of it."""
+    return some_columns(gpu_decode(), range(6))
+
+
+def long_gpu_decode() -> str:
+    """The cells of results/h200-decode.json that are too long to decode whole."""
     bench = result("h200-decode")
     cells = [(row["batch"], row["new_tokens"]) for row in bench["rows"] if row["name"] == "ours-hybrid"]
     found = {(row["name"], row["batch"], row["new_tokens"]): row for row in bench["rows"]}
     rows = []
     for cell in cells:
-        hybrid, transformer = found["ours-hybrid", *cell], found["ours-transformer", *cell]
-        floors = [row["seconds"] * row["share_of_floor"] for row in (transformer, hybrid)]
-        ratios = [hybrid["times_ours-transformer"], PAPER[cell], floors[0] / floors[1]]
-        rates = [f"{row['tokens_per_second']:,.0f}" for row in (hybrid, transformer)]
-        shares = [f"{100 * row['share_of_floor']:.0f} %" for row in (hybrid, transformer)]
-        fits = [f"{row['largest_batch']:,}" for row in (hybrid, transformer)]
-        memory = [f"{row['peak_memory_bytes'] / 2**30:.0f} GiB" for row in (hybrid, transformer)]
-        rows.append([f"{cell[0]} x {cell[1]:,}", *rates, *(f"{r:.2f}" for r in ratios), *shares, *fits, *memory])
-    columns = ["batch x new tokens", "hybrid, tokens/s", "transformer", "ratio", "paper's", "floors'"]
-    columns += [f"{name}, {model}" for name in ("of floor", "fit", "memory") for model in ("hybrid", "transformer")]
-    machine, limits = bench["machine"], bench["limits"]
-    conditions = [
-        f"{machine['gpu']}, torch {machine['torch']}, copies {limits['copy_bytes_per_second'] / 1e12:.2f} TB/s",
-        f"matrix products {limits['gemm_flops_per_second'] / 1e12:.0f} TFLOP/s",
-        "M1-3B's and Llama-3.2-3B's shapes with random bfloat16 weights",
-        f"prompts of {bench['options']['prompt']} tokens",
-        f"steps timed at {bench['options']['contexts']} contexts",
-    ]
-    return markdown(columns, rows) + "\n" + ", ".join(conditions) + ".\n"
-
-
-def short_h200() -> str:
-    """The first columns of it."""
-    return some_columns(h200(), range(5))
+        if cell[1] > 4096:
+            hybrid, transformer = found["ours-hybrid", *cell], found["ours-transformer", *cell]
+            ratios = [hybrid["times_ours-transformer"], PAPER[cell]]
+            rates = [f"{row['tokens_per_second']:,.0f}" for row in (hybrid, transformer)]
+            shares = [f"{100 * row['share_of_floor']:.0f} %" for row in (hybrid, transformer)]
+            fits = [f"{row['largest_batch']:,}" for row in (hybrid, transformer)]
+            rows.append([f"{cell[0]} x {cell[1]:,}", *rates, *(f"{r:.2f}" for r in ratios), *shares, *fits])
+    columns = ["batch x new tokens", "hybrid, tokens/s", "transformer", "ratio", "paper's"]
+    columns += [f"{name}, {model}" for name in ("of floor", "fit") for model in ("hybrid", "transformer")]
+    return markdown(columns, rows)
 
 
 def gpu_jobs() -> str:
-    """`m1 bench jobs` on a GPU, at two shapes."""
+    """`benchmarks/gpu.sh jobs lengths`."""
     rows, names = [], {"ours-hybrid": "hybrid", "ours-transformer": "transformer", "vllm": "transformer, vLLM"}
-    for shape in ("smollm2-135m", "m1-3b"):
-        bench = result(f"gpu-jobs-{shape}")
+    benches = [result(name) for name in ("gpu-jobs-smollm2-135m", "gpu-jobs-m1-3b", "gpu-lengths")]
+    for bench in benches:
         for row in bench["rows"]:
+            *sizes, new = row["job"].split("x")
+            job = " x ".join([*sizes, "a trace's" if bench["options"]["lengths"] else new])
             times = [f"{row[key]:.2f}" if key in row else "" for key in ("times_vllm", "prefill_times_vllm")]
-            cells = [shape, row["job"].replace("x", " x "), names[row["name"]], f"{row['tokens_per_second']:,.0f}"]
+            cells = [bench["options"]["shape"], job, names[row["name"]], f"{row['tokens_per_second']:,.0f}"]
             rows.append([*cells, f"{row['seconds']:.2f} s", times[0], f"{row['prefill_seconds']:.2f} s", times[1]])
     columns = ["shape", "prompts x tokens x samples x new", "engine", "tokens/s", "job", "times vLLM"]
-    vllm = next(row["versions"]["vllm"] for row in bench["rows"] if row["name"] == "vllm")
-    machine = bench["machine"]
+    vllm = next(row["versions"]["vllm"] for row in benches[0]["rows"] if row["name"] == "vllm")
+    machine, runs = benches[0]["machine"], [bench["options"]["repeats"] for bench in benches]
     return markdown([*columns, "prefill", "times vLLM"], rows) + (
-        f"\n{machine['gpu']}, torch {machine['torch']}, vLLM {vllm}, bfloat16, random weights; medians of "
-        f"{bench['options']['repeats']} runs.\n"
+        f"\n{machine['gpu']}, torch {machine['torch']}, vLLM {vllm}, bfloat16, random weights; medians of {runs[0]} runs, "
+        f"and of {runs[-1]} where new tokens are a trace's.\n"
     )
 
 
@@ -265,12 +282,12 @@ def some_columns(table: str, chosen: Iterable[int]) -> str:
 
 
 TABLES: dict[str, list[Callable[[], str]]] = {
-    "README.md": [pocket, short_h200, short_long_chains],
+    "README.md": [pocket, short_gpu_decode, short_long_chains],
     "docs/engine.md": [gpu_jobs, decode, decode_step],
     "docs/kernels.md": [kernels],
     "docs/evaluation.md": [intervals, differences],
     "docs/grading.md": [grading],
-    "docs/results.md": [h200],
+    "docs/results.md": [gpu_decode, long_gpu_decode],
     "docs/test-time-compute.md": [long_chains, long_chains_vllm],
 }
 

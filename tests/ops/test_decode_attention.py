@@ -113,6 +113,18 @@ def test_rows_do_not_depend_on_their_batch_mates(backend):
         assert torch.equal(run(backend, q[own], k, v, lengths[own], page_table, slots[own])[0], together[row])
 
 
+def test_one_program_or_several_per_row_are_equal(monkeypatch):
+    """Bit for bit: a program that has all parts of a row merges them as the kernel for those of several does."""
+    pytest.importorskip("triton")
+    from m1.ops.triton import decode_attention as kernel
+
+    arguments, outs = make([0, 1, 40, 600], 1, 3, 16, 38, 16), []
+    for alone in (1, 10**6):
+        monkeypatch.setattr(kernel, "ALONE", alone)
+        outs.append(run("triton", *arguments))
+    assert torch.equal(*outs)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_large_scores_do_not_overflow(backend):
     q, *rest = make([200])

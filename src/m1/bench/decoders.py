@@ -178,6 +178,8 @@ def whole_batches(options: DecodeOptions, hybrid: bool, quantize: str | None = N
         nonlocal engine
         length = options.prompt + new
         if engine is None or (engine.num_slots, engine.max_model_len) != (batch, length):
+            engine = None
+            free_memory(options)
             engine = Engine(model, [], batch, max_model_len=length, prefix_cache=0, quantize=quantize)
             if engine.num_slots < batch:
                 raise UserError(f"memory has room for {engine.num_slots} sequences of {length} tokens, not {batch}")
