@@ -227,8 +227,8 @@ def gpu_decode() -> str:
     vllm = next(row["versions"]["vllm"] for row in benches[0]["rows"] if row["name"] == "vllm")
     return markdown([*columns, "of floor, hybrid"], rows) + (
         f"\n{machine['gpu']}, copies {limits['copy_bytes_per_second'] / 1e12:.2f} TB/s, matrix products "
-        f"{limits['gemm_flops_per_second'] / 1e12:.0f} TFLOP/s, torch {machine['torch']}, vLLM {vllm}; shapes of M1-3B and "
-        f"Llama-3.2-3B, random bfloat16 weights, prompts of {benches[0]['options']['prompt']} tokens, one run each.\n"
+        f"{limits['gemm_flops_per_second'] / 1e12:.0f} TFLOP/s, torch {machine['torch']}, vLLM {vllm}; shapes of M1-3B "
+        f"and Llama-3.2-3B, random bfloat16 weights, prompts of {benches[0]['options']['prompt']} tokens, one run each.\n"
     )
 
 
@@ -271,8 +271,8 @@ def gpu_jobs() -> str:
     vllm = next(row["versions"]["vllm"] for row in benches[0]["rows"] if row["name"] == "vllm")
     machine, runs = benches[0]["machine"], [bench["options"]["repeats"] for bench in benches]
     return markdown([*columns, "prefill", "times vLLM"], rows) + (
-        f"\n{machine['gpu']}, torch {machine['torch']}, vLLM {vllm}, bfloat16, random weights; medians of {runs[0]} runs, "
-        f"and of {runs[-1]} where new tokens are a trace's.\n"
+        f"\n{machine['gpu']}, torch {machine['torch']}, vLLM {vllm}, bfloat16, random weights; medians of {runs[0]} "
+        f"runs, and of {runs[-1]} where new tokens are a trace's.\n"
     )
 
 

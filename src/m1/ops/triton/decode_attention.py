@@ -16,9 +16,9 @@ from torch import Tensor
 
 from m1.ops.triton import LOG2_E, await_previous, overlap
 
-# Fixed, not autotuned. On an H200 in bfloat16, tiles of half the size lose 3 % with 512 sequences of 2200 keys and 8 % with
-# 128 or 256, and gain 3 to 5 % with 8 or 64; more stages gain nothing. SPLIT 512 is 5 % faster at 16384 keys but 18 %
-# slower for a single sequence, and the split must not depend on the batch.
+# Fixed, not autotuned. On an H200 in bfloat16, tiles of half the size lose 3 % with 512 sequences of 2200 keys and 8 %
+# with 128 or 256, and gain 3 to 5 % with 8 or 64; more stages gain nothing. SPLIT 512 is 5 % faster at 16384 keys but
+# 18 % slower for a single sequence, and the split must not depend on the batch.
 SPLIT = 256  # keys per split, or those of a page if fewer
 PARTS = 32  # maximum number of parts of a row
 ALONE = 1024  # with as many rows and KV heads, or more, a program handles all parts of one
@@ -158,7 +158,7 @@ def _merge(
     for start in range(0, filled, MERGED):
         for i in tl.static_range(MERGED):
             at = head * count + tl.minimum(start + i, filled - 1)
-            own_top = tl.where(start + i < filled, tl.load(highest + at), float("-inf"))  # weighs nothing after the last
+            own_top = tl.where(start + i < filled, tl.load(highest + at), float("-inf"))
             own_total = tl.load(weights + at)
             part = tl.load(parts + at * head_dim + feature, mask=in_head, other=0.0)
             top, total, before, own = _merge_weights(top, total, own_top, own_total)
