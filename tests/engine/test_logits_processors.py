@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MinNewTokensLengthLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
 from m1.engine import Engine, Request, SamplingParams
@@ -110,6 +111,30 @@ def test_greedy_tokens_are_the_twins_in_a_mixed_batch(model, lag):
             values = torch.tensor([[value for _, value in top] for top in sequence.top_logprobs])
             torch.testing.assert_close(values, expected.topk(params.logprobs).values, rtol=0, atol=1e-3)
         assert len(tokens) >= params.min_tokens
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what needs a value from the device."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function.overloadpacket.__name__ not in ("_local_scalar_dense", "nonzero", "equal"), function
+        return function(*args, **kwargs or {})
+
+
+def test_a_step_waits_for_no_value(hybrid, monkeypatch):
+    engine = Engine(hybrid, STOP, max_model_len=64)
+    draw, draws = engine.executor._draw, []
+
+    def draw_without_waiting(*arguments):
+        draws.append(arguments)
+        with NoWaiting():
+            return draw(*arguments)
+
+    monkeypatch.setattr(engine.executor, "_draw", draw_without_waiting)
+    run(engine, [Request([5, 6], replace(GREEDY, **options), i) for i, options in enumerate(MIX)])
+    assert len(draws) > 10
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), NoWaiting():
+        torch.ones(1).item()
 
 
 def test_plain_requests_cost_nothing(hybrid, monkeypatch):
