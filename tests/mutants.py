@@ -38,6 +38,7 @@ class Mutant(NamedTuple):
 
 
 SAMPLING, SCHEDULER = "engine/test_sampling.py", "engine/test_scheduler.py"
+PROCESSORS = "engine/test_logits_processors.py"
 MASK = "train/test_data_mask.py"
 MUTANTS = [
     # the prefix cache and admission
@@ -192,6 +193,51 @@ MUTANTS = [
     Mutant(
         "recipe.py", "tiny <= params.temperature", "0 < params.temperature", SAMPLING,
         "a temperature that is 0 in float32",
+    ),
+    # penalties, bias, minimum length, top log-probabilities
+    Mutant(
+        "engine/logits_processors.py", "drawn[rows] < least", "drawn[rows] <= least", PROCESSORS,
+        "a stop token is excluded for one token too many",
+    ),
+    Mutant(
+        "engine/logits_processors.py", "torch.where(own > 0, own / self.repetition, own * self.repetition)",
+        "own / self.repetition", PROCESSORS, "a penalty makes negative logits likelier",
+    ),
+    Mutant(
+        "engine/logits_processors.py", "torch.where(counts > 0, repeated, own)",
+        "torch.where(counts > 1, repeated, own)", PROCESSORS, "the prompt isn't penalized",
+    ),
+    Mutant(
+        "engine/logits_processors.py", "self.presence * (counts > 1)", "self.presence * (counts > 0)", PROCESSORS,
+        "a prompt's tokens count as drawn",
+    ),
+    Mutant(
+        "engine/logits_processors.py", "self.counts[_index([fork.copy.target for fork in forks], self.device)] = 0",
+        "pass", "engine/test_invariants.py", "a slot's former sequence is counted, too",
+    ),
+    Mutant(
+        "engine/logits_processors.py", "2 * running[self.penalized].int()", "2", PROCESSORS,
+        "a sequence that has ended counts tokens",
+    ),
+    Mutant(
+        "engine/logits_processors.py", "logits.to(torch.float32, copy=True)", "logits.float()", PROCESSORS,
+        "log-probabilities are of the penalized logits",
+    ),
+    Mutant(
+        "engine/executor.py", "self.seen.load(swap.slot, counts)", "pass", "engine/test_invariants.py",
+        "a sequence comes back with another's counts",
+    ),
+    Mutant(
+        "engine/executor.py", "if self._batch[0] is not slots:", "if self._batch[0] != slots:", PROCESSORS,
+        "settings of a slot's former sequence",
+    ),
+    Mutant(
+        "engine/sampling.py", "ascending * 2**32 - ids", "ascending * 2**32 + ids", PROCESSORS,
+        "of equal tokens, the highest id comes first",
+    ),
+    Mutant(
+        "engine/llm.py", "self._decode(params.min_tokens)", "pass", "engine/test_logits_processors.py",
+        "a stop string ends a sequence before min_tokens",
     ),
     # drawing a token
     Mutant(

@@ -334,6 +334,38 @@ class SamplingOptions:
         check_distribution(self)
 
 
+@dataclass(frozen=True, kw_only=True)
+class PenaltyOptions(SamplingOptions):
+    """`SamplingOptions`, and those that only this project's engine has."""
+
+    min_new_tokens: int = option(0, "Minimum number of new tokens per sample: no earlier stop.")
+    repetition_penalty: float = option(
+        1.0, "Divides positive logits of the prompt's and the sample's tokens, and multiplies negative ones (1: off)."
+    )
+    presence_penalty: float = option(0.0, "Subtracted from the logits of the sample's tokens (0: off).")
+    frequency_penalty: float = option(
+        0.0, "Subtracted from the logits of the sample's tokens, once per occurrence (0: off)."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_penalties(self)
+        check_range("min_new_tokens", self.min_new_tokens, 0, self.max_new_tokens)
+
+
+def check_range(name: str, value: float, least: float, most: float) -> None:
+    """Raises UserError if a value is out of range."""
+    if not least <= value <= most:
+        raise UserError(f"{name}={value} is out of range: must be {least:g} to {most:g}")
+
+
+def check_penalties(params: Any) -> None:
+    """Raises UserError if a penalty, of options or of `SamplingParams`, is out of range."""
+    check_range("repetition_penalty", params.repetition_penalty, 0.01, 100)  # beyond, logits may become infinite
+    for name in ("presence_penalty", "frequency_penalty"):
+        check_range(name, getattr(params, name), -2, 2)
+
+
 def check_distribution(params: Any) -> None:
     """Raises UserError if temperature, top_k, top_p or min_p, of options or of `SamplingParams`, is out of range."""
     tiny, most = FLOAT32
@@ -379,7 +411,7 @@ class PromptOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateStage(Stage, SamplingOptions, PromptOptions, LoadOptions, DevicesOption):
+class GenerateStage(Stage, PenaltyOptions, PromptOptions, LoadOptions, DevicesOption):
     """Stage `generate`: samples every prompt of a file with the engine."""
 
     kind = "generate"
@@ -399,12 +431,12 @@ class GenerateStage(Stage, SamplingOptions, PromptOptions, LoadOptions, DevicesO
 
 
 @dataclass(frozen=True, kw_only=True)
-class SolveOptions(SamplingOptions, PromptOptions, LoadOptions):
+class SolveOptions(PenaltyOptions, PromptOptions, LoadOptions):
     """Options that `m1 solve` shares with other commands: the sampling, the prompt and the loading."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatOptions(SamplingOptions, LoadOptions):
+class ChatOptions(PenaltyOptions, LoadOptions):
     """Options that `m1 chat` shares with other commands: the sampling and the loading."""
 
 

@@ -100,6 +100,14 @@ def test_tables_are_no_options():
         (["convert", "--sead", "1"], "m1: No such option: --sead"),
         (["convert", "--teacher", "x", "--out", "y", "--seed", "abc"], "m1: Invalid value for '--seed'"),
         (["nonsense"], "m1: No such command 'nonsense' (see `m1 --help`)"),
+        (
+            ["solve", "1+1", "--model", "m", "--repetition-penalty", "0"],
+            "m1: solve: repetition_penalty=0.0 is out of range: must be 0.01 to 100",
+        ),
+        (
+            ["solve", "1+1", "--model", "m", "--max-new-tokens", "3", "--min-new-tokens", "4"],
+            "m1: solve: min_new_tokens=4 is out of range: must be 0 to 3",
+        ),
         (["eval", "run", "--model", "m", "--task", "chain", "--n", "0"], "m1: eval: n=0: need at least 1"),
         (["convert", "--teacher", "x", "--out", "y", "--mixer", "c"], "m1: convert: mixer = 'c' should be 'mamba' or"),
     ],

@@ -24,6 +24,8 @@ def poisoned_slots(monkeypatch):
         for layer in engine.executor.slots.layers:
             for buffer in layer:
                 buffer[pages if isinstance(layer, AttentionCache) else slots] = torch.nan
+        if len(counts := engine.executor.seen.counts):
+            counts[slots] = 7
 
     def then_poison_what_is_free(plain):
         def method(engine, *args):
@@ -47,7 +49,7 @@ def poisoned_slots(monkeypatch):
 def run(engine, request):
     for _ in engine.run([request]):
         pass
-    return [(s.token_ids, s.logprobs) for s in request.sequences]
+    return [(s.token_ids, s.logprobs, s.top_logprobs) for s in request.sequences]
 
 
 def alone(model, request, chunk=512):
@@ -55,12 +57,20 @@ def alone(model, request, chunk=512):
     return run(engine, Request(request.tokens, request.params))
 
 
+SETTINGS = [
+    {"temperature": 0},
+    {},
+    {"repetition_penalty": 1.3, "logprobs": 3},
+    {"presence_penalty": 0.5, "frequency_penalty": 1.0, "top_k": 20},
+    {"min_tokens": 3, "stop_token_ids": tuple(range(40)), "logprobs": 1},
+    {"logit_bias": {5: 4.0, 6: -100.0}, "repetition_penalty": 0.7, "temperature": 0},
+]
 REQUESTS = st.lists(
     st.tuples(
         st.integers(1, 40),  # prompt tokens
         st.integers(1, 3),  # samples
-        st.integers(1, 12),  # new tokens
-        st.sampled_from([0, 1.0]),  # temperature
+        st.integers(3, 12),  # new tokens
+        st.sampled_from(SETTINGS),
         st.integers(0, 12),  # step at which it comes
         st.sampled_from([None, None, 0, 3, 9]),  # steps after which it is aborted
     ),
@@ -89,9 +99,9 @@ def test_a_sample_depends_on_itself_alone(model, requests, slots, chunk, pages, 
     pending = sorted(enumerate(requests), key=lambda item: item[1][4])
     while pending or engine.busy:
         while pending and pending[0][1][4] <= step:
-            i, (size, n, new, temperature, _, life) = pending.pop(0)
+            i, (size, n, new, options, _, life) = pending.pop(0)
             tokens = torch.randint(1, 60, (size,), generator=torch.Generator().manual_seed(i % 3 + seed)).tolist()
-            request = Request(tokens, SamplingParams(n, new, temperature, seed=i))
+            request = Request(tokens, SamplingParams(n, new, seed=i, **options))
             engine.submit(request)
             submitted.append((request, None if life is None else step + life))
         engine.step()
@@ -102,10 +112,11 @@ def test_a_sample_depends_on_itself_alone(model, requests, slots, chunk, pages, 
     assert sorted(engine.scheduler.free) == list(range(slots))
     for request, _ in submitted:
         expected = alone(model, request, chunk)  # a prompt in chunks rounds otherwise than in one
-        for sequence, (tokens, logprobs) in zip(request.sequences, expected, strict=True):
+        for sequence, (tokens, logprobs, top) in zip(request.sequences, expected, strict=True):
             size = len(sequence.token_ids)
             assert sequence.token_ids == tokens[:size] and sequence.logprobs == logprobs[:size]
-            assert size == request.params.max_tokens or sequence.finish_reason == "abort"
+            assert sequence.top_logprobs == top[:size]
+            assert size == len(tokens) or sequence.finish_reason == "abort"
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 5, 16])
@@ -232,7 +243,8 @@ def test_slots_and_pages_take_no_more_than_memory(model, monkeypatch, page_size,
 
 def test_swapped_out_sequences_are_as_they_were(model):
     """Six sequences of up to 4 pages on 10 pages, with settings and streams of their own."""
-    params = [SamplingParams(max_tokens=40, temperature=t, top_k=k, seed=3) for t, k in ((0, 0), (1, 0), (1, 5))] * 2
+    params = [SamplingParams(max_tokens=40, temperature=t, top_k=k, seed=3) for t, k in ((0, 0), (1, 0), (1, 5))]
+    params += [SamplingParams(max_tokens=40, seed=3, **options) for options in SETTINGS[2:4] + SETTINGS[5:]]
     requests = [Request([1 + i] * 9, own, i) for i, own in enumerate(params)]
     engine = Engine(model, [], max_model_len=64, prefix_cache=0, page_size=16)
     del engine.scheduler.pages.free[10:]
@@ -241,7 +253,7 @@ def test_swapped_out_sequences_are_as_they_were(model):
     assert engine.stats.swaps > 2 and engine.stats.prefilled == 6 * 9
     for request in requests:
         (sequence,) = request.sequences
-        assert [(sequence.token_ids, sequence.logprobs)] == alone(model, request)
+        assert [(sequence.token_ids, sequence.logprobs, sequence.top_logprobs)] == alone(model, request)
 
 
 def test_an_interrupted_swap_leaves_nothing_behind(model, monkeypatch):
@@ -274,8 +286,8 @@ def test_a_chats_next_turn_continues_the_state_at_the_end(model, page_size, lag)
     answer = opening.sequences[0].token_ids
     assert opening.sequences[0].finish_reason == "stop" and answer == first[: first.index(stop) + 1]
     turn = Request([5, 6, 7, *answer, 9, 9, 3], greedy, resumable=True)
-    ((tokens, logprobs),) = run(engine, turn)
+    ((tokens, logprobs, _),) = run(engine, turn)
     assert engine.stats.prefilled == 3 + 4  # the stop token was drawn, not run
-    ((expected, expected_logprobs),) = run(Engine(model, [stop], max_model_len=128), Request(turn.tokens, greedy))
+    ((expected, expected_logprobs, _),) = run(Engine(model, [stop], max_model_len=128), Request(turn.tokens, greedy))
     assert tokens == expected
     torch.testing.assert_close(torch.tensor(logprobs), torch.tensor(expected_logprobs), rtol=1e-4, atol=1e-4)

@@ -18,7 +18,8 @@ from m1.ops.random_bits import fold_in, signed, uniforms
 def draw(logits, params, streams=None, drawn=None):
     streams = [fold_in(0, i) for i in range(len(logits))] if streams is None else streams
     batch = SamplingBatch.of(params, streams, logits.device)
-    return batch.sample(logits, torch.zeros(len(logits), dtype=torch.long) if drawn is None else torch.tensor(drawn))
+    drawn = torch.zeros(len(logits), dtype=torch.long) if drawn is None else torch.tensor(drawn)
+    return batch.sample(logits, drawn)[:2]
 
 
 @pytest.mark.parametrize(
@@ -252,6 +253,10 @@ def test_nan_logits_give_nan_logprobs():
         *({"max_tokens": n} for n in (0, 2.5)),
         *({"n": n} for n in (0, 1.0)),
         {"seed": 0.5},
+        *({"min_tokens": n} for n in (-1, 1025, 1.5)),
+        *({"logprobs": n} for n in (-1, 0.5)),
+        *({"repetition_penalty": p} for p in (0, -1.2, 101, float("nan"))),
+        *({name: p} for name in ("presence_penalty", "frequency_penalty") for p in (-2.1, 2.1, float("nan"))),
     ],
     ids=str,
 )
@@ -259,6 +264,20 @@ def test_impossible_settings_are_refused(bad):
     (name, value), *_ = bad.items()
     with pytest.raises(UserError, match=rf"^{re.escape(f'{name}={value}')}( is out of range)?: must be "):
         SamplingParams(**bad)
+
+
+@pytest.mark.parametrize(
+    ("bias", "message"),
+    [
+        ({5: 100.5}, "logit_bias of token 5=100.5 is out of range: must be -100 to 100"),
+        ({5: float("nan")}, "logit_bias of token 5=nan is out of range: must be -100 to 100"),
+        ({"5": 1.0}, "logit_bias has token '5': must be an integer"),
+    ],
+    ids=str,
+)
+def test_impossible_biases_are_refused(bias, message):
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        SamplingParams(logit_bias=bias)
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64 - 1, 10**30])

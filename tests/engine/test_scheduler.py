@@ -74,7 +74,7 @@ class Machine:
         drawn = []
         for fork in plan.fork:
             source, target, _ = fork.copy
-            assert len(self.seen[source]) == fork.length
+            assert len(self.seen[source]) == len(fork.prompt)
             if source != target:
                 self.copy(fork.copy)
             self.check(target)

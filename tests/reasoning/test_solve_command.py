@@ -65,10 +65,13 @@ def test_the_prompt_asks_for_a_box_unless_told(run, answers, monkeypatch, tmp_pa
 def test_sampling_prompt_and_versions_are_written(run, answers, tmp_path):
     (tmp_path / "shots.jsonl").write_text('{"problem": "2+2", "answer": 4}')
     options = ["--top-p", 0.9, "--top-k", 20, "--min-p", 0.1, "--system-prompt", "Be brief."]
+    penalties = {"repetition_penalty": 1.1, "presence_penalty": 0.5, "frequency_penalty": 0.2}
+    options += [f"--{name.replace('_', '-')}={value}" for name, value in penalties.items()] + ["--min-new-tokens=2"]
     path = tmp_path / "solution.json"
     assert run("--n", 1, *options, "--few-shot", tmp_path / "shots.jsonl", "--json", path)[0] == 0
     saved = json.loads(path.read_text())
     assert [saved["sampling"][name] for name in ("top_p", "top_k", "min_p")] == [0.9, 20, 0.1]
+    assert saved["sampling"].items() >= (penalties | {"min_tokens": 2}).items()
     assert saved["system_prompt"] == "Be brief." and len(saved["few_shot"]) == 64
     assert {"m1-reasoning", "math-verify", "torch"} <= set(saved["versions"])
 

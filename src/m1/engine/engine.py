@@ -210,13 +210,21 @@ class Engine:
         self.scheduler.abort(request)
 
     def check(self, request: Request) -> None:
-        """Raises UserError for an empty prompt, a token outside the vocabulary, or a prompt that leaves no room."""
+        """Raises UserError for an empty prompt, a token outside the vocabulary, or a prompt that leaves no room.
+
+        Also for `logit_bias` of a token outside the vocabulary, or `logprobs` of more tokens than it has.
+        """
         tokens, name = request.tokens, f"prompt {request.id}"
         if not tokens:
             raise UserError(f"{name} is empty")
         if not (min(tokens) >= 0 and max(tokens) < self.vocab_size):
             unknown = next(token for token in tokens if not 0 <= token < self.vocab_size)
             raise UserError(f"{name} has token {unknown}; the vocabulary is 0 to {self.vocab_size - 1}")
+        for token in request.params.logit_bias:
+            if not 0 <= token < self.vocab_size:
+                raise UserError(f"{name} has logit_bias of token {token}; the vocabulary is 0 to {self.vocab_size - 1}")
+        if (asked := request.params.logprobs) > self.vocab_size:
+            raise UserError(f"{name} has logprobs={asked}; the vocabulary has {self.vocab_size} tokens")
         if len(tokens) >= self.max_model_len:
             fix = "shorten it"
             if self.max_model_len < self.context:

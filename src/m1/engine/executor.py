@@ -8,13 +8,16 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from m1.engine.graphs import Graphs
+from m1.engine.logits_processors import LogitsProcessors, TokenCounts
 from m1.engine.runner import DecodeBatch, PrefillBatch, Runner
-from m1.engine.sampling import SamplingBatch, SamplingParams, truncates
+from m1.engine.sampling import SamplingBatch, SamplingParams
 from m1.engine.scheduler import Chunk, Fork, Plan, Swap
+from m1.engine.sequence import TopLogprobs
 from m1.engine.slots import LayerState, Slots, capacity_for
 from m1.ops import sample_token
 from m1.ops.inputs import DRAWN, ENDED, MAX_STOPS, MIN_P, STOPS, STREAM, TEMPERATURE, TOP_K, TOP_P
@@ -25,19 +28,22 @@ class Drawn(NamedTuple):
     """The tokens that a plan drew, on their way to the host.
 
     Attributes:
-        values: [2, rows] float64 in the host's memory: tokens and their log-probabilities.
+        values: [2 + 2k, rows] float64 in the host's memory: tokens and their log-probabilities, then the k likeliest
+            tokens, each with its own. k is the most that a row asks for.
         event: the device's mark that they have arrived; None on a CPU.
     """
 
     values: Tensor
     event: torch.cuda.Event | None
 
-    def wait(self) -> tuple[list[int], list[float]]:
-        """Waits for the tokens and their log-probabilities, and returns them."""
+    def wait(self) -> tuple[list[int], list[float], TopLogprobs | None]:
+        """Waits for the tokens, their log-probabilities and the likeliest tokens, and returns them."""
         if self.event is not None:
             self.event.synchronize()
-        tokens, logprobs = self.values
-        return tokens.long().tolist(), logprobs.tolist()
+        tokens, logprobs, *top = self.values
+        ids, values = (torch.stack(top[i::2], dim=1).tolist() if top else () for i in (0, 1))
+        pairs = [[(int(i), value) for i, value in zip(*row, strict=True)] for row in zip(ids, values, strict=True)]
+        return tokens.long().tolist(), logprobs.tolist(), pairs or None
 
 
 class Registers(NamedTuple):
@@ -63,19 +69,20 @@ class Registers(NamedTuple):
         tokens, active, lengths, uniform, temperature = read_registers(self.integers, self.floats, slots)
         return DecodeBatch(tokens, active, lengths), uniform, temperature
 
-    def sampling(self, slots: Tensor, params: list[SamplingParams]) -> SamplingBatch:
-        """The sampling settings of these slots. `params` are those of the sequences that truncate."""
+    def sampling(self, slots: Tensor, params: dict[int, SamplingParams]) -> SamplingBatch:
+        """The sampling settings of these slots. `params`, by row, are those that aren't plain."""
         integers, floats = self.integers[slots], self.floats[slots, :, None]
         stream, top_k = integers[:, STREAM], integers[:, TOP_K, None]
         return SamplingBatch(params, stream, floats[:, TEMPERATURE], top_k, floats[:, TOP_P], floats[:, MIN_P])
 
 
 class Saved(NamedTuple):
-    """A swapped-out sequence: registers, states and pages in the host's memory, and its settings if it truncates."""
+    """A swapped-out sequence: registers; in the host's memory states, pages and counts of tokens; how it started."""
 
     registers: list[Tensor]
     states: list[LayerState]
-    params: SamplingParams | None
+    counts: Tensor | None
+    fork: Fork | None
 
 
 class Executor:
@@ -103,9 +110,12 @@ class Executor:
         self.runner.attach(self.slots)
         self.registers = Registers.empty(self.slots.spare + 1, self.device)
         self.logits: dict[int, tuple[Tensor, int]] = {}  # by slot of a prompt or an entry: logits [c, V] and its row
-        self.truncating: dict[int, SamplingParams] = {}  # by slot, for sequences that sample from some tokens only
+        self.special: dict[int, Fork] = {}  # by slot, for sequences whose sampling isn't plain: how they started
+        self.seen = TokenCounts(self.slots.spare + 1, model.config.vocab_size, self.device)
         self.swapped: dict[int, Saved] = {}  # by sequence
-        self._batch: tuple[list[int], Tensor] = [], torch.empty(0, dtype=torch.long, device=self.device)
+        # what was decoded last: the slots, the same on the device, and how they are sampled if not all are plain
+        self._batch: tuple[list[int], Tensor, tuple[SamplingBatch, LogitsProcessors | None] | None]
+        self._batch = [], self._tensor([]), None
         self.use_graphs(self.device.type == "cuda")
 
     def use_graphs(self, graphs: bool) -> None:
@@ -147,21 +157,22 @@ class Executor:
                 logits, row = self.logits[copy.source]
                 self.logits[copy.target] = logits[row : row + 1].clone(), 0
 
-    def _fork(self, forks: list[Fork]) -> tuple[Tensor, Tensor]:
+    def _fork(self, forks: list[Fork]) -> Tensor:
         """Copies the prompts' slots to the new sequences, draws their first tokens, and fills their registers."""
         self.slots.copy([fork.copy for fork in forks])
         logits = self._logits([fork.copy.source for fork in forks])
         batch = SamplingBatch.of([fork.params for fork in forks], [fork.stream for fork in forks], self.device)
+        self.seen.start(forks)
         for fork in forks:
-            self._set_truncating(fork.copy.target, fork.params)
+            self._set_special(fork.copy.target, fork)
             if fork.copy.source == fork.copy.target:
                 del self.logits[fork.copy.source]
         slots = self._tensor([fork.copy.target for fork in forks])
-        counts = self._tensor([(0, fork.length - 1, 0, 0) for fork in forks])
+        counts = self._tensor([(0, len(fork.prompt) - 1, 0, 0) for fork in forks])
         stops = self._tensor([padded_stops(fork.stop) for fork in forks])
         self.registers.integers[slots] = torch.cat([counts, batch.streams[:, None], batch.top_k, stops], dim=1)
         self.registers.floats[slots] = torch.cat([batch.temperature, batch.top_p, batch.min_p], dim=1)
-        return self._draw(slots, logits, batch)
+        return self._draw(slots, logits, batch, self._processors(slots, dict(enumerate(forks))))
 
     def _logits(self, slots: list[int]) -> Tensor:
         """The logits [b, V] after the prompts in these slots. Prompts that ran together have theirs in one tensor."""
@@ -171,16 +182,18 @@ class Executor:
         rows = self._tensor([offset[id(part)] + row for part, row in (self.logits[slot] for slot in slots)])
         return torch.cat(list(parts.values()))[rows]
 
-    def _decode(self, slots: list[int]) -> tuple[Tensor, Tensor]:
+    def _decode(self, slots: list[int]) -> Tensor:
         if self._batch[0] is not slots:
-            self._batch = slots, self._tensor(slots)
-        batch = self._batch[1]
-        params = [self.truncating[slot] for slot in slots if slot in self.truncating] if self.truncating else []
-        if not params:
-            tokens, logprobs = self.step(batch)
-            return tokens, logprobs
+            batch, special = self._tensor(slots), self.special
+            forks = {row: special[slot] for row, slot in enumerate(slots) if slot in special} if special else {}
+            params = {row: fork.params for row, fork in forks.items()}
+            drawing = (self.registers.sampling(batch, params), self._processors(batch, forks)) if forks else None
+            self._batch = slots, batch, drawing
+        _, batch, drawing = self._batch
+        if drawing is None:
+            return torch.stack([values.double() for values in self.step(batch)])
         (logits,) = self.network(batch)
-        return self._draw(batch, logits, self.registers.sampling(batch, params))
+        return self._draw(batch, logits, *drawing)
 
     def _step(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         """A decode step of sequences that sample from all tokens: nothing in it depends on the host."""
@@ -189,14 +202,24 @@ class Executor:
         advance_registers(self.registers.integers, slots, tokens)
         return tokens, logprobs
 
-    def _draw(self, slots: Tensor, logits: Tensor, batch: SamplingBatch) -> tuple[Tensor, Tensor]:
-        """Draws a token for each slot and makes it the input of the slot's next step."""
-        tokens, logprobs = batch.sample(logits, self.registers.integers[slots, DRAWN])
-        advance_registers(self.registers.integers, slots, tokens)
-        return tokens, logprobs
+    def _processors(self, slots: Tensor, forks: dict[int, Fork]) -> LogitsProcessors | None:
+        """What changes the logits of these slots. `forks`: by row, those of sequences that aren't plain, at least."""
+        processed = {row: fork for row, fork in forks.items() if fork.params.processes}
+        return LogitsProcessors(processed, slots, self.seen) if processed else None
 
-    def _to_host(self, drawn: list[tuple[Tensor, Tensor]]) -> Drawn:
-        rows = [torch.stack([tokens.double(), logprobs.double()]) for tokens, logprobs in drawn]
+    def _draw(self, slots: Tensor, logits: Tensor, batch: SamplingBatch, processors: LogitsProcessors | None) -> Tensor:
+        """Draws a token for each slot and makes it the input of the slot's next step. Returns what `Drawn` holds."""
+        registers = self.registers.integers[slots]
+        processed = processors(logits, registers[:, DRAWN]) if processors else None
+        tokens, logprobs, top = batch.sample(logits, registers[:, DRAWN], processed)
+        if processors:
+            processors.count(tokens, registers[:, ENDED] == 0)
+        advance_registers(self.registers.integers, slots, tokens)
+        return torch.cat([tokens.double()[None], logprobs.double()[None], top.flatten(1).T])
+
+    def _to_host(self, drawn: list[Tensor]) -> Drawn:
+        height = max(map(len, drawn), default=2)
+        rows = [F.pad(values, (0, 0, 0, height - len(values))) if len(values) < height else values for values in drawn]
         values = torch.cat(rows, dim=1) if rows else torch.empty(2, 0, dtype=torch.double)
         if values.device.type != "cuda":
             return Drawn(values, None)
@@ -207,20 +230,23 @@ class Executor:
         return Drawn(host, event)
 
     def _swap_out(self, swap: Swap) -> None:
-        registers = [register[swap.slot].clone() for register in self.registers]
-        self.swapped[swap.sequence] = Saved(registers, self.slots.save(swap), self.truncating.get(swap.slot))
+        registers, fork = [register[swap.slot].clone() for register in self.registers], self.special.get(swap.slot)
+        counts = self.seen.save(swap.slot) if fork and fork.params.penalizes else None
+        self.swapped[swap.sequence] = Saved(registers, self.slots.save(swap), counts, fork)
 
     def _swap_in(self, swap: Swap) -> None:
-        registers, states, params = self.swapped.pop(swap.sequence)
+        registers, states, counts, fork = self.swapped.pop(swap.sequence)
         self.slots.load(swap, states)
         for register, row in zip(self.registers, registers, strict=True):
             register[swap.slot] = row
-        self._set_truncating(swap.slot, params)
+        if counts is not None:
+            self.seen.load(swap.slot, counts)
+        self._set_special(swap.slot, fork)
 
-    def _set_truncating(self, slot: int, params: SamplingParams | None) -> None:
-        self.truncating.pop(slot, None)
-        if params and truncates(params):
-            self.truncating[slot] = params
+    def _set_special(self, slot: int, fork: Fork | None) -> None:
+        self.special.pop(slot, None)
+        if fork and not fork.params.plain:
+            self.special[slot] = fork
 
     def _tensor(self, values: list) -> Tensor:
         return torch.tensor(values, dtype=torch.long).to(self.device, non_blocking=True)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from m1.engine.engine import Engine, stop_tokens
 from m1.engine.sampling import SamplingParams
-from m1.engine.sequence import Request, Sequence, requests_for
+from m1.engine.sequence import Request, Sequence, TopLogprobs, requests_for
 from m1.model.checkpoint import load_model
 from m1.model.tokenizer import decode_text, encode_chat
 
@@ -182,6 +182,8 @@ class FinishedSample:
         text: its text, without the stop string that ended it.
         tokens: number of its tokens.
         logprob: sum of their log-probabilities.
+        token_logprobs: the tokens, each with its log-probability, if `params.logprobs` is above 0; else empty.
+        top_logprobs: as in `Sequence`.
         finish_reason: as in `Sequence`.
         seconds: from the start of the run to its end, without the pauses of the engine.
     """
@@ -193,13 +195,18 @@ class FinishedSample:
     logprob: float
     finish_reason: str
     seconds: float
+    token_logprobs: list[tuple[int, float]]
+    top_logprobs: TopLogprobs
 
 
 def _finished(sample: "TextSequence", seconds: float) -> FinishedSample:
     sequence = sample.sequence
-    length, logprob = len(sequence.token_ids), sum(sequence.logprobs)
+    length, logprob, top = len(sequence.token_ids), sum(sequence.logprobs), sequence.top_logprobs
+    drawn = zip(sequence.token_ids, sequence.logprobs, strict=True)
+    of_tokens = list(drawn) if sequence.request.params.logprobs else []
     sequence.forget()
-    return FinishedSample(sample.prompt, sequence.index, sample.text, length, logprob, sequence.finish_reason, seconds)
+    own = sample.prompt, sequence.index, sample.text, length, logprob, sequence.finish_reason
+    return FinishedSample(*own, seconds, of_tokens, top)
 
 
 @dataclass
@@ -231,7 +238,10 @@ class TextSequence:
 
     def read(self) -> bool:
         """Adds the text of the sequence's new tokens. Returns True if a stop string has ended the text."""
-        known, stops = len(self._decoded), self.sequence.request.params.stop
+        params = self.sequence.request.params
+        if self._seen < params.min_tokens:
+            self._decode(params.min_tokens)
+        known, stops = len(self._decoded), params.stop
         self._decode()
         found = [self._decoded.find(stop, max(0, known - len(stop) + 1)) for stop in stops]
         cut = min((position for position in found if position >= 0), default=None)
@@ -243,14 +253,15 @@ class TextSequence:
             self.text = self._decoded[: len(self._decoded) - _begun(self._decoded, stops)]
         return cut is not None
 
-    def _decode(self) -> None:
-        """Adds the text of the new tokens to `_decoded`, except for a character with missing bytes."""
-        new = self.sequence.token_ids[self._seen :]
+    def _decode(self, end: int | None = None) -> None:
+        """Adds the text of the new tokens up to `end` to `_decoded`, except for a character with missing bytes."""
+        new = self.sequence.token_ids[self._seen : end]
         self._seen += len(new)
         self._tokens += [token for token in new if token not in self.skip]
         before = decode_text(self.tokenizer, self._tokens[self._context : self._shown])
         text = decode_text(self.tokenizer, self._tokens[self._context :])
-        if len(text) > len(before) and (self.sequence.done or not text.endswith(UNFINISHED)):
+        complete = self.sequence.done and self._seen == len(self.sequence.token_ids)
+        if len(text) > len(before) and (complete or not text.endswith(UNFINISHED)):
             self._decoded += text[len(before) :]
             self._context, self._shown = self._shown, len(self._tokens)
 

@@ -1,9 +1,9 @@
 """How the next token is sampled. Each row is sampled independently of the others."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from numbers import Integral
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,9 @@ from torch import Tensor
 from m1.errors import UserError
 from m1.ops import sample_token
 from m1.ops.random_bits import signed, uniforms
-from m1.recipe import INT64_MAX, SamplingOptions, check_distribution
+from m1.recipe import INT64_MAX, PenaltyOptions, SamplingOptions, check_distribution, check_penalties, check_range
+
+INT32_MAX = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,17 @@ class SamplingParams:
             text, so the engine alone ignores them.
         stop_token_ids: generation stops after any of these tokens, too.
         ignore_eos: ignores the engine's own stop tokens, such as end-of-sequence tokens.
+        min_tokens: number of tokens before which stop tokens are never drawn and stop strings don't end a sequence.
+        repetition_penalty: divides positive logits of tokens in the prompt or the sequence, and multiplies negative
+            ones, 0.01 to 100; 1 for none. Keskar et al. 2019, arXiv 1909.05858.
+        presence_penalty: subtracted from the logits of tokens in the sequence, -2 to 2.
+        frequency_penalty: subtracted from the logit of a token once per occurrence in the sequence, -2 to 2.
+        logit_bias: by token id, added to the logit, -100 to 100.
+        logprobs: at each position, also keeps the log-probabilities of as many of the likeliest tokens
+            (`Sequence.top_logprobs`).
+
+    Log-probabilities are the model's at this temperature: of no bias, penalty, minimum length or truncation. vLLM's are
+    by default those of temperature 1.
 
     Raises:
         UserError: a value out of range or of the wrong type, or an empty stop string.
@@ -46,23 +59,73 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    min_tokens: int = 0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
+    logprobs: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("n", "max_tokens", "top_k", "seed"):
+        for name in ("n", "max_tokens", "min_tokens", "top_k", "seed", "logprobs"):
             if not isinstance(getattr(self, name), Integral):
                 raise UserError(f"{name}={getattr(self, name)}: must be an integer")
-        for name in ("n", "max_tokens"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} is out of range: must be at least 1")
+        for name, least in {"n": 1, "max_tokens": 1, "logprobs": 0}.items():
+            if getattr(self, name) < least:
+                raise UserError(f"{name}={getattr(self, name)} is out of range: must be at least {least}")
         check_distribution(self)
+        check_penalties(self)
+        check_range("min_tokens", self.min_tokens, 0, self.max_tokens)
+        for token, bias in self.logit_bias.items():
+            if not isinstance(token, Integral):
+                raise UserError(f"logit_bias has token {token!r}: must be an integer")
+            check_range(f"logit_bias of token {token}", bias, -100, 100)
         if not all(self.stop):
             raise UserError("stop: an empty string would end every sequence at once")
 
     @classmethod
     def of(cls, options: SamplingOptions, **others: Any) -> "SamplingParams":
         """The parameters with a command's options. `others` are those that not every command has: n, seed, stop."""
-        names = ("temperature", "top_k", "top_p", "min_p")
+        names = ["temperature", "top_k", "top_p", "min_p"]
+        if isinstance(options, PenaltyOptions):
+            names += ["repetition_penalty", "presence_penalty", "frequency_penalty"]
+            others["min_tokens"] = options.min_new_tokens
         return cls(max_tokens=options.max_new_tokens, **{name: getattr(options, name) for name in names}, **others)
+
+    @property
+    def truncates(self) -> bool:
+        """Whether a sequence samples from a part of the tokens only."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+    @property
+    def penalizes(self) -> bool:
+        """Whether a draw depends on the tokens before it."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
+
+    @property
+    def processes(self) -> bool:
+        """Whether tokens are drawn from other logits than the model's."""
+        return self.penalizes or self.min_tokens > 0 or bool(self.logit_bias)
+
+    @property
+    def plain(self) -> bool:
+        """Whether tokens are drawn from all by the model's logits, and nothing else is wanted."""
+        return not (self.truncates or self.processes or self.logprobs)
+
+
+class Draw(NamedTuple):
+    """What `SamplingBatch.sample` returns, for b rows.
+
+    Attributes:
+        tokens: [b] int64.
+        logprobs: [b] float32.
+        top: [b, k, 2] float64, the k likeliest tokens and their log-probabilities; k is the most that a row asks for.
+            Zeros for rows that ask for none.
+    """
+
+    tokens: Tensor
+    logprobs: Tensor
+    top: Tensor
 
 
 class SamplingBatch:
@@ -74,18 +137,24 @@ class SamplingBatch:
         top_k: [b, 1] int64.
         max_k: the largest top_k.
         any_top_p, any_min_p: whether any row has one.
+        asking: [a] int64, the rows that ask for log-probabilities of the likeliest tokens.
+        max_logprobs: the most that one asks for.
     """
 
     def __init__(
-        self, params: Sequence[SamplingParams], streams: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor,
+        self, params: Mapping[int, SamplingParams], streams: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor,
         min_p: Tensor,
     ):  # fmt: skip
-        """Takes the rows' settings as tensors on the device. `params` are those of the rows that truncate, at least."""
+        """Takes the rows' settings as tensors on the device. `params`: by row, those that aren't plain, at least."""
         self.streams, self.temperature, self.top_k, self.top_p, self.min_p = streams, temperature, top_k, top_p, min_p
         self.heat = temperature.masked_fill(temperature == 0, 1.0)
-        self.max_k = max((p.top_k for p in params), default=0)
-        self.any_top_p, self.any_min_p = any(p.top_p < 1 for p in params), any(p.min_p > 0 for p in params)
+        self.max_k = max((p.top_k for p in params.values()), default=0)
+        self.any_top_p = any(p.top_p < 1 for p in params.values())
+        self.any_min_p = any(p.min_p > 0 for p in params.values())
         self.ranked = (top_k > 0) | (top_p < 1)
+        asking = [row for row, p in params.items() if p.logprobs]
+        self.asking = torch.tensor(asking, dtype=torch.long).to(streams.device, non_blocking=True)
+        self.max_logprobs = max((p.logprobs for p in params.values()), default=0)
 
     @classmethod
     def of(cls, params: Sequence[SamplingParams], streams: Sequence[int], device: torch.device) -> "SamplingBatch":
@@ -95,29 +164,32 @@ class SamplingBatch:
         ]
         integers = [(signed(stream), p.top_k) for stream, p in zip(streams, params, strict=True)]
         stream, top_k = torch.tensor(integers, dtype=torch.long).to(device).unbind(1)
-        return cls(params, stream, floats[:, 0], top_k[:, None], floats[:, 1], floats[:, 2])
+        return cls(dict(enumerate(params)), stream, floats[:, 0], top_k[:, None], floats[:, 1], floats[:, 2])
 
-    def sample(self, logits: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
+    def sample(self, logits: Tensor, drawn: Tensor, processed: Tensor | None = None) -> Draw:
         """Draws one token per row.
+
+        Log-probabilities are under softmax(logits / temperature), before processing and truncation, or under
+        softmax(logits) at temperature 0. NaN where a row's logits have a NaN.
 
         Args:
             logits: [b, V] float32, bfloat16 or float16.
             drawn: [b] int64, the number of tokens that each row has drawn before.
-
-        Returns:
-            tokens: [b] int64.
-            logprobs: [b] float32, under softmax(logits / temperature) before truncation, or under softmax(logits) at
-                temperature 0. NaN where a row's logits have a NaN.
+            processed: [b, V], what tokens are drawn from if not from `logits`.
         """
-        uniform = uniforms(self.streams, drawn)
-        tokens, logprobs = sample_token(logits, uniform, self.temperature[:, 0])
-        if self.max_k or self.any_top_p or self.any_min_p:
-            whole = tokens
-            tokens, _ = sample_token(self.truncate(logits), uniform, self.temperature[:, 0])
-            # under the whole distribution: from the log-probability of a token drawn from it
-            step = logits.gather(1, tokens[:, None]).float() - logits.gather(1, whole[:, None]).float()
-            logprobs = logprobs + (step / self.heat)[:, 0]
-        return tokens, logprobs
+        uniform, heat = uniforms(self.streams, drawn), self.heat
+        tokens, logprobs = whole = sample_token(logits, uniform, self.temperature[:, 0])
+        truncates = bool(self.max_k or self.any_top_p or self.any_min_p)
+        if truncates or processed is not None:
+            left = logits if processed is None else processed
+            tokens, _ = sample_token(self.truncate(left) if truncates else left, uniform, self.temperature[:, 0])
+            logprobs = logprobs_of(tokens[:, None], logits, heat, *whole)[:, 0]
+        top = heat.new_zeros(len(logits), self.max_logprobs, 2, dtype=torch.float64)
+        if self.max_logprobs:
+            asking = [t[self.asking] for t in (logits, heat, *whole)]
+            likeliest = top_ids(asking[0], self.max_logprobs)
+            top[self.asking] = torch.stack([likeliest.double(), logprobs_of(likeliest, *asking).double()], dim=-1)
+        return Draw(tokens, logprobs, top)
 
     def truncate(self, logits: Tensor) -> Tensor:
         """Sets logits [b, V] to -inf where top-k, top-p or min-p exclude a token. The likeliest always stays.
@@ -181,6 +253,18 @@ class SamplingBatch:
         return ((logits - likeliest[:, :1]) / self.heat).exp()
 
 
-def truncates(params: SamplingParams) -> bool:
-    """Whether these parameters sample from a part of the tokens only."""
-    return params.top_k > 0 or params.top_p < 1 or params.min_p > 0
+def logprobs_of(tokens: Tensor, logits: Tensor, heat: Tensor, drawn: Tensor, logprobs: Tensor) -> Tensor:
+    """Log-probabilities of tokens [b, k] under softmax(logits / heat), from those of the tokens [b] drawn from it."""
+    step = logits.gather(1, tokens).float() - logits.gather(1, drawn[:, None]).float()
+    return logprobs[:, None] + step / heat
+
+
+def top_ids(logits: Tensor, k: int) -> Tensor:
+    """Ids [b, k] of the k highest of logits [b, V], in order; of equal ones, the lowest ids come first.
+
+    `topk` leaves the order of equal ones open. So it gets integers: the logit's bits, then the id's.
+    """
+    bits = (logits.float() + 0.0).view(torch.int32)  # -0.0 becomes 0.0
+    ascending = torch.where(bits < 0, bits ^ INT32_MAX, bits).long()
+    ids = torch.arange(logits.shape[1], device=logits.device)
+    return (ascending * 2**32 - ids).topk(k).indices

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from m1.engine.pages import Pages
 from m1.engine.sampling import SamplingParams
-from m1.engine.sequence import Request, Sequence
+from m1.engine.sequence import Request, Sequence, TopLogprobs
 from m1.ops.inputs import MAX_STOPS
 from m1.ops.random_bits import fold_in
 
@@ -58,7 +58,7 @@ class Fork(NamedTuple):
     Attributes:
         sequence: id of the sequence.
         copy: copies the prompt's slot to the sequence's. If they are equal, the sequence takes the prompt's slot over.
-        length: number of tokens in the prompt.
+        prompt: the prompt's tokens.
         params: how to sample.
         stop: tokens after which the sequence ends.
         stream: the sequence's random stream, a seed from `fold_in`.
@@ -66,7 +66,7 @@ class Fork(NamedTuple):
 
     sequence: int
     copy: Copy
-    length: int
+    prompt: list[int]
     params: SamplingParams
     stop: frozenset[int]
     stream: int
@@ -260,7 +260,9 @@ class Scheduler:
         self.stats.steps += bool(self._rows)
         return plan
 
-    def update(self, plan: Plan, tokens: list[int], logprobs: list[float]) -> list[Sequence]:
+    def update(
+        self, plan: Plan, tokens: list[int], logprobs: list[float], top: TopLogprobs | None = None
+    ) -> list[Sequence]:
         """Appends the tokens that a plan drew to their sequences. Returns the sequences that ended with them.
 
         Tokens of sequences that have ended are dropped: they were planned before the end was known.
@@ -269,10 +271,11 @@ class Scheduler:
             plan: the plan that was executed.
             tokens: one per fork, then one per decoded sequence.
             logprobs: their log-probabilities; NaN ends the sequence with reason "nan".
+            top: the likeliest tokens where each was drawn, if a sequence asks for them.
         """
         ended, drawn = [], 0
         ids = [fork.sequence for fork in plan.fork] + plan.decode.sequences
-        for id_, token, logprob in zip(ids, tokens, logprobs, strict=True):
+        for row, (id_, token, logprob) in enumerate(zip(ids, tokens, logprobs, strict=True)):
             sequence = self.running.get(id_) or self.swapped.get(id_)
             if sequence is None:
                 continue
@@ -282,6 +285,8 @@ class Scheduler:
                 sequence.token_ids.append(token)
                 sequence.logprobs.append(logprob)
                 request = sequence.request
+                if top and request.params.logprobs:
+                    sequence.top_logprobs.append(top[row][: request.params.logprobs])
                 full = len(sequence.token_ids) == request.params.max_tokens
                 reason = "stop" if token in request.stop else "length" if full else ""
             if reason:
@@ -532,6 +537,6 @@ class Scheduler:
         self._will_grow(sequence)
         self._steady_until = 0
         self._plan.fork.append(
-            Fork(sequence.id, copy, size, params, request.stop, fold_in(params.seed, sequence.index))
+            Fork(sequence.id, copy, request.tokens, params, request.stop, fold_in(params.seed, sequence.index))
         )
         return True

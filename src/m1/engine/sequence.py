@@ -8,6 +8,8 @@ from m1.engine.sampling import SamplingParams
 from m1.errors import M1Warning
 from m1.ops.random_bits import fold_in
 
+TopLogprobs = list[list[tuple[int, float]]]  # by position and rank: a token and its log-probability
+
 
 @dataclass(eq=False)
 class Request:
@@ -60,6 +62,8 @@ class Sequence:
         index: its number among the prompt's samples, from 0.
         token_ids: the tokens drawn so far, including the stop token if it was reached.
         logprobs: their log-probabilities.
+        top_logprobs: for each of them the `params.logprobs` likeliest tokens there and their log-probabilities, in
+            order, of equal ones the lowest ids first; empty if that is 0.
         finish_reason: "stop", "length" or "nan" (NaN in the model's logits); "abort" before the end and after an abort.
         done: whether it has ended.
     """
@@ -68,6 +72,7 @@ class Sequence:
     index: int
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    top_logprobs: TopLogprobs = field(default_factory=list)
     finish_reason: str = "abort"
     done: bool = False
     # The scheduler's own fields.
@@ -79,7 +84,7 @@ class Sequence:
 
     def forget(self) -> None:
         """Frees the tokens of a sequence that is done, which a job of many requests would keep to its end."""
-        self.token_ids, self.logprobs = [], []
+        self.token_ids, self.logprobs, self.top_logprobs = [], [], []
 
 
 def shortened(params: SamplingParams, room: int, limit: str) -> SamplingParams:
@@ -88,7 +93,7 @@ def shortened(params: SamplingParams, room: int, limit: str) -> SamplingParams:
         return params
     text = f"max_tokens is {params.max_tokens}, more than {limit} leaves: samples end there"
     warnings.warn(text, M1Warning, stacklevel=2)
-    return replace(params, max_tokens=room)
+    return replace(params, max_tokens=room, min_tokens=min(params.min_tokens, room))
 
 
 def requests_for(prompts: Iterable[list[int]], params: SamplingParams) -> list[Request]:
