@@ -228,7 +228,7 @@ def gpu_decode() -> str:
     return markdown([*columns, "of floor, hybrid"], rows) + (
         f"\n{machine['gpu']}, copies {limits['copy_bytes_per_second'] / 1e12:.2f} TB/s, matrix products "
         f"{limits['gemm_flops_per_second'] / 1e12:.0f} TFLOP/s, torch {machine['torch']}, vLLM {vllm}; shapes of M1-3B "
-        f"and Llama-3.2-3B, random bfloat16 weights, prompts of {benches[0]['options']['prompt']}, one run each.\n"
+        f"and Llama-3.2-3B, random bfloat16 weights, {benches[0]['options']['prompt']}-token prompts, one run each.\n"
     )
 
 
