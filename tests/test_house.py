@@ -31,7 +31,7 @@ FLOORS = [
     {"grading", "runs"},
     {"outputs"},
     {"jsonl", "plots", "machine"},
-    {"hub"},
+    {"hub", "text"},
     {"options", "progress", "secrets"},
     {"errors"},
 ]

@@ -9,11 +9,13 @@ import difflib
 import types
 import typing
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any, Literal, TypeVar
 
 from m1.errors import UserError
 
 T = TypeVar("T")
+MAX_SHOWN = 200  # characters of a value in an error message
 
 
 def option(default: Any = dataclasses.MISSING, help: str = "") -> Any:
@@ -59,11 +61,20 @@ def fitted(value: Any, hint: Any, name: str) -> Any:
     Raises:
         UserError: the value fits neither way. The message begins with `name`.
     """
-    if type(value) is int and not _matches(value, hint) and _matches(float(value), hint):
-        return float(value)
+    if type(value) is int and not _matches(value, hint) and _matches(0.0, hint):
+        with suppress(OverflowError):
+            return float(value)
     if not _matches(value, hint):
-        raise UserError(f"{name} = {value!r} should be {_describe(hint)}")
+        raise UserError(f"{name} = {shown(value)} should be {_describe(hint)}")
+    if isinstance(value, str) and "\0" in value:
+        raise UserError(f"{name} = {value!r} has a NUL character in it: remove it")
     return value
+
+
+def shown(value: Any) -> str:
+    """The value as an error message shows it, cut if it is long."""
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."
 
 
 def check_keys(table: Iterable[str], known: Iterable[str], where: str) -> None:

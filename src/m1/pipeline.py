@@ -11,6 +11,7 @@ from m1.options import build
 from m1.progress import Progress, silent
 from m1.recipe import BudgetStage, EvalStage, Stage, load_stage, read_toml
 from m1.runs import MANIFEST, run_folder
+from m1.text import check_name
 
 # Called before each stage with (pipeline's name, stage's name, number of stages before it, number of stages, whether it
 # has finished already), and once more for the report.
@@ -42,6 +43,8 @@ def load_pipeline(folder: str | Path) -> tuple[Pipeline, dict[str, Stage]]:
     """
     folder = Path(folder)
     pipeline = build(Pipeline, read_toml(folder / "pipeline.toml"), str(folder / "pipeline.toml"))
+    for name in pipeline.stages:
+        check_name(name, f"{folder}/pipeline.toml: stages")
     stages = {name: load_stage(folder / f"{name}.toml") for name in pipeline.stages}
     evaluations = [stage for stage in stages.values() if isinstance(stage, EvalStage)]
     if len(evaluations) != 1 or not evaluations[0].models:

@@ -8,7 +8,6 @@ The table `[trainer]` holds arguments of the stage's TRL trainer (`SFTConfig` or
 import dataclasses
 import importlib
 import math
-import re
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +23,8 @@ from m1.progress import Progress, silent
 from m1.tasks.benchmarks import Columns
 from m1.tasks.chain import ChainSizes
 from m1.tasks.prompts import ProblemPrompt, read_examples, read_template, read_text, task_template
+from m1.text import check_name
 
-MODEL_NAME = re.compile(r"\w[\w .,+-]*")  # a key of [models], used as a folder name and as a curve's label
 FLOAT32 = 2.0**-126, 2.0**128 - 2.0**104  # the smallest and the largest positive number, without loss of precision
 INT64_MAX = 2**63 - 1
 
@@ -516,8 +515,8 @@ class MeasuredStage(Stage, Columns):
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[misc]  # that of the settings with which it is combined
-        if bad := [name for name in self.models if not MODEL_NAME.fullmatch(name)]:
-            raise UserError(f"[models] {bad[0]!r}: a name has letters, digits, spaces and . , + - _ only")
+        for name in self.models:
+            check_name(name, "[models]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -585,7 +584,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"can't read recipe {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also other encodings, and integers of thousands of digits
         raise UserError(f"{path} is not valid TOML: {error}") from None
 
 

@@ -5,6 +5,7 @@ package loads neither torch nor transformers: a command imports its libraries, a
 """
 
 import importlib
+import io
 import logging
 import os
 import sys
@@ -18,7 +19,7 @@ from typer.main import get_group
 import m1
 from m1.cli import data, evaluate, generate, model, train
 from m1.errors import M1Warning, UserError
-from m1.secrets import redact_logs
+from m1.text import clean_logs, encodable
 
 
 class BenchGroup(TyperGroup):
@@ -63,15 +64,20 @@ UsageError = typer.BadParameter.__base__  # the parser's own, which typer doesn'
 
 
 def main() -> None:
-    """Runs `m1`. Bad input ends it with one line on stderr and exit code 2, Ctrl-C with one line and 130."""
+    """Runs `m1`. Bad input and I/O errors end it with one line on stderr and exit code 2, Ctrl-C with one and 130."""
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-    redact_logs()
+    clean_logs()
     warnings.showwarning = show_warning
     logger = logging.getLogger("m1")
     logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     logger.handlers = [LogHandler()]
+    for stream in (sys.stdout, sys.stderr):  # a character that the terminal's encoding lacks must not end a run
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
+        check_arguments(sys.argv[1:])
         status = app(prog_name="m1", standalone_mode=False)
+        sys.stdout.flush()
     except Exception as error:
         status = refused(error)
     if status == INTERRUPTED:  # typer's code for a KeyboardInterrupt
@@ -101,12 +107,24 @@ def show_warning(message: Warning | str, category: type[Warning], *where: Any, *
         sys.stderr.write(warnings.formatwarning(message, category, *where[:2]))
 
 
+def check_arguments(arguments: list[str]) -> None:
+    """Raises UserError for an argument that isn't text in the locale's encoding."""
+    if bad := [argument for argument in arguments if not encodable(argument)]:
+        raise UserError(f"the argument {bad[0]!r} isn't UTF-8 text: type it again, or rename the file")
+
+
 def refused(error: Exception) -> int:
     """Prints why a command ended and returns the exit code. A fault of the program itself is a traceback and 1."""
     from m1.cli import render
 
+    if isinstance(error, BrokenPipeError):  # whoever reads the output has left, and nothing more can be said
+        sys.stdout = None  # type: ignore[assignment]  # Python would flush it, and fail again
+        return 1
     if isinstance(error, UserError):
         render.error(error)
+    elif isinstance(error, OSError):
+        where = error.filename if error.filename is not None else "the output"
+        render.error(f"can't read or write {where}: {error.strerror or error}")
     elif isinstance(error, UsageError):  # type: ignore[arg-type]
         render.usage_error(error)
     else:
