@@ -6,11 +6,12 @@
 import json
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from m1.errors import UserError
+from m1.options import MAX_SHOWN
 from m1.text import encodable
 
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # an escape that may be half a character
@@ -60,6 +61,22 @@ def _parsed(path: Path, lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
         yield row
 
 
+@contextmanager
+def as_written(where: str | Path) -> Iterator[None]:
+    """Around the use of files that M1 wrote and others can change: what they lack becomes a UserError.
+
+    Raises:
+        UserError: the use of their content failed. The message begins with `where`; the cause is kept.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        what = f"{type(error).__name__}: {error}"[:MAX_SHOWN]
+        raise UserError(f"{where} isn't as this version of M1 writes it ({what}): make it again") from error
+
+
 def append_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
     """Appends rows, one per line. A run that resumes calls `drop_torn_line` first.
 
@@ -101,7 +118,7 @@ def read_json(path: str | Path, if_missing: str = "check the path") -> dict[str,
     except OSError as error:
         raise UserError(f"can't read {path}: {error.strerror}") from None
     except ValueError as error:  # UnicodeDecodeError is one
-        raise UserError(f"{path}: {error}; restore or delete the file") from None
+        raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} should hold a JSON object, but holds a {type(content).__name__}")
     return content

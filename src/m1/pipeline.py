@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from m1.errors import UserError
-from m1.jsonl import read_json
+from m1.jsonl import as_written, read_json
 from m1.options import build
 from m1.progress import Progress, silent
 from m1.recipe import BudgetStage, EvalStage, Stage, load_stage, read_toml
@@ -91,13 +91,15 @@ def report(name: str, out: str, stages: dict[str, Stage]) -> dict[str, Any]:
     """Writes OUT/report.html and OUT/report.json from the results of finished stages. Returns the latter's content."""
     from m1.evaluation.report import write_report
 
-    manifests = [read_json(run_folder(stage.out, stage.is_file) / MANIFEST) for stage in stages.values()]
-    training = {stage_name: Path(stage.out, "metrics.jsonl") for stage_name, stage in stages.items() if stage.trained}
-    results = {
-        model: read_json(Path(stage.out, model, "result.json"))
-        for stage in stages.values()
-        if isinstance(stage, EvalStage)
-        for model in stage.models
-    }
-    budgets = [read_json(Path(s.out, "budget.json")) for s in stages.values() if isinstance(s, BudgetStage)]
-    return write_report(out, f"M1 {name}", sum(m["seconds"] for m in manifests), results, training, budgets)
+    with as_written("a stage's result"):
+        manifests = [read_json(run_folder(stage.out, stage.is_file) / MANIFEST) for stage in stages.values()]
+        training = {key: Path(stage.out, "metrics.jsonl") for key, stage in stages.items() if stage.trained}
+        results = {
+            model: read_json(Path(stage.out, model, "result.json"))
+            for stage in stages.values()
+            if isinstance(stage, EvalStage)
+            for model in stage.models
+        }
+        budgets = [read_json(Path(s.out, "budget.json")) for s in stages.values() if isinstance(s, BudgetStage)]
+        seconds = sum(manifest["seconds"] for manifest in manifests)
+        return write_report(out, f"M1 {name}", seconds, results, training, budgets)
