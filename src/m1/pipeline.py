@@ -73,9 +73,11 @@ def run_pipeline(
 
     pipeline, stages = load_pipeline(folder)
     refuse_foreign_report(pipeline.out)
+    made: list[str] = []
     for name, stage in stages.items():
         try:
-            stage.check()
+            stage.check(made)
+            made.append(stage.out)
         except UserError as error:
             raise UserError(f"{name}.toml: {error}") from None
     for number, (name, stage) in enumerate(stages.items()):

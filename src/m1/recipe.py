@@ -8,6 +8,7 @@ The table `[trainer]` holds arguments of the stage's TRL trainer (`SFTConfig` or
 import dataclasses
 import importlib
 import math
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,18 +16,19 @@ from typing import Any, ClassVar, Literal
 
 from m1 import runs
 from m1.errors import UserError
-from m1.hub import hub_commit
+from m1.hub import checkpoint_folder, hub_commit
 from m1.layer_choice import check_choice, ranking_file
-from m1.options import build, option
+from m1.options import build, option, shown
 from m1.outputs import refuse_sources
 from m1.progress import Progress, silent
-from m1.tasks.benchmarks import Columns
+from m1.tasks.benchmarks import Columns, check_task, load_task
 from m1.tasks.chain import ChainSizes
 from m1.tasks.prompts import ProblemPrompt, read_examples, read_template, read_text, task_template
+from m1.tasks.rows import is_file
 from m1.text import check_name
 
 FLOAT32 = 2.0**-126, 2.0**128 - 2.0**104  # the smallest and the largest positive number, without loss of precision
-INT64_MAX = 2**63 - 1
+INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,9 +77,10 @@ class Data(ChainSizes):
             raise UserError(f"[data] weights={self.weights}: need one positive number for each of {self.sources}")
         if self.streaming and (self.task or self.bucket):
             raise UserError("[data] streaming goes neither with `task` nor with `bucket`: remove one of them")
-        for name in ("count", "limit", "bucket"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise UserError(f"[data] {name}={value}: need at least 1")
+        try:
+            _at_least_one(self, "count", "limit", "bucket")
+        except UserError as error:
+            raise UserError(f"[data] {error}") from None
 
     @property
     def sources(self) -> list[str]:
@@ -125,11 +128,26 @@ class Stage:
         options = {"resume": resume} if self.trained else {"progress": progress}
         return getattr(importlib.import_module(module), name)(self, force=force, **options)
 
-    def check(self) -> None:
-        """Refuses arguments of a trainer that can't be, and an `out` with other files, before anything runs."""
+    def check(self, made: Collection[str] = ()) -> None:
+        """Refuses, before anything runs, what would stop this stage later.
+
+        That is: arguments of a trainer that can't be, an `out` with other files, and inputs that neither exist nor are
+        among the outputs `made` by earlier stages.
+        """
         runs.refuse_foreign(self.kind, self.out, self.is_file)
         if self.trained:
             importlib.import_module(self.function.partition(":")[0]).arguments_of(self)
+        if isinstance(self, ChatTemplateOption) and self.chat_template is not None:
+            read_text(self.chat_template, "chat template")
+        if isinstance(self, PromptOptions):
+            self.load_prompt("{problem}")
+        earlier = set(map(Path, made))
+        for name in self.checkpoints():
+            if Path(name) not in earlier and not (name.endswith(".gguf") and Path(name).is_file()):
+                checkpoint_folder(name, config_only=True)
+        for path in {*self.sources()} - {*map(Path, self.checkpoints())} - earlier:
+            if is_file(str(path)) and not path.exists():
+                raise UserError(f"{path} is missing: check the path, or add the stage that makes it")
 
     def sources(self) -> list[Path]:
         """The files and folders that the stage reads."""
@@ -290,6 +308,10 @@ class GRPOStage(TrainedStage):
     model: str = option(help="Checkpoint folder or Hub id.")
     max_num_seqs: int = option(256, "Maximum number of rollouts decoded in parallel.")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least_one(self, "max_num_seqs")
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoadOptions:
@@ -428,6 +450,10 @@ class GenerateStage(Stage, PenaltyOptions, PromptOptions, LoadOptions, DevicesOp
     prompt_template: str = option("{problem}", 'User message of a {"problem"}, with {problem} in it, or @FILE.')
     seed: int = option(0, "Seed of the random draws.")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least_one(self, "n", "max_num_seqs")
+
 
 @dataclass(frozen=True, kw_only=True)
 class SolveOptions(PenaltyOptions, PromptOptions, LoadOptions):
@@ -515,8 +541,16 @@ class MeasuredStage(Stage, Columns):
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[misc]  # that of the settings with which it is combined
+        _at_least_one(self, "limit", "max_num_seqs")
+        check_task(self.task, self.data, self.limit)  # type: ignore[attr-defined]  # as above
         for name in self.models:
             check_name(name, "[models]")
+
+    def check(self, made: Collection[str] = ()) -> None:
+        """As `Stage.check`; problems in a file are read, too."""
+        super().check(made)
+        if self.data and is_file(self.data) and Path(self.data) not in set(map(Path, made)):
+            load_task(self.task, self.data, self.limit, columns=self)  # type: ignore[attr-defined]  # the settings'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -589,6 +623,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def _at_least_one(options: Any, *names: str) -> None:
+    """Raises UserError for an option that isn't None and not 1 to INT32_MAX: larger work would never end."""
     for name in names:
-        if getattr(options, name) < 1:
-            raise UserError(f"{name}={getattr(options, name)}: need at least 1")
+        if (value := getattr(options, name)) is not None and not 1 <= value <= INT32_MAX:
+            raise UserError(f"{name}={shown(value)}: need at least 1 and at most {INT32_MAX}")

@@ -1,0 +1,92 @@
+"""Checkpoints that would allocate, loop or fail in ways of their own end in one line."""
+
+import json
+import shutil
+import time
+
+import pytest
+from commands import check
+
+from m1.errors import UserError
+from m1.model.configuration import SIZES
+from m1.model.tokenizer import byte_tokenizer, render_chat
+
+
+@pytest.fixture
+def copies(teacher_dir, hybrid_dir, tmp_path):
+    """A copy of a teacher and of a hybrid."""
+    return [shutil.copytree(folder, tmp_path / name) for folder, name in ((teacher_dir, "t"), (hybrid_dir, "h"))]
+
+
+@pytest.mark.parametrize("value", [0, -1, 10**9, 10**18, 10**30, 1e30])
+@pytest.mark.parametrize("name", SIZES)
+def test_sizes_have_ceilings(run, copies, name, value):
+    for folder in copies:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+        if 1 <= value <= SIZES[name]:
+            continue
+        started = time.perf_counter()
+        check(run("solve", "1+1", "--model", folder), f"{name} (", "must be at least 1 and at most")
+        check(run("inspect", folder), name)
+        assert time.perf_counter() - started < 5
+
+
+TOKENIZERS = ["[]", "null", "{}", "5", "[" * 100_000, "\x00"]
+TOKENIZERS += ['{"model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}}']
+
+
+@pytest.mark.parametrize("content", TOKENIZERS, ids=lambda text: text[:20])
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_tokenizers(run, copies, name, content):
+    _, hybrid = copies
+    (hybrid / name).write_text(content)
+    code, err = run("solve", "1+1", "--model", hybrid, "--n", 1, "--max-new-tokens", 1)
+    assert code in (0, 2) and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    "key", ["eos_token", "pad_token", "model_max_length", "extra_special_tokens", "tokenizer_class"]
+)
+@pytest.mark.parametrize("value", [5, [], {}, None, -1, 1e400, "x", True])
+def test_tokenizer_settings(run, copies, key, value):
+    _, hybrid = copies
+    path = hybrid / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    code, err = run("solve", "1+1", "--model", hybrid, "--n", 1, "--max-new-tokens", 1)
+    assert code in (0, 2) and "Traceback" not in err
+
+
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+TEMPLATES = {
+    ENDLESS: "not done after 0.2 seconds",
+    "{{ 10 ** 10 ** 10 }}": "power",
+    "{{ 1 / 0 }}": "division by zero",
+    "{{ messages + 1 }}": "",
+    "{{ 'a' * 10 ** 12 }}": "power",
+    "{{ 'a' * 1000000000000000000 }}": "",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "",
+    "{{ messages.x.y }}": "has no attribute",
+    "{{ raise_exception('a\n\x1b[2Jb') }}": "a",
+    "{% for": "",
+    "{{ ''.__class__.__mro__ }}": "",
+    "{{ strftime_now(5) }}": "",
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_templates_fail_in_one_line_and_end(monkeypatch, template):
+    monkeypatch.setattr("m1.model.tokenizer.TEMPLATE_SECONDS", 0.2)
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    started = time.perf_counter()
+    with pytest.raises(UserError, match=r"the chat template of .* fails on ") as error:
+        render_chat(tokenizer, "x" * 10_000)
+    assert time.perf_counter() - started < 2
+    assert TEMPLATES[template] in str(error.value) and len(str(error.value)) < 700
+
+
+def test_templates_with_stars_in_their_text_are_no_powers():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "**{{ messages[0]['content'] }}** {% generation %}{{ '**' * 2 }}{% endgeneration %}"
+    assert render_chat(tokenizer, "x") == "**x** ****"
