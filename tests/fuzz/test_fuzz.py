@@ -167,11 +167,15 @@ def test_checkpoints(fuzz, checkpoint, hybrid_dir, capsys):
         lambda name: st.tuples(st.just(name), st.sampled_from([*whole[name], "new"]), JSON)
     )
 
+    prompts, out = checkpoint.with_name("p.jsonl"), checkpoint.with_name("o.jsonl")
+    prompts.write_text('{"problem": "1+1"}\n')
+    generate = ("generate", "--model", checkpoint, "--prompts", prompts, "--out", out, "--max-new-tokens", 1)
+
     def checkpoints(change):
         name, key, value = change
         (checkpoint / name).write_text(json.dumps(whole[name] | {key: value}))
         try:
-            assert_clean(capsys, m1("solve", "1+1", "--model", checkpoint, "--n", 1, "--max-new-tokens", 1))
+            assert_clean(capsys, m1(*generate, "--force"))
             assert_clean(capsys, m1("inspect", checkpoint))
         finally:
             (checkpoint / name).write_text(json.dumps(whole[name]))
