@@ -55,6 +55,9 @@ class Data(ChainSizes):
     slip_rate: float = option(0.0, "Share of a chain's worked steps that are wrong.")
     seed: int = option(0, "Seed of the chain problems, and of the order in which several paths are mixed.")
     limit: int | None = option(None, "Maximum number of rows of each path; the first ones are used.")
+    exclude: list[str] = option(
+        [], "Benchmarks whose problems are dropped from the rows, and counted: gsm8k, math500, ..., files or data sets."
+    )
     prompt_template: str = option("{problem}", "User message, with {problem} in it.")
     overlong: Literal["drop", "cut"] = option(
         "drop", "Rows longer than max_length: drop them, or cut them, so that the answer loses its end."
@@ -137,6 +140,7 @@ class Stage:
         data = getattr(self, "data", None)
         texts = [getattr(self, name, None) or "" for name in ("prompt_template", "system_prompt", "chat_template")]
         paths = data.sources if isinstance(data, Data) and not data.task else [data if isinstance(data, str) else None]
+        paths += data.exclude if isinstance(data, Data) else []
         paths += [getattr(self, name, None) for name in ("prompts", "few_shot")]
         paths += [*(text[1:] for text in texts if text.startswith("@")), *self.checkpoints()]
         ranking = ranking_file(getattr(self, "keep_attention", None))
@@ -265,20 +269,34 @@ class SFTStage(TrainedStage):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillStage(TrainedStage):
+class TaughtStage(TrainedStage):
+    """What the stages that learn from a teacher have in common: both models."""
+
+    model: str = option(help="The student's checkpoint folder or Hub id.")
+    teacher: str = option(help="The teacher's checkpoint folder or Hub id.")
+    teacher_dtype: Literal["float32", "bfloat16", "float16"] | None = option(
+        None, "What the teacher runs in. Default: the checkpoint's dtype, under the student's autocast."
+    )
+    teacher_device: str | None = option(None, "Where the teacher runs, e.g. cuda:1. Default: the student's device.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignStage(TaughtStage):
+    """Stage `align`: each mixer of `model` learns the output of the attention in `teacher` that it replaces."""
+
+    kind = "align"
+    function = "m1.train.align:align"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillStage(TaughtStage):
     """Stage `distill`: distillation of `teacher` into `model` on assistant tokens."""
 
     kind = "distill"
     function = "m1.train.distill:distill"
 
-    model: str = option(help="The student's checkpoint folder or Hub id.")
-    teacher: str = option(help="The teacher's checkpoint folder or Hub id.")
     divergence: Literal["reverse_kl", "forward_kl", "jsd"] = option("reverse_kl", "The loss per assistant token.")
     forward_kl_steps: int = option(0, "Optimizer steps under forward KL before `divergence` takes over.")
-    teacher_dtype: Literal["float32", "bfloat16", "float16"] | None = option(
-        None, "What the teacher runs in. Default: the checkpoint's dtype, under the student's autocast."
-    )
-    teacher_device: str | None = option(None, "Where the teacher runs, e.g. cuda:1. Default: the student's device.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -555,7 +573,8 @@ class BudgetStage(MeasuredStage, BudgetSettings):
 STAGES: dict[str, type[Stage]] = {
     cls.kind: cls
     for cls in (
-        ConvertStage, RankLayersStage, SFTStage, DistillStage, GRPOStage, GenerateStage, EvalStage, BudgetStage,
+        ConvertStage, RankLayersStage, AlignStage, SFTStage, DistillStage, GRPOStage, GenerateStage, EvalStage,
+        BudgetStage,
     )
 }  # fmt: skip
 

@@ -21,7 +21,7 @@ from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
 from m1.errors import UserError
 from m1.model.checkpoint import load_model
-from m1.recipe import DistillStage
+from m1.recipe import DistillStage, TaughtStage
 from m1.train import sft
 from m1.train.stage_trainer import StageTrainer, weights_in_products
 from m1.train.trainer import model_options, refuse_ignored, run_training, split
@@ -39,6 +39,16 @@ def distill(stage: DistillStage, resume: bool = False, force: bool = False) -> N
 
 def distill_trainer(stage: DistillStage, arguments: SFTConfig) -> "DistillTrainer":
     """The stage's trainer, with both models and the data. Raises UserError for models of different vocabularies."""
+    options = load_pair(stage, arguments)
+    return DistillTrainer(**options, divergence=stage.divergence, forward_kl_steps=stage.forward_kl_steps)
+
+
+def load_pair(stage: TaughtStage, arguments: SFTConfig) -> dict[str, Any]:
+    """The arguments of `DistillTrainer` that a stage with a teacher has: both models and the data.
+
+    Raises:
+        UserError: models of different vocabularies, or bad data.
+    """
     options = model_options(stage.trainer)
     model, tokenizer = load_model(stage.model, **options)
     teacher, teacher_tokenizer = load_model(stage.teacher, **(options | {"dtype": stage.teacher_dtype or "auto"}))
@@ -47,19 +57,17 @@ def distill_trainer(stage: DistillStage, arguments: SFTConfig) -> "DistillTraine
     if (largest := max(tokenizer.get_vocab().values())) >= shared:
         raise UserError(f"{stage.model} and {stage.teacher} share {shared} logits, too few for token {largest}")
     rows, held_out = split(sft.training_rows(stage, arguments, tokenizer, model), stage.eval_rows, arguments.seed)
-    return DistillTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=rows,
-        eval_dataset=held_out,
-        processing_class=tokenizer,
-        mixer_lr_scale=stage.mixer_lr_scale,
-        teacher=teacher,
-        teacher_device=stage.teacher_device,
-        teacher_autocast=stage.teacher_dtype is None,
-        divergence=stage.divergence,
-        forward_kl_steps=stage.forward_kl_steps,
-    )
+    return {
+        "model": model,
+        "args": arguments,
+        "train_dataset": rows,
+        "eval_dataset": held_out,
+        "processing_class": tokenizer,
+        "mixer_lr_scale": stage.mixer_lr_scale,
+        "teacher": teacher,
+        "teacher_device": stage.teacher_device,
+        "teacher_autocast": stage.teacher_dtype is None,
+    }
 
 
 def check_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, names: str) -> None:
@@ -73,9 +81,9 @@ def check_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
             )
 
 
-def arguments_of(stage: DistillStage) -> SFTConfig:
+def arguments_of(stage: TaughtStage) -> SFTConfig:
     """The trainer's arguments. Raises UserError for an invalid `[trainer]` or a `teacher_device` that isn't there."""
-    refuse_ignored(stage.trainer, IGNORED, "the loss is the divergence from the teacher")
+    refuse_ignored(stage.trainer, IGNORED, "the loss is the distance from the teacher")
     device = stage.teacher_device
     if device not in (None, "cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))):
         raise UserError(

@@ -37,6 +37,7 @@ from m1.recipe import INT64_MAX, TrainedStage
 from m1.runs import Run, sha256
 from m1.secrets import redact_settings
 from m1.train.checkpoints import last_checkpoint, seal
+from m1.train.data import check_files
 from m1.train.stage_trainer import StageTrainer
 
 MADE = ("checkpoints", METRICS, "tensorboard", "model.part")  # what an interrupted stage leaves
@@ -166,6 +167,7 @@ def run_training(
                 run.clear(*MADE)
         if run.finished:
             return
+        check_files(stage.data)
         source = getattr(stage, "teacher", None) or getattr(stage, "model", None)
         dtype = saved_dtype(source) if source else torch.float32
         set_seed(arguments.seed)
