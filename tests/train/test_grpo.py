@@ -2,19 +2,23 @@
 
 import itertools
 import math
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from test_stages import CHAIN, TRAINER, metrics
+from trl import GRPOConfig
 
 from m1.errors import UserError
 from m1.jsonl import read_jsonl
 from m1.recipe import Data, GRPOStage
 from m1.train import trainer as trainer_module
+from m1.train.grpo import arguments_of
 from m1.train.grpo_trainer import Trainer
-from m1.train.rollout import MAX_DRIFT, check_drift, drift_of, seed_of
+from m1.train.rollout import MAX_DRIFT, EngineRollouts, check_drift, drift_of, seed_of
 
 RL = TRAINER | {
     "num_generations": 4,
@@ -27,8 +31,8 @@ REWARD = """
 def length(completions, **_):
     return [float(len(c[-1]["content"])) for c in completions]
 
-def halves(completions, **_):
-    return [float(i // 2 % 2) for i in range(len(completions))]
+def odd(completion_ids, **_):
+    return [ids[0] % 2 for ids in completion_ids]
 
 def same(completions, **_):
     return [1.0] * len(completions)
@@ -152,6 +156,36 @@ def test_drift_is_corrected_for(stage, monkeypatch, mode):
         torch.testing.assert_close(ratio[whole], torch.full_like(ratio[whole], value), rtol=1e-4, atol=1e-5)
 
 
+def test_the_correction_keeps_the_losss_direction(stage, hybrid_dir, tmp_path, monkeypatch):
+    """An engine that samples at half the temperature: corrected, a step goes where the exact one goes."""
+    temperature = [1.0]
+
+    def sample(self, *arguments, plain=EngineRollouts.sample):
+        with monkeypatch.context() as patch:
+            patch.setattr(self, "arguments", SimpleNamespace(**vars(self.arguments) | {"temperature": temperature[0]}))
+            return plain(self, *arguments)
+
+    monkeypatch.setattr(EngineRollouts, "sample", sample)
+    path = tmp_path / "one.jsonl"
+    path.write_text('{"problem": "1+1", "answer": "2"}\n')
+    options = {"optim": "sgd", "max_grad_norm": 0.0, "entropy_coef": 0.0, "max_completion_length": 1, "max_steps": 1}
+    options |= {"num_generations": 2048, "per_device_train_batch_size": 2048, "scale_rewards": "none"}
+    start = load_file(hybrid_dir / "model.safetensors")
+
+    def step(**more):
+        made = stage(options | more, str(more), "odd", data=Data(path=str(path)))
+        made.run()
+        return torch.cat([(weight - start[name]).flatten() for name, weight in weights(made).items()])
+
+    exact, temperature[0] = step(seed=1), 0.5
+    with pytest.raises(UserError, match="the engine's probabilities differ"):
+        step(seed=2)
+    monkeypatch.setattr("m1.train.grpo_trainer.check_drift", lambda *_: None)
+    steps = [step(seed=3, vllm_importance_sampling_correction=corrected) for corrected in (True, False)]
+    corrected, plain = (torch.cosine_similarity(exact, found, dim=0) for found in steps)
+    assert corrected > 0.85 and corrected > plain + 0.05
+
+
 def test_the_correction_can_be_switched_off(stage, monkeypatch):
     skewed(monkeypatch, -0.1)
     monkeypatch.setattr("m1.train.grpo_trainer.check_drift", lambda *_: None)
@@ -211,3 +245,205 @@ def test_a_prompt_gets_other_samples_each_time(stage, tmp_path):
     made.run()
     texts = [row["completion"] for row in read_jsonl(Path(made.out) / "samples.jsonl")]
     assert len(texts) == 32 and len(set(texts)) == 32
+
+
+# Truncated completions
+
+
+def test_truncated_completions_are_counted_and_masked(stage):
+    plain, masked = (
+        stage({"max_steps": 1}, "plain"),
+        stage({"max_steps": 1, "mask_truncated_completions": True}, "masked"),
+    )
+    losses = []
+    for made in (plain, masked):
+        made.run()
+        row = rows(made)[0]
+        cut = [sample["truncated"] for sample in read_jsonl(Path(made.out) / "samples.jsonl")]
+        assert row["completions/truncated"] == sum(cut) == 8 * row["completions/clipped_ratio"] > 0
+        losses.append(row["loss"])
+    assert losses[0] != losses[1]
+
+
+def test_overlong_is_a_soft_penalty(stage):
+    """From 0 to -1 over the last tokens (DAPO, equation 13), beside other rewards, and logged apart."""
+    made = stage({"max_steps": 1}, reward={"correct": 2.0, "answered": 1.0, "overlong": 0.5}, overlong_tokens=4)
+    made.run()
+    samples = list(read_jsonl(Path(made.out) / "samples.jsonl"))
+    assert {sample["rewards"]["overlong"] for sample in samples if sample["truncated"]} == {-1.0}
+    row = rows(made)[0]
+    parts = [row[f"rewards/{name}/mean"] for name in ("correct", "answered", "overlong")]
+    assert row["reward"] == pytest.approx(2 * parts[0] + parts[1] + 0.5 * parts[2])
+
+
+def test_a_batch_cut_without_a_reward_warns(stage, caplog):
+    stage({"max_steps": 1, "max_completion_length": 1}, reward={"correct": 1.0}).run()
+    assert "step 1: all 8 completions were cut at max_completion_length = 1, and none has a reward" in caplog.text
+
+
+# Groups of equal rewards
+
+
+def test_groups_of_equal_rewards_are_counted_and_left_out(stage):
+    """Kept, they still get the entropy bonus. Left out, nothing of them moves a weight."""
+    for zero_variance, moves in (("keep", True), ("filter", False)):
+        made = stage({"max_steps": 1}, zero_variance, reward="same", zero_variance=zero_variance)
+        made.run()
+        row = rows(made)[0]
+        assert row["zero_variance_groups"] == 2 and row["frac_reward_zero_std"] == 1
+        assert (row["grad_norm"] > 0) == moves
+
+
+def test_a_part_of_the_groups_is_left_out(stage, tmp_path):
+    """The others' loss is that of a batch with nothing else (dapo divides by the number of trained tokens)."""
+    path = tmp_path / "two.jsonl"
+    path.write_text('{"problem": "1+1", "answer": "2"}\n{"problem": "9+9", "answer": "8"}\n')
+    data = Data(path=str(path))
+    made = stage({"max_steps": 1}, data=data, reward="first_problems", zero_variance="filter")
+    made.run()
+    row = rows(made)[0]
+    samples = list(read_jsonl(Path(made.out) / "samples.jsonl"))
+    assert row["zero_variance_groups"] == 1 and row["loss"] != 0
+    assert {sample["advantage"] != 0 for sample in samples if sample["prompt"] == "1+1"} == {True}
+    assert {sample["advantage"] for sample in samples if sample["prompt"] == "9+9"} == {0.0}
+
+
+def test_groups_of_equal_rewards_are_replaced(stage, tmp_path):
+    """Dynamic sampling: other problems of the data take their places, until every group differs."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(f'{{"problem": "{i % 10}+{i}", "answer": "1"}}\n' for i in range(32)))
+    options = {"data": Data(path=str(path)), "reward": "first_problems"}
+    made = stage(zero_variance="resample", **options)
+    made.run()
+    assert [row["zero_variance_groups"] for row in rows(made)] == [0] * 4
+    assert sum(row["resampled_groups"] for row in rows(made)) > 0
+    assert {sample["prompt"] < "5" for sample in read_jsonl(Path(made.out) / "samples.jsonl")} == {True}
+    again = stage(out="again", zero_variance="resample", **options)
+    again.run()
+    assert all(torch.equal(weights(again)[name], tensor) for name, tensor in weights(made).items())
+
+
+def test_groups_that_stay_equal_are_trained_on(stage):
+    made = stage({"max_steps": 1}, reward="same", zero_variance="resample")
+    made.run()
+    assert rows(made)[0]["zero_variance_groups"] == 2
+
+
+def test_resampling_needs_whole_groups(stage, monkeypatch):
+    """Each of several processes replaces its own."""
+    monkeypatch.setattr(GRPOConfig, "world_size", property(lambda self: 2))
+    arguments_of(stage({"per_device_train_batch_size": 4}, zero_variance="resample"))
+    with pytest.raises(UserError, match="2 x 1 samples must be whole groups of num_generations = 4"):
+        arguments_of(stage({"per_device_train_batch_size": 2}, zero_variance="resample"))
+
+
+# TRL's losses, the entropy bonus, sampling
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss_type": "dapo"},
+        {"loss_type": "dr_grpo", "scale_rewards": "none"},
+        {"loss_type": "cispo", "epsilon_high": 5.0},
+        {"loss_type": "grpo", "importance_sampling_level": "sequence"},  # GSPO
+        {"use_adaptive_entropy": True, "entropy_target": 9.0, "entropy_coef_delta": 0.25, "entropy_coef_max": 1.0},
+        {"min_p": 0.2, "top_k": 9},
+    ],
+    ids=lambda options: next(iter(options.values())),
+)
+def test_losses_and_options_go_through(stage, options):
+    """Two updates per generation: the second has ratios other than 1."""
+    made = stage(TWO_UPDATES | options | {"max_steps": 4})
+    made.run()
+    found = rows(made)
+    assert len(found) == 4 and all(row["grad_norm"] > 0 for row in found)
+    if "use_adaptive_entropy" in options:
+        assert [row["entropy_coef"] for row in found] == [0.26, 0.51, 0.76, 1.0]
+
+
+def test_min_p_reaches_the_engine(stage):
+    """Where only the likeliest token is allowed, all samples of a group are one."""
+    made = stage({"max_steps": 1, "min_p": 1.0})
+    made.run()
+    samples = list(read_jsonl(Path(made.out) / "samples.jsonl"))
+    assert len({sample["completion"] for sample in samples}) == 2
+
+
+# Rewards of one's own
+
+
+@pytest.mark.parametrize(
+    ("reward", "words"),
+    [
+        ("broken", "broken must return a finite number or None for each of 8 completions"),
+        ("short", "short must return a finite number"),
+        ("missing", "can't import"),
+        ({"corect": 1.0}, "'corect': neither one of correct, answered, overlong nor FILE.py:NAME"),
+        ({"nowhere.py:f": 1.0}, "can't import 'nowhere.py:f'"),
+        ({"correct": 0.0}, "need at least one reward with a weight"),
+        ({"correct": math.nan}, "need a finite number"),
+        ({"correct": 1.0, "operator:correct": 1.0}, "can't import"),
+    ],
+)
+def test_bad_rewards_are_refused(stage, reward, words):
+    with pytest.raises(UserError, match=words):
+        stage(reward=reward).run()
+
+
+def test_a_changed_reward_is_another_setting(stage, tmp_path):
+    made = stage()
+    before = made.settings()
+    (tmp_path / "own_rewards.py").write_text("def length(completions, **_): return [0.0] * len(completions)")
+    assert made.settings() != before
+
+
+# Evaluation, the best checkpoint, and what can be read while it runs
+
+
+def test_evaluation_has_its_own_n_and_the_best_checkpoint_is_saved(stage, monkeypatch):
+    """A reward on held-out problems that is best at step 2 of 4. Seeds are the same at each evaluation."""
+    asked, evaluated, scores = [], [], [0.25, 0.75, 0.5, 0.0]
+
+    def sample(self, prompts, n, seed, stop, plain=EngineRollouts.sample):
+        asked.append((len(prompts), n, seed))
+        return plain(self, prompts, n, seed, stop)
+
+    def evaluate(self, *arguments, plain=Trainer.evaluation_loop, **options):
+        output = plain(self, *arguments, **options)
+        self._metrics["eval"]["reward"] = [scores[len(evaluated)]]
+        evaluated.append({name: weight.clone() for name, weight in self.model.state_dict().items()})
+        return output
+
+    monkeypatch.setattr(EngineRollouts, "sample", sample)
+    monkeypatch.setattr(Trainer, "evaluation_loop", evaluate)
+    options = {"eval_strategy": "steps", "eval_steps": 1, "num_generations_eval": 2, "per_device_eval_batch_size": 4}
+    made = stage(options | {"learning_rate": 1e-2}, eval_rows=4)
+    made.run()
+    of_evaluations = [(p, n, seed) for p, n, seed in asked if n == 2]
+    assert len(asked) == 4 + 4 * 2 and len(of_evaluations) == 4 * 2 and {p for p, *_ in of_evaluations} == {2}
+    assert len({seed for *_, seed in of_evaluations}) == 2  # of the two batches
+    assert [row["eval_reward"] for row in metrics(Path(made.out)) if "eval_reward" in row] == scores
+    assert all(torch.equal(evaluated[1][name], tensor) for name, tensor in weights(made).items())
+    modes = [(row["step"], row["mode"]) for row in read_jsonl(Path(made.out) / "samples.jsonl")]
+    assert modes.count((1, "train")) == modes.count((1, "eval")) == 8
+
+
+def test_seconds_are_split(stage, monkeypatch):
+    """Into rollout, grading and update, which are all of a step. What an evaluation takes is none of them."""
+
+    def evaluate(self, *arguments, plain=Trainer.evaluation_loop, **options):
+        time.sleep(1)
+        return plain(self, *arguments, **options)
+
+    monkeypatch.setattr(Trainer, "evaluation_loop", evaluate)
+    made = stage(
+        {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "no", "load_best_model_at_end": False}, eval_rows=8
+    )
+    made.run()
+    for row in rows(made):
+        parts = [row[f"time/{name}"] for name in ("rollout", "grading", "update")]
+        assert min(parts) >= 0 and parts[0] > 0
+    first, *_, last = rows(made)
+    split = sum(row[f"time/{name}"] for row in rows(made)[1:] for name in ("rollout", "grading", "update"))
+    assert split < last["seconds"] - first["seconds"] - 0.9
