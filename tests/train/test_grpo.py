@@ -157,7 +157,7 @@ def test_drift_is_corrected_for(stage, monkeypatch, mode):
 
 
 def test_the_correction_keeps_the_losss_direction(stage, hybrid_dir, tmp_path, monkeypatch):
-    """An engine that samples at half the temperature: corrected, a step goes where the exact one goes."""
+    """An engine that samples at twice the temperature: corrected, a step goes where the exact one goes."""
     temperature = [1.0]
 
     def sample(self, *arguments, plain=EngineRollouts.sample):
@@ -169,7 +169,7 @@ def test_the_correction_keeps_the_losss_direction(stage, hybrid_dir, tmp_path, m
     path = tmp_path / "one.jsonl"
     path.write_text('{"problem": "1+1", "answer": "2"}\n')
     options = {"optim": "sgd", "max_grad_norm": 0.0, "entropy_coef": 0.0, "max_completion_length": 1, "max_steps": 1}
-    options |= {"num_generations": 2048, "per_device_train_batch_size": 2048, "scale_rewards": "none"}
+    options |= {"num_generations": 1024, "per_device_train_batch_size": 1024, "scale_rewards": "none"}
     start = load_file(hybrid_dir / "model.safetensors")
 
     def step(**more):
@@ -177,7 +177,7 @@ def test_the_correction_keeps_the_losss_direction(stage, hybrid_dir, tmp_path, m
         made.run()
         return torch.cat([(weight - start[name]).flatten() for name, weight in weights(made).items()])
 
-    exact, temperature[0] = step(seed=1), 0.5
+    exact, temperature[0] = step(seed=1), 2.0
     with pytest.raises(UserError, match="the engine's probabilities differ"):
         step(seed=2)
     monkeypatch.setattr("m1.train.grpo_trainer.check_drift", lambda *_: None)
@@ -447,3 +447,15 @@ def test_seconds_are_split(stage, monkeypatch):
     first, *_, last = rows(made)
     split = sum(row[f"time/{name}"] for row in rows(made)[1:] for name in ("rollout", "grading", "update"))
     assert split < last["seconds"] - first["seconds"] - 0.9
+
+
+# It learns
+
+
+def test_reward_rises(stage):
+    """From the share of odd first tokens that a random model draws."""
+    options = {"max_steps": 12, "per_device_train_batch_size": 32, "max_completion_length": 2, "learning_rate": 3e-3}
+    made = stage(options, reward="odd")
+    made.run()
+    rewards = [row["reward"] for row in rows(made)]
+    assert sum(rewards[-4:]) / 4 > sum(rewards[:2]) / 2 + 0.15
