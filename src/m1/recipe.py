@@ -28,6 +28,7 @@ from m1.tasks.prompts import ProblemPrompt, read_examples, read_template, read_t
 MODEL_NAME = re.compile(r"\w[\w .,+-]*")  # a key of [models], used as a folder name and as a curve's label
 FLOAT32 = 2.0**-126, 2.0**128 - 2.0**104  # the smallest and the largest positive number, without loss of precision
 INT64_MAX = 2**63 - 1
+BUILT_IN_REWARDS = ("correct", "answered", "overlong")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -308,6 +309,38 @@ class GRPOStage(TrainedStage):
 
     model: str = option(help="Checkpoint folder or Hub id.")
     max_num_seqs: int = option(256, "Maximum number of rollouts decoded in parallel.")
+    rewards: dict[str, int | float] = option(
+        {"correct": 1.0},
+        "Weight of each reward: correct, answered, overlong, or your own functions as FILE.py:NAME or MODULE:NAME.",
+    )
+    overlong_tokens: int | None = option(
+        None, "The reward overlong falls from 0 to -1 over this many last tokens; max_completion_length/5 by default."
+    )
+    zero_variance: Literal["keep", "filter", "resample"] = option(
+        "keep", "Groups of equal rewards: keep, filter (leave them out of the loss), or resample (other problems)."
+    )
+    gate_steps: int = option(10, "Steps between two checks of the engine's probabilities; each step is logged.")
+    logged_samples: int = option(64, "Maximum number of samples per generation in samples.jsonl.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for entry, weight in self.rewards.items():
+            where, _, name = entry.rpartition(":")
+            if entry not in BUILT_IN_REWARDS and not (where and name.isidentifier()):
+                known = ", ".join(BUILT_IN_REWARDS)
+                raise UserError(f"[rewards] {entry!r}: neither one of {known} nor FILE.py:NAME or MODULE:NAME")
+            if not math.isfinite(weight):
+                raise UserError(f"[rewards] {entry} = {weight}: need a finite number")
+        if not any(self.rewards.values()):
+            raise UserError("[rewards]: need at least one reward with a weight other than 0")
+        for name, least in (("gate_steps", 1), ("logged_samples", 0), ("overlong_tokens", 1)):
+            if (value := getattr(self, name)) is not None and value < least:
+                raise UserError(f"{name}={value}: need at least {least}")
+
+    def sources(self) -> list[Path]:
+        """The files and folders that the stage reads, those of its own rewards included."""
+        own = [entry.rpartition(":")[0] for entry in self.rewards]
+        return [*super().sources(), *(Path(where) for where in own if where.endswith(".py"))]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -247,7 +247,7 @@ def test_prompts_too_long_for_rl(tmp_path, hybrid_dir, caplog):
         stage = GRPOStage(model=str(hybrid_dir), out=str(tmp_path / "out"), data=Data(path=path), trainer=trainer)
         return fitting_problems(stage, grpo_arguments(stage), byte_tokenizer(), 512)
 
-    assert [row["prompt"][0]["content"] for row in fitting(256)] == ["xxxxx"]
+    assert [row["prompt"][0]["content"] for row in fitting(256)[0]] == ["xxxxx"]
     assert "1 prompts, the longest of 303 tokens; 1 dropped, longer than the 256" in caplog.text
     with pytest.raises(UserError, match=r"no prompt fits: the shortest of 2 has 8 tokens, and max_completion_length ="):
         fitting(512)
