@@ -112,6 +112,11 @@ class DistillTrainer(StageTrainer, SFTTrainer):
         self.divergence, self.forward_kl_steps = divergence, forward_kl_steps
 
     @property
+    def networks(self) -> list[PreTrainedModel]:
+        """The student and the teacher."""
+        return [*super().networks, self.teacher]
+
+    @property
     def flops_per_token(self) -> float:
         """Operations per trained token, with the teacher's forward pass."""
         return super().flops_per_token + 2 * weights_in_products(self.teacher)

@@ -37,6 +37,7 @@ from m1.recipe import INT64_MAX, TrainedStage
 from m1.runs import Run, sha256
 from m1.secrets import redact_settings
 from m1.train.checkpoints import last_checkpoint, seal
+from m1.train.speed import speed_up
 from m1.train.stage_trainer import StageTrainer
 
 MADE = ("checkpoints", METRICS, "tensorboard", "model.part")  # what an interrupted stage leaves
@@ -171,6 +172,8 @@ def run_training(
         set_seed(arguments.seed)
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.folder / "tensorboard")  # the trainer reads it when it is made
         trainer, interrupt = _made(make_trainer, stage, arguments), _InterruptCallback()
+        for network in trainer.networks:
+            speed_up(network, stage.compile)
         trainer.add_callback(interrupt)
         trainer.add_callback(MetricsCallback(run, trainer))
         trainer.add_callback(_TrainedCallback())
