@@ -90,6 +90,8 @@ def trainer_arguments(cls: type[Arguments], out: str | Path, given: dict[str, An
         "bf16": torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported(),  # else emulated and slow
         "disable_tqdm": False,
     }
+    if torch.cuda.is_available():  # batches are made and copied while the GPU works
+        common |= {"dataloader_num_workers": 1, "accelerator_config": {"non_blocking": True}}
     given = {key: value for key, value in given.items() if key != "model_init_kwargs"}  # see model_options
     try:
         return cls(**(common | defaults | given))
