@@ -80,6 +80,11 @@ class AlignTrainer(DistillTrainer):
                 mixers[i].mamba.register_forward_hook(self._compares(i))
 
     @property
+    def networks(self) -> list[PreTrainedModel]:
+        """None: layers with hooks inside don't compile."""
+        return []
+
+    @property
     def flops_per_token(self) -> float:
         """Operations per trained token: both models' forward pass, and the mixers' backward pass."""
         model = self.accelerator.unwrap_model(self.model)

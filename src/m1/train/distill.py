@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -120,6 +121,11 @@ class DistillTrainer(StageTrainer, SFTTrainer):
         self.divergence, self.forward_kl_steps = divergence, forward_kl_steps
 
     @property
+    def networks(self) -> list[PreTrainedModel]:
+        """The student and the teacher."""
+        return [*super().networks, self.teacher]
+
+    @property
     def flops_per_token(self) -> float:
         """Operations per trained token, with the teacher's forward pass."""
         return super().flops_per_token + 2 * weights_in_products(self.teacher)
@@ -133,25 +139,33 @@ class DistillTrainer(StageTrainer, SFTTrainer):
     ) -> Any:
         """The divergence from the teacher, averaged over assistant tokens. Overrides TRL's loss."""
         self.count_tokens(inputs)
-        selected = inputs["labels"][:, 1:] != -100
+        trained = F.pad(inputs["labels"][:, 1:] != -100, (0, 1)).flatten()
         # The model's own forward, with its wrappers, runs for its last hidden states. It makes logits of one position.
         forward = {k: v for k, v in inputs.items() if k != "labels"} | {"use_cache": False, "logits_to_keep": 1}
         student = self.accelerator.unwrap_model(model)
         states, outputs = last_states(student.get_decoder(), partial(model, **forward))
+        teacher_states = self.teacher_states(forward)
+        positions = trained.nonzero().squeeze(1)  # the step's only wait for a GPU, behind both forward passes
         total = divergence_from_states(
-            states[:, :-1][selected],
+            states.flatten(0, 1)[positions],
             student.get_output_embeddings().weight,
-            self.teacher_states(forward)[:, :-1][selected],
+            teacher_states.flatten(0, 1)[positions],
             self.teacher_head,
             self.current_divergence,
         )
-        count = selected.sum() if num_items_in_batch is None else num_items_in_batch
+        count = len(positions) if num_items_in_batch is None else num_items_in_batch
         loss = total / torch.as_tensor(count, device=total.device).clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
         mode = "train" if self.model.training else "eval"
-        self._metrics[mode][self.current_divergence].append((total / selected.sum().clamp(min=1)).item())
+        self._metrics[mode][self.current_divergence].append(total.detach() / max(len(positions), 1))
         return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Logs as TRL does. The divergences since the last log are read now, which waits for a GPU once."""
+        for values in self._metrics["train" if self.model.training else "eval"].values():
+            values[:] = torch.stack(values).tolist()
+        super().log(logs, start_time)
 
     @torch.no_grad()
     def teacher_states(self, inputs: dict[str, Any]) -> Tensor:

@@ -134,7 +134,10 @@ def arguments_of(stage: SFTStage | TaughtStage) -> SFTConfig:
             raise UserError(f"[trainer] {key}: M1 prepares the rows itself; remove the key ({instead})")
     if isinstance(stage, SFTStage) and stage.init:
         new_config(stage.init)
-    arguments = trainer_arguments(SFTConfig, stage.out, stage.trainer, **DEFAULTS, **eval_defaults(stage))
+    defaults = DEFAULTS | eval_defaults(stage)
+    if stage.data.streaming:
+        defaults["dataloader_num_workers"] = 0  # each worker would read the stream
+    arguments = trainer_arguments(SFTConfig, stage.out, stage.trainer, **defaults)
     if arguments.max_length is not None and arguments.max_length < 1:
         raise UserError(f"[trainer] max_length = {arguments.max_length}: need at least 1")
     if stage.data.streaming and arguments.max_steps < 1:

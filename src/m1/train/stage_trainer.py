@@ -43,6 +43,11 @@ class StageTrainer(Trainer):
         self._unread: list[tuple[int, str, Tensor]] = []
 
     @property
+    def networks(self) -> list[PreTrainedModel]:
+        """The models whose layers a step runs."""
+        return [self.accelerator.unwrap_model(self.model)]
+
+    @property
     def flops_per_token(self) -> float:
         """Operations per trained token: 2 per weight in each of 3 passes, without attention scores or recomputing."""
         return 6 * weights_in_products(self.accelerator.unwrap_model(self.model))

@@ -38,6 +38,7 @@ from m1.runs import Run, sha256
 from m1.secrets import redact_settings
 from m1.train.checkpoints import last_checkpoint, seal
 from m1.train.data import check_files
+from m1.train.speed import speed_up
 from m1.train.stage_trainer import StageTrainer
 
 MADE = ("checkpoints", METRICS, SAMPLES, "tensorboard", "model.part")  # what an interrupted stage leaves
@@ -92,6 +93,8 @@ def trainer_arguments(cls: type[Arguments], out: str | Path, given: dict[str, An
         "bf16": torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported(),  # else emulated and slow
         "disable_tqdm": False,
     }
+    if torch.cuda.is_available():  # batches are made and copied while the GPU works
+        common |= {"dataloader_num_workers": 1, "accelerator_config": {"non_blocking": True}}
     given = {key: value for key, value in given.items() if key != "model_init_kwargs"}  # see model_options
     try:
         return cls(**(common | defaults | given))
@@ -176,6 +179,8 @@ def run_training(
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.folder / "tensorboard")  # the trainer reads it when it is made
         trainer, interrupt = _made(make_trainer, stage, arguments), _InterruptCallback()
         trainer.write_row = run.append
+        for network in trainer.networks:
+            speed_up(network, stage.compile)
         trainer.add_callback(interrupt)
         trainer.add_callback(MetricsCallback(run, trainer))
         trainer.add_callback(_TrainedCallback())
