@@ -453,8 +453,8 @@ MUTANTS = [
     ),
     # training
     Mutant(
-        "train/distill.py", "count = selected.sum() if num_items_in_batch is None else num_items_in_batch",
-        "count = selected.sum()", "train/test_distill.py", "accumulated batches are weighed alike",
+        "train/distill.py", "count = len(positions) if num_items_in_batch is None else num_items_in_batch",
+        "count = len(positions)", "train/test_distill.py", "accumulated batches are weighed alike",
     ),
     Mutant(
         "train/distill.py", "if known.get(token) != i:", "if token not in known:", "train/test_distill.py",

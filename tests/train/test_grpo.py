@@ -156,6 +156,7 @@ def test_drift_is_corrected_for(stage, monkeypatch, mode):
         torch.testing.assert_close(ratio[whole], torch.full_like(ratio[whole], value), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.long
 def test_the_correction_keeps_the_losss_direction(stage, hybrid_dir, tmp_path, monkeypatch):
     """An engine that samples at twice the temperature: corrected, a step goes where the exact one goes."""
     temperature = [1.0]
