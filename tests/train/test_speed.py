@@ -15,7 +15,9 @@ from m1.train.speed import compile_layers, speed_up
 LENGTHS = (37, 90, 130)  # of Mamba-2 more than a chunk, too
 
 
-@pytest.fixture(scope="module", params=["mamba", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("mamba2", "llama"))])
+@pytest.fixture(
+    scope="module", params=["mamba", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("mamba2", "llama"))]
+)
 def checkpoint(request, teacher_dir, tmp_path_factory):
     if request.param == "llama":
         return teacher_dir
