@@ -18,7 +18,7 @@ from m1.errors import UserError
 from m1.model.configuration import MAMBA, layer_kinds
 from m1.recipe import AlignStage
 from m1.train import distill
-from m1.train.distill import DistillTrainer, load_pair
+from m1.train.distill import DistillTrainer, forward_arguments, load_pair
 from m1.train.stage_trainer import weights_in_products
 from m1.train.trainer import refuse_ignored, run_training
 
@@ -100,7 +100,7 @@ class AlignTrainer(DistillTrainer):
     ) -> Any:
         """The mixers' relative errors, averaged over layers. Overrides the divergence."""
         self.count_tokens(inputs)
-        forward = {k: v for k, v in inputs.items() if k != "labels"} | {"use_cache": False, "logits_to_keep": 1}
+        forward = forward_arguments(inputs)
         self.teacher_states(forward)
         self._real, self._errors = inputs.get("attention_mask"), []
         outputs = model(**forward)

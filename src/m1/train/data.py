@@ -80,7 +80,7 @@ def check_files(data: Data) -> None:
     """Raises UserError if a file of the data can't be read, or is empty. Models take longer to load."""
     for source in () if data.task else data.sources:
         if is_file(source):
-            next(open_source(data, source)[0])
+            next(_limited(source, read_rows(source, "train"), 1))
     for benchmark in data.exclude:
         if is_file(benchmark):
             Overlap.of([benchmark])

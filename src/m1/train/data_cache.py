@@ -12,6 +12,7 @@ KEY is a hash of all that the rows depend on: content, template, tokenizer, opti
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,10 @@ class Preparation:
         counts = sum((part.counts for part in parts), Counts())
         return Prepared(rows, counts, np.concatenate([part.lengths for part in parts]))
 
+    @cached_property
+    def _overlaps(self) -> Overlap:
+        return Overlap.of(self.data.exclude)
+
     def _mixed(self, parts: list[Any]) -> Any:
         if len(parts) == 1:
             return parts[0]
@@ -183,10 +188,8 @@ class Preparation:
                 )  # fmt: skip
 
     def _batches(self, source: str, raw: Iterator[dict[str, Any]], counts: Counts) -> Iterator[list[Example]]:
-        overlaps = Overlap.of(self.data.exclude)
-
         def is_kept(row: Conversation) -> bool:
-            excluded = any(overlaps(message["content"]) for message in row.messages if message["role"] == "user")
+            excluded = any(self._overlaps(message["content"]) for message in row.messages if message["role"] == "user")
             counts.excluded += excluded
             return not excluded
 

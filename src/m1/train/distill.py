@@ -140,8 +140,8 @@ class DistillTrainer(StageTrainer, SFTTrainer):
         """The divergence from the teacher, averaged over assistant tokens. Overrides TRL's loss."""
         self.count_tokens(inputs)
         trained = F.pad(inputs["labels"][:, 1:] != -100, (0, 1)).flatten()
-        # The model's own forward, with its wrappers, runs for its last hidden states. It makes logits of one position.
-        forward = {k: v for k, v in inputs.items() if k != "labels"} | {"use_cache": False, "logits_to_keep": 1}
+        # the model's own forward, with its wrappers, runs for its last hidden states
+        forward = forward_arguments(inputs)
         student = self.accelerator.unwrap_model(model)
         states, outputs = last_states(student.get_decoder(), partial(model, **forward))
         teacher_states = self.teacher_states(forward)
@@ -181,6 +181,11 @@ class DistillTrainer(StageTrainer, SFTTrainer):
     def current_divergence(self) -> Divergence:
         """The divergence of the current step: forward KL during the warm-up."""
         return "forward_kl" if self.state.global_step < self.forward_kl_steps else self.divergence
+
+
+def forward_arguments(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a model's forward pass on a batch, for its states alone: it makes logits of one position."""
+    return {k: v for k, v in inputs.items() if k != "labels"} | {"use_cache": False, "logits_to_keep": 1}
 
 
 def last_states(decoder: nn.Module, forward: Callable[[], Any]) -> tuple[Tensor, Any]:
