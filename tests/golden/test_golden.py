@@ -34,7 +34,7 @@ def test_log_probabilities_and_losses_are_as_before(recorded):
     assert split(recorded)[1] == pytest.approx(split(GOLDEN)[1], rel=1e-4, abs=1e-4)
 
 
-@pytest.mark.skip(reason="recorded once, and not compared with a second run yet")
+@pytest.mark.long
 def test_twenty_steps_of_every_stage_and_mixer_are_as_before(tmp_path):
     """Recorded by `python tests/golden/record.py --trajectories tests/golden/trajectories.json`."""
     expected = json.loads((HERE / "trajectories.json").read_text())
