@@ -12,12 +12,10 @@ from m1.model.convert import convert
 from m1.model.packed_attention import PACKED, attend_without_mask
 from m1.train.speed import compile_layers, speed_up
 
-# On two CPU cores they take minutes.
-ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="compiling takes minutes on a CPU")
 LENGTHS = (37, 90, 130)  # of Mamba-2 more than a chunk, too
 
 
-@pytest.fixture(scope="module", params=["mamba", *(pytest.param(kind, marks=ON_GPU) for kind in ("mamba2", "llama"))])
+@pytest.fixture(scope="module", params=["mamba", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("mamba2", "llama"))])
 def checkpoint(request, teacher_dir, tmp_path_factory):
     if request.param == "llama":
         return teacher_dir
@@ -67,8 +65,8 @@ def step(model, inputs, dtype=torch.float32):
     [
         ("packed", False),
         ("padded", True),
-        pytest.param("packed", True, marks=ON_GPU),
-        pytest.param("padded", False, marks=ON_GPU),
+        pytest.param("packed", True, marks=pytest.mark.long),
+        pytest.param("padded", False, marks=pytest.mark.long),
     ],
 )
 def test_compiled_steps_equal_eager_ones(checkpoint, kind, checkpointing):
@@ -84,7 +82,7 @@ def test_compiled_steps_equal_eager_ones(checkpoint, kind, checkpointing):
     assert counters["stats"]["unique_graphs"] <= 2 * kinds + 1  # one more where Mamba-2 has several chunks
 
 
-@ON_GPU
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="compiling to machine code takes minutes on a CPU")
 @pytest.mark.parametrize("kind", ["packed", "padded"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_compiled_to_machine_code(checkpoint, kind, dtype):
