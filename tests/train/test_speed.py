@@ -13,9 +13,10 @@ from m1.model.packed_attention import PACKED, attend_without_mask
 from m1.train.speed import compile_layers, speed_up
 
 LENGTHS = (37, 90, 130)  # of Mamba-2 more than a chunk, too
+LONG = [pytest.param(kind, marks=pytest.mark.long) for kind in ("mamba2", "llama")]
 
 
-@pytest.fixture(scope="module", params=["mamba", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("mamba2", "llama"))])
+@pytest.fixture(scope="module", params=["mamba", *LONG])
 def checkpoint(request, teacher_dir, tmp_path_factory):
     if request.param == "llama":
         return teacher_dir
