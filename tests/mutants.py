@@ -80,8 +80,24 @@ MUTANTS = [
         "a sequence comes back with another's registers",
     ),
     Mutant(
-        "train/rollout.py", "self.llm.reload_weights()", "pass", "train/test_stages.py",
+        "train/rollout.py", "self.llm.reload_weights(self.model)", "pass", "train/test_grpo.py",
         "GRPO samples with the weights of its first generation",
+    ),
+    Mutant(
+        "train/rollout.py", "if not drift <= MAX_DRIFT:", "if drift > MAX_DRIFT:", "train/test_grpo.py",
+        "the gate lets a NaN pass",
+    ),
+    Mutant(
+        "train/grpo_trainer.py", "generation = self._step // self.window", "generation = 0", "train/test_grpo.py",
+        "the seed of a rollout has no step",
+    ),
+    Mutant(
+        "train/grpo_trainer.py", "self.num_generations if self.model.training else self.num_generations_eval",
+        "self.num_generations", "train/test_grpo.py", "evaluation rollouts with training's n",
+    ),
+    Mutant(
+        "train/grpo_trainer.py", "self._buffered_inputs if self._step % self.window else None", "None",
+        "train/test_grpo.py", "a resume inside a generation's window draws other samples",
     ),
     Mutant(
         "train/trainer.py", "if state.global_step >= state.max_steps:", "if False:", "train/test_stages.py",
@@ -437,8 +453,8 @@ MUTANTS = [
     ),
     # training
     Mutant(
-        "train/distill.py", "count = selected.sum() if num_items_in_batch is None else num_items_in_batch",
-        "count = selected.sum()", "train/test_distill.py", "accumulated batches are weighed alike",
+        "train/distill.py", "count = len(positions) if num_items_in_batch is None else num_items_in_batch",
+        "count = len(positions)", "train/test_distill.py", "accumulated batches are weighed alike",
     ),
     Mutant(
         "train/distill.py", "if known.get(token) != i:", "if token not in known:", "train/test_distill.py",

@@ -1,8 +1,9 @@
-"""Free memory: the least of what the system, the cgroups of both versions and the ulimit leave."""
+"""Free memory is the least of what system, cgroups and ulimit leave; measuring leaves training alone."""
 
 import resource
 
 import pytest
+import torch
 
 from m1 import machine
 
@@ -57,3 +58,10 @@ def test_a_system_without_these_files(system):
     for path in system.parent.iterdir():
         path.unlink()
     assert machine.free_host_memory() > 0
+
+
+def test_measuring_draws_no_random_numbers_of_training():
+    """How many it drew was up to the clock, so that two trainings with one seed differed."""
+    before = torch.get_rng_state()
+    assert machine.gemm_rate(torch.device("cpu"), torch.float32) > 0
+    assert torch.equal(torch.get_rng_state(), before)

@@ -41,7 +41,7 @@ CONVERT = 'stage = "convert"\nteacher = "a"\nout = "b"\nkeep_attention = [1]\n'
         (CONVERT + 'mixer = "mamba3"', "mixer = 'mamba3' should be 'mamba' or 'mamba2'"),
         (CONVERT + 'head_alignment = "other"', "head_alignment = 'other' should be 'official' or 'attention'"),
         (CONVERT.replace('out = "b"\n', ""), "missing key 'out'"),
-        (CONVERT.replace("convert", "konvert"), "stage = 'konvert' must be one of convert, rank-layers, sft"),
+        (CONVERT.replace("convert", "konvert"), "stage = 'konvert' must be one of convert, rank-layers, align, sft"),
         ("stage = ", "not valid TOML"),
         ('stage = "sft"\nout = "x"\n[data]\ntask = "chain"', "exactly one of `model`"),
         ('stage = "sft"\nout = "x"\nmodel = "m"\n[data]\nmax_step = 3', r"\[data\]: unknown key 'max_step'"),

@@ -15,6 +15,7 @@ from m1.outputs import MANIFEST
 from m1.runs import SETTINGS, is_busy
 
 METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
 
 
 @dataclass(frozen=True)

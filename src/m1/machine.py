@@ -23,9 +23,10 @@ LARGEST_PRODUCT = 16384
 def gemm_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Operations per second of square matrix products. Their size doubles until one takes PRODUCT_SECONDS."""
     best, size, seconds = 0.0, 512, 0.0
+    generator = torch.Generator(device).manual_seed(0)  # torch's own is training's, and how much is drawn takes a clock
     while seconds < PRODUCT_SECONDS and size <= LARGEST_PRODUCT:
         # With constants a GPU would draw less power and be faster.
-        a = torch.randn(size, size, dtype=dtype, device=device)
+        a = torch.randn(size, size, dtype=dtype, device=device, generator=generator)
         product = torch.empty_like(a)
         seconds = min(timed(partial(torch.matmul, a, a, out=product), device) for _ in range(3))
         best, size = max(best, 2 * size**3 / seconds), 2 * size

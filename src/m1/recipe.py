@@ -29,6 +29,7 @@ from m1.text import check_name
 
 FLOAT32 = 2.0**-126, 2.0**128 - 2.0**104  # the smallest and the largest positive number, without loss of precision
 INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
+BUILT_IN_REWARDS = ("correct", "answered", "overlong")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,9 @@ class Data(ChainSizes):
     slip_rate: float = option(0.0, "Share of a chain's worked steps that are wrong.")
     seed: int = option(0, "Seed of the chain problems, and of the order in which several paths are mixed.")
     limit: int | None = option(None, "Maximum number of rows of each path; the first ones are used.")
+    exclude: list[str] = option(
+        [], "Benchmarks whose problems are dropped from the rows, and counted: gsm8k, math500, ..., files or data sets."
+    )
     prompt_template: str = option("{problem}", "User message, with {problem} in it.")
     overlong: Literal["drop", "cut"] = option(
         "drop", "Rows longer than max_length: drop them, or cut them, so that the answer loses its end."
@@ -109,7 +113,7 @@ class Stage:
     function: ClassVar[str]
     trained: ClassVar[bool] = False
     is_file: ClassVar[bool] = False
-    free: ClassVar[tuple[str, ...]] = ("out", "max_num_seqs", "devices")
+    free: ClassVar[tuple[str, ...]] = ("out", "max_num_seqs", "devices", "compile")
 
     out: str = option(help="Output.")
 
@@ -154,6 +158,7 @@ class Stage:
         data = getattr(self, "data", None)
         texts = [getattr(self, name, None) or "" for name in ("prompt_template", "system_prompt", "chat_template")]
         paths = data.sources if isinstance(data, Data) and not data.task else [data if isinstance(data, str) else None]
+        paths += data.exclude if isinstance(data, Data) else []
         paths += [getattr(self, name, None) for name in ("prompts", "few_shot")]
         paths += [*(text[1:] for text in texts if text.startswith("@")), *self.checkpoints()]
         ranking = ranking_file(getattr(self, "keep_attention", None))
@@ -256,6 +261,9 @@ class TrainedStage(Stage, ChatTemplateOption):
     data: Data = option(help="Training data.")
     eval_rows: int = option(0, "Rows held out of the data, to evaluate on; once per epoch, or as `eval_strategy` says.")
     mixer_lr_scale: float = option(1.0, "Learning rate of the Mamba mixers, as a multiple of the others'.")
+    compile: Literal["auto", True, False] = option(
+        False, "Compile the layers (torch.compile): faster steps after a minute or two. auto: on a GPU."
+    )
     trainer: dict[str, Any] = option({}, "Arguments of TRL's trainer: SFTConfig, for grpo GRPOConfig.")
 
     def __post_init__(self) -> None:
@@ -282,20 +290,34 @@ class SFTStage(TrainedStage):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillStage(TrainedStage):
+class TaughtStage(TrainedStage):
+    """What the stages that learn from a teacher have in common: both models."""
+
+    model: str = option(help="The student's checkpoint folder or Hub id.")
+    teacher: str = option(help="The teacher's checkpoint folder or Hub id.")
+    teacher_dtype: Literal["float32", "bfloat16", "float16"] | None = option(
+        None, "What the teacher runs in. Default: the checkpoint's dtype, under the student's autocast."
+    )
+    teacher_device: str | None = option(None, "Where the teacher runs, e.g. cuda:1. Default: the student's device.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignStage(TaughtStage):
+    """Stage `align`: each mixer of `model` learns the output of the attention in `teacher` that it replaces."""
+
+    kind = "align"
+    function = "m1.train.align:align"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillStage(TaughtStage):
     """Stage `distill`: distillation of `teacher` into `model` on assistant tokens."""
 
     kind = "distill"
     function = "m1.train.distill:distill"
 
-    model: str = option(help="The student's checkpoint folder or Hub id.")
-    teacher: str = option(help="The teacher's checkpoint folder or Hub id.")
     divergence: Literal["reverse_kl", "forward_kl", "jsd"] = option("reverse_kl", "The loss per assistant token.")
     forward_kl_steps: int = option(0, "Optimizer steps under forward KL before `divergence` takes over.")
-    teacher_dtype: Literal["float32", "bfloat16", "float16"] | None = option(
-        None, "What the teacher runs in. Default: the checkpoint's dtype, under the student's autocast."
-    )
-    teacher_device: str | None = option(None, "Where the teacher runs, e.g. cuda:1. Default: the student's device.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,10 +329,38 @@ class GRPOStage(TrainedStage):
 
     model: str = option(help="Checkpoint folder or Hub id.")
     max_num_seqs: int = option(256, "Maximum number of rollouts decoded in parallel.")
+    rewards: dict[str, int | float] = option(
+        {"correct": 1.0},
+        "Weight of each reward: correct, answered, overlong, or your own functions as FILE.py:NAME or MODULE:NAME.",
+    )
+    overlong_tokens: int | None = option(
+        None, "The reward overlong falls from 0 to -1 over this many last tokens; max_completion_length/5 by default."
+    )
+    zero_variance: Literal["keep", "filter", "resample"] = option(
+        "keep", "Groups of equal rewards: keep, filter (leave them out of the loss), or resample (other problems)."
+    )
+    gate_steps: int = option(10, "Steps between two checks of the engine's probabilities; each step is logged.")
+    logged_samples: int = option(64, "Maximum number of samples per generation in samples.jsonl.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least_one(self, "max_num_seqs")
+        for entry, weight in self.rewards.items():
+            where, _, name = entry.rpartition(":")
+            if entry not in BUILT_IN_REWARDS and not (where and name.isidentifier()):
+                known = ", ".join(BUILT_IN_REWARDS)
+                raise UserError(f"[rewards] {entry!r}: neither one of {known} nor FILE.py:NAME or MODULE:NAME")
+            if not math.isfinite(weight):
+                raise UserError(f"[rewards] {entry} = {weight}: need a finite number")
+        if not any(self.rewards.values()):
+            raise UserError("[rewards]: need at least one reward with a weight other than 0")
+        _at_least_one(self, "max_num_seqs", "gate_steps", "overlong_tokens")
+        if self.logged_samples < 0:
+            raise UserError(f"logged_samples={shown(self.logged_samples)}: must not be negative")
+
+    def sources(self) -> list[Path]:
+        """The files and folders that the stage reads, those of its own rewards included."""
+        own = [entry.rpartition(":")[0] for entry in self.rewards]
+        return [*super().sources(), *(Path(where) for where in own if where.endswith(".py"))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -588,7 +638,8 @@ class BudgetStage(MeasuredStage, BudgetSettings):
 STAGES: dict[str, type[Stage]] = {
     cls.kind: cls
     for cls in (
-        ConvertStage, RankLayersStage, SFTStage, DistillStage, GRPOStage, GenerateStage, EvalStage, BudgetStage,
+        ConvertStage, RankLayersStage, AlignStage, SFTStage, DistillStage, GRPOStage, GenerateStage, EvalStage,
+        BudgetStage,
     )
 }  # fmt: skip
 

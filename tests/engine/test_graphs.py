@@ -23,12 +23,14 @@ def generate(model, graphs, count, **options):
     return [r.sequences[0] for r in requests], engine.executor
 
 
-@pytest.mark.parametrize("options", [{"temperature": 0}, {"seed": 3}, {"seed": 3, "top_k": 9}])
+@pytest.mark.parametrize(
+    "options", [{"temperature": 0}, {"seed": 3}, {"seed": 3, "top_k": 9}, {"seed": 3, "presence_penalty": 1.0}]
+)
 def test_graphs_equal_eager_steps(model, options):
     """Samples end one after another, so that sizes 16, 8, 4, 2 and 1 all come about."""
     expected, _ = generate(model, False, 11, **options)
     actual, executor = generate(model, True, 11, **options)
-    used = executor.network if "top_k" in options else executor.step
+    used = executor.network if options.keys() & {"top_k", "presence_penalty"} else executor.step
     assert set(used.captured) == {1, 2, 4, 8, 16}
     for a, b in zip(actual, expected, strict=True):
         assert a.token_ids == b.token_ids

@@ -23,7 +23,12 @@ from m1.jsonl import read_jsonl
 from m1.model.convert import convert
 
 KILLS = 4  # per command, in the long version
-TRAINING_KILLS = 5
+TRAINING_KILLS = {"sft": 5, "distill": 5, "grpo": 20}
+RL = """
+    num_generations = 4
+    max_completion_length = 8
+    steps_per_generation = 2
+"""
 TRAINING = """
     stage = "{kind}"
     out = "{out}"
@@ -35,11 +40,12 @@ TRAINING = """
     min_steps = 1
     max_steps = 3
     [trainer]
-    max_steps = 300
-    save_steps = 2
+    max_steps = {steps}
+    save_steps = 3
     logging_steps = 1
     per_device_train_batch_size = 4
     learning_rate = 1e-3
+    {rl}
 """
 LONG = 6  # its amount of work: more than starting takes
 FOREIGN = {  # beside the output; names that commands use for their own files are among them
@@ -237,17 +243,22 @@ def test_killed_at_random_moments(inputs, tmp_path, name):
 
 @pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
-@pytest.mark.parametrize("kind", ["sft", "distill"])
+@pytest.mark.parametrize("kind", ["sft", "distill", "grpo"])
 def test_training_interrupted_at_random_steps(inputs, tmp_path, kind, number):
-    recipes = {}
+    """Of a generation that two of grpo's steps train on, every other checkpoint has half left."""
+    recipes, steps = {}, 160 if kind == "grpo" else 300
+    (tmp_path / "rewards.py").write_text("def length(completion_ids, **_): return [i[0] % 5 for i in completion_ids]")
     for name in ("whole", "cut"):
         recipes[name] = tmp_path / f"{name}.toml"
         more = f'teacher = "{inputs / "teacher"}"\nforward_kl_steps = 100' if kind == "distill" else ""
-        values = {"kind": kind, "out": tmp_path / name, "model": inputs / "hybrid", "more": more}
+        if kind == "grpo":
+            more = f'rewards = {{"{tmp_path / "rewards.py"}:length" = 1.0}}'
+        values = {"kind": kind, "out": tmp_path / name, "model": inputs / "hybrid", "more": more, "steps": steps}
+        values["rl"] = RL if kind == "grpo" else ""
         recipes[name].write_text(TRAINING.format(**values))
     complete(kind, recipes["whole"])
     moments, at = random.Random(f"{kind} {number}"), []
-    for _ in range(TRAINING_KILLS):
+    for _ in range(TRAINING_KILLS[kind]):
         process = start(kind, recipes["cut"], "--resume")
         wanted = lines(tmp_path / "cut") + moments.randint(1, 7)
         while lines(tmp_path / "cut") < wanted and process.poll() is None:
@@ -263,7 +274,7 @@ def test_training_interrupted_at_random_steps(inputs, tmp_path, kind, number):
     whole, cut = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
     assert all(torch.equal(cut[name], tensor) for name, tensor in whole.items())
     losses = [[(row["step"], row["loss"]) for row in read_jsonl(tmp_path / name / "metrics.jsonl")] for name in recipes]
-    assert losses[0] == losses[1] and len(losses[0]) == 300
+    assert losses[0] == losses[1] and len(losses[0]) == steps
 
 
 def lines(out):

@@ -145,17 +145,21 @@ def train(stage, out, **keys):
     return {"metrics": steady(rows(out / "metrics.jsonl")), "weights": weights_of(out)}
 
 
-def training(stages, name, model, teacher, folder):
-    """Each stage by itself, from the same model."""
+def training(stages, name, model, teacher, folder, **trainer):
+    """Each stage by itself, from the same model. `trainer` changes its arguments."""
     batch = {batch_option().strip("-").replace("-", "_"): 6}
     options = {
         "sft": {},
-        "sft packed": {"trainer": TRAINER | {"packing": True, "max_length": 128}},
+        "sft packed": {"trainer": {"packing": True, "max_length": 128}},
         "distill": {"teacher": str(teacher), "forward_kl_steps": 2},
         "distill jsd": {"teacher": str(teacher), "divergence": "jsd"},
-        "grpo": {"trainer": TRAINER | RL, **batch},
+        "grpo": {"trainer": RL, **batch},
     }
-    return {s: train(s.split()[0], folder / f"{s} {name}", model=str(model), **options[s]) for s in stages}
+    made = {}
+    for stage in stages:
+        keys = options[stage] | {"trainer": TRAINER | options[stage].get("trainer", {}) | trainer}
+        made[stage] = train(stage.split()[0], folder / f"{stage} {name}", model=str(model), **keys)
+    return made
 
 
 def pipeline(folder):

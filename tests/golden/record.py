@@ -2,6 +2,7 @@
 
     python tests/golden/record.py OUT.json               # every command, every mixer
     python tests/golden/record.py --small OUT.json       # what golden.json keeps
+    python tests/golden/record.py --trajectories OUT.json  # 20 steps of training: trajectories.json
     python tests/golden/record.py --compare A.json B.json
 
 Everything goes through the command line and its files: names inside the package may change in between. Seconds, paths
@@ -170,6 +171,20 @@ def record(folder, small=False):
     return golden
 
 
+def trajectories(folder):
+    """20 steps of every training stage on every mixer: {"stage/mixer": [step's loss, gradient norm and reward]}."""
+    teacher, made = talker("llama", folder / "llama"), {}
+    for mixer in MIXERS:
+        model = scrambled(convert(teacher, folder / mixer, "--keep-attention", "1,3", "--mixer", mixer))
+        stages = ("sft", "sft packed", "distill", "distill jsd", "grpo")
+        for stage, result in training(stages, mixer, model, teacher, folder, max_steps=20).items():
+            steps = [row for row in result["metrics"] if "loss" in row]
+            made[f"{stage}/{mixer}"] = [
+                [row[key] for key in ("loss", "grad_norm", "reward") if key in row] for row in steps
+            ]
+    return made
+
+
 def leaves(value, path=""):
     """(path, value) of everything that is neither a dict nor a list."""
     if isinstance(value, dict | list) and value:
@@ -194,11 +209,12 @@ def main(arguments):
                 print(path, *map(repr, values), sep="\n    ")
             print(f"{len(found)} differences")
             return int(bool(found))
-        case ["--small", out] | [out]:
+        case ["--small" | "--trajectories" as kind, out] | [out, *kind]:
             os.environ["COLUMNS"] = "200"
             torch.set_num_threads(2)
             with tempfile.TemporaryDirectory() as folder:
-                text = json.dumps(record(Path(folder), small=len(arguments) == 2), indent=1, ensure_ascii=False)
+                made = trajectories(Path(folder)) if kind == "--trajectories" else record(Path(folder), bool(kind))
+                text = json.dumps(made, indent=1, ensure_ascii=False)
             Path(out).write_text(text.replace(folder, "FOLDER") + "\n")
             return 0
     print(__doc__)

@@ -9,9 +9,10 @@ import json
 from pathlib import Path
 
 import pytest
-from record import leaves, record
+from record import leaves, record, trajectories
 
-GOLDEN = dict(leaves(json.loads(Path(__file__).with_name("golden.json").read_text())))
+HERE = Path(__file__).parent
+GOLDEN = dict(leaves(json.loads((HERE / "golden.json").read_text())))
 
 
 @pytest.fixture(scope="module")
@@ -31,3 +32,13 @@ def test_texts_tokens_votes_and_grades_are_as_before(recorded):
 
 def test_log_probabilities_and_losses_are_as_before(recorded):
     assert split(recorded)[1] == pytest.approx(split(GOLDEN)[1], rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.long
+def test_twenty_steps_of_every_stage_and_mixer_are_as_before(tmp_path):
+    """Recorded by `python tests/golden/record.py --trajectories tests/golden/trajectories.json`."""
+    expected = json.loads((HERE / "trajectories.json").read_text())
+    found = trajectories(tmp_path)
+    assert found.keys() == expected.keys()
+    for name, steps in expected.items():
+        assert len(steps) == 20 and found[name] == [pytest.approx(step, rel=1e-3, abs=1e-3) for step in steps], name

@@ -10,6 +10,7 @@ from transformers import DynamicCache
 
 from m1.model import M1Config
 from m1.model.cache_layout import slot_bytes
+from m1.ops import selective_scan
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 
@@ -83,3 +84,18 @@ def test_slot_bytes_is_what_the_cache_holds(hybrid, tokens):
 def test_head_dim_must_be_a_multiple_of_the_state_size():
     with pytest.raises(StrictDataclassError, match=r"head_dim \(24\) must be a multiple of state_size \(16\)"):
         M1Config(hidden_size=96, num_attention_heads=4, num_hidden_layers=1)
+
+
+@pytest.mark.parametrize("variant_dir", ["qwen3-mamba", "qwen3-mamba-attention"], indirect=True)
+def test_autocast_leaves_the_scan_in_bfloat16(hybrid, tokens, monkeypatch):
+    """QK-norm's float32 gains would make B and C, and with them all of the scan, float32."""
+    seen = set()
+
+    def spy(z, x, B, C, dt, *rest):
+        seen.update(t.dtype for t in (z, x, B, C, dt))
+        return selective_scan(z, x, B, C, dt, *rest)
+
+    monkeypatch.setattr("m1.model.mamba.selective_scan", spy)
+    with torch.autocast("cpu", torch.bfloat16):
+        hybrid(tokens, use_cache=False)
+    assert seen == {torch.bfloat16}

@@ -12,7 +12,7 @@ from commands import m1
 from m1.errors import UserError
 from m1.model.tokenizer import CHAT_TEMPLATE, byte_tokenizer
 from m1.recipe import Data, GRPOStage, SFTStage
-from m1.train.data import bucketed, conversations, open_source
+from m1.train.data import bucketed, conversations, open_source, problems
 from m1.train.data_cache import Preparation
 from m1.train.data_mask import IGNORED, ChatEncoder
 from m1.train.grpo import arguments_of as grpo_arguments
@@ -247,10 +247,39 @@ def test_prompts_too_long_for_rl(tmp_path, hybrid_dir, caplog):
         stage = GRPOStage(model=str(hybrid_dir), out=str(tmp_path / "out"), data=Data(path=path), trainer=trainer)
         return fitting_problems(stage, grpo_arguments(stage), byte_tokenizer(), 512)
 
-    assert [row["prompt"][0]["content"] for row in fitting(256)] == ["xxxxx"]
+    assert [row["prompt"][0]["content"] for row in fitting(256)[0]] == ["xxxxx"]
     assert "1 prompts, the longest of 303 tokens; 1 dropped, longer than the 256" in caplog.text
     with pytest.raises(UserError, match=r"no prompt fits: the shortest of 2 has 8 tokens, and max_completion_length ="):
         fitting(512)
+
+
+def test_rows_in_an_excluded_benchmark(tmp_path, caplog):
+    """They are dropped and counted, whatever their format, for RL too."""
+    caplog.set_level("INFO")
+    benchmark = jsonl(tmp_path / "test.jsonl", {"problem": "What is 1+1?", "answer": "2"})
+    rows = [
+        {"problem": "what is 1 + 1?", "solution": "2", "answer": "2"},
+        {"problem": "What is 1+2?", "solution": "3", "answer": "3"},
+    ]
+    path = jsonl(tmp_path / "rows.jsonl", *rows)
+    chats = jsonl(tmp_path / "chats.jsonl", {"messages": [{"role": "user", "content": "What is 1+1?"}, ASSISTANT]})
+    excluding = Data(path=path, exclude=[benchmark])
+    prepared = prepare(excluding)
+    assert prepared.counts.excluded == 1 and ["1+2" in text for text in texts(prepared)] == [True]
+    assert prepare(Data(path=path)).counts.rows == 2  # another entry of the cache
+    assert [row["answers"] for row in problems(excluding)] == [["3"]]
+    assert f"1 of 2 problems dropped: they are in {benchmark}" in caplog.text
+    with pytest.raises(UserError, match=r"no row is left: 1 are in .*test.jsonl, and 0 are longer"):
+        prepare(Data(path=chats, exclude=[benchmark]))
+    jsonl(tmp_path / "test.jsonl", {"problem": "What is 1+2?", "answer": "3"})
+    assert ["1+2" in text for text in texts(prepare(excluding))] == [False]  # the benchmark's content counts
+
+
+@pytest.mark.parametrize("missing", [{"path": "no-such.jsonl"}, {"exclude": ["no-such.jsonl"]}])
+def test_missing_files_are_found_before_models_are_loaded(tmp_path, missing):
+    data = Data(**{"path": jsonl(tmp_path / "rows.jsonl", *rows_of("a"))} | missing)
+    with pytest.raises(UserError, match=r"can't read no-such\.jsonl"):
+        SFTStage(model="no-such-folder/at-all", out=str(tmp_path / "out"), data=data).run()
 
 
 def test_m1_data_show(tmp_path, capsys):

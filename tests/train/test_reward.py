@@ -2,7 +2,7 @@
 
 from m1.grading import Grader
 from m1.model.tokenizer import byte_tokenizer
-from m1.train.grpo import correctness_reward
+from m1.train.rewards import correctness
 
 
 def test_rewards():
@@ -10,7 +10,7 @@ def test_rewards():
     completions = [[{"role": "assistant", "content": text}] for text in (r"\boxed{5}", "the answer is 5. Wait", "6")]
 
     def rewards():
-        return correctness_reward(Grader(), tokenizer)(prompts, completions, answers=[["5"]] * 3, step=1)
+        return correctness(Grader(), tokenizer)(prompts=prompts, completions=completions, answers=[["5"]] * 3, step=1)
 
     assert rewards() == [1.0, 1.0, 0.0]
     tokenizer.chat_template = tokenizer.chat_template.replace("<|assistant|>{% endif", "<|assistant|><think>{% endif")

@@ -96,7 +96,11 @@ def test_one_bad_value_among_many_is_found(value):
     [
         ("distill", {"label_smoothing_factor": 0.3}, "label_smoothing_factor = 0.3 would change nothing"),
         ("distill", {"loss_type": "dft"}, "loss_type = 'dft' would change nothing"),
-        ("grpo", {"min_p": 0.1}, "min_p = 0.1 would change nothing"),
+        ("grpo", {"min_p": 1.5}, "min_p = 1.5 is out of range"),
+        ("grpo", {"vllm_mode": "server"}, "vllm_mode = 'server' would change nothing"),
+        ("grpo", {"reward_weights": [1.0]}, r"\[rewards\] has each reward's weight"),
+        ("grpo", {"loss_type": "cispo"}, "cuts ratios off at epsilon_high itself"),
+        ("grpo", {"loss_type": "vespo", "vllm_importance_sampling_mode": "sequence_mask"}, "vespo"),
         ("grpo", {"repetition_penalty": 1.1}, "repetition_penalty"),
         ("grpo", {"generation_kwargs": {"num_beams": 2}}, "generation_kwargs"),
         ("grpo", {"use_vllm": True}, "use_vllm = True would change nothing"),

@@ -12,7 +12,6 @@ from m1.errors import UserError
 from m1.jsonl import read_jsonl
 from m1.model.checkpoint import load_model, saved_dtype
 from m1.recipe import Data, DistillStage, GRPOStage, SFTStage
-from m1.train import rollout
 from m1.train.distill import DistillTrainer
 
 CHAIN = Data(task="chain", count=64, min_steps=1, max_steps=2)
@@ -162,39 +161,6 @@ def test_grpo_runs_on_engine_rollouts(hybrid_dir, tmp_path):
     assert len(rows) == 2 and all(row["entropy"] > 0 and row["entropy_coef"] > 0 for row in rows)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["settings"]["model"] == str(hybrid_dir) and manifest["versions"]["trl"]
-
-
-def test_every_generation_has_the_weights_of_its_step(hybrid_dir, tmp_path, monkeypatch):
-    """The engine stays, and takes the trained weights before each generation: log-probabilities are the trainer's."""
-    drifts = []
-
-    def call(self, prompts, trainer, plain=rollout.EngineRollouts.__call__):
-        self.checked = False
-        return plain(self, prompts, trainer)
-
-    def check(*arguments, plain=rollout.check_parity):
-        drifts.append(plain(*arguments))
-
-    monkeypatch.setattr(rollout.EngineRollouts, "__call__", call)
-    monkeypatch.setattr(rollout, "check_parity", check)
-    trainer = TRAINER | {"num_generations": 4, "max_completion_length": 8, "max_steps": 3, "learning_rate": 1e-2}
-    trainer |= {"steps_per_generation": 1, "per_device_train_batch_size": 8}
-    GRPOStage(model=str(hybrid_dir), out=str(tmp_path), data=CHAIN, trainer=trainer).run()
-    assert len(drifts) == 3 and max(drifts) < 1e-4
-
-
-def test_parity_gate_refuses_wrong_logprobs(hybrid_dir, tmp_path, monkeypatch):
-    from m1.engine.executor import Drawn
-
-    def shifted(self, wait=Drawn.wait):
-        tokens, logprobs = wait(self)
-        return tokens, [logprob + 0.1 for logprob in logprobs]
-
-    monkeypatch.setattr(Drawn, "wait", shifted)
-    trainer = TRAINER | {"num_generations": 4, "max_completion_length": 8}
-    with pytest.raises(UserError, match=r"differ from the trainer's by 0\.1"):
-        GRPOStage(model=str(hybrid_dir), out=str(tmp_path), data=CHAIN, trainer=trainer).run()
-    assert rollout.PARITY_THRESHOLD < 0.1
 
 
 def test_unknown_trainer_argument(hybrid_dir, tmp_path):

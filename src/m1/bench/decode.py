@@ -6,7 +6,7 @@ divided by the time from the first prompt's submission to the last token.
 
 import statistics
 from collections import Counter
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +62,19 @@ def floor_seconds(options: DecodeOptions, name: str, cell: Cell, together: dict[
         together: the contexts whose mean step counts, and how many samples of the batch a step decodes at each.
     """
     batch, new = cell
-    with torch.device("meta"):
-        model = make_model(options.shape, options.torch_dtype, is_hybrid(name), options.prompt + new)
+    model = meta_model(options.shape, options.torch_dtype, is_hybrid(name), options.prompt + new)
     layers = product_weights(model) - model.config.hidden_size * model.config.vocab_size
     steps = [
         sum(floor_of_step(model, rows, context, limits).values()) * batch / rows for context, rows in together.items()
     ]
     return new * statistics.mean(steps) + 2 * layers * batch * options.prompt / limits.gemm
+
+
+@cache
+def meta_model(shape: str, dtype: torch.dtype, hybrid: bool, max_model_len: int) -> PreTrainedModel:
+    """`make_model` without memory for the weights. The rows are made after each run, with the same few models."""
+    with torch.device("meta"):
+        return make_model(shape, dtype, hybrid, max_model_len)
 
 
 def floor_of_step(model: PreTrainedModel, batch: int, context: int, limits: Limits) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The shapes of the models that `m1 bench decode` and `m1 bench jobs` build, with random weights."""
+"""The shapes of the models that benchmarks build, with random weights."""
 
 from typing import Any
 
@@ -19,6 +19,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     "smollm2-135m": dict(
         hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
         head_dim=64, vocab_size=49152, attention=(3, 7, 11, 15, 19, 23, 27), tie_word_embeddings=True,
+    ),
+    "llama-1b": dict(
+        hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8,
+        head_dim=64, vocab_size=128256, attention=(3, 7, 11, 15), tie_word_embeddings=True,
     ),
     "m1-3b": dict(
         hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24, num_key_value_heads=8,

@@ -1,4 +1,4 @@
-"""Commands that train: sft, distill, grpo, and pipeline, which runs a whole recipe; runs lists what they left."""
+"""Commands that train (align, sft, distill, grpo), pipeline, which runs a whole recipe, and runs, which lists them."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -32,6 +32,7 @@ def add_training(kind: str, text: str) -> None:
             stage.run(resume, force)
 
 
+add_training("align", "Train a converted model's mixers towards the attention that they replace.")
 add_training("sft", "Fine-tune on worked solutions (TRL's SFTTrainer).")
 add_training("distill", "Distil a teacher into a hybrid on assistant tokens.")
 add_training("grpo", "Learn from verifiable rewards (TRL's GRPOTrainer).")

@@ -84,10 +84,10 @@ class LLM:
             self.engine = Engine(self.model, self.stop_token_ids, max_model_len=length, **self.engine_options)
         return self.engine
 
-    def reload_weights(self) -> None:
-        """Makes the engine use the model's weights as they are now, after training (see `Engine.load_weights`)."""
+    def reload_weights(self, model: PreTrainedModel) -> None:
+        """Takes over the weights of a model that is being trained, in the own model's dtype (`Engine.load_weights`)."""
         if self.engine is not None:
-            self.engine.load_weights(self.model)
+            self.engine.load_weights(model)
 
     def generate(self, prompts: list[Prompt], params: SamplingParams) -> list["TextSequence"]:
         """Returns `params.n` samples of each prompt, in the order of the prompts. Raises UserError as `stream`."""

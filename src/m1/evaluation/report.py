@@ -20,6 +20,7 @@ from m1.jsonl import read_json, read_jsonl, write_json, write_text
 
 PAGE = Path(__file__).with_name("report.html")
 MARK = '<meta name="generator" content="m1 pipeline">'
+LEAST_DRIFT = 1e-12  # drawn; float32 drifts less
 KEYS = {"seconds", "models"}  # keys of report.json
 
 
@@ -104,7 +105,7 @@ def _table(results: dict[str, dict[str, Any]]) -> str:
 
 
 def _learning_curves(training: dict[str, Path]) -> Figure:
-    """Draws each stage's loss against its steps, and for RL the reward."""
+    """Draws each stage's loss against its steps, for RL the reward and the engine's drift from the trainer."""
     count = len(training)
     figure, axes = plt.subplots(1, count, figsize=(3.2 * count, 2.8), squeeze=False, layout="constrained")
     for axis, (name, path) in zip(axes[0], training.items(), strict=True):
@@ -114,6 +115,12 @@ def _learning_curves(training: dict[str, Path]) -> Figure:
         if points:
             axis.plot(*zip(*points, strict=True))
         axis.set(title=f"{name}: {key}", xlabel="step")
+        drift = [(row["step"], max(row["sampling/k3"], LEAST_DRIFT)) for row in rows if "sampling/k3" in row]
+        if drift:
+            other = axis.twinx()
+            other.plot(*zip(*drift, strict=True), color="grey", linewidth=0.8)
+            other.set(yscale="log", ylim=(LEAST_DRIFT, 1))
+            other.set_ylabel("drift (k3), nats per token", color="grey")
         if key == "loss" and points and min(y for _, y in points) > 0:
             axis.set_yscale("log")
     return figure

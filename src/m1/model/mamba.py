@@ -72,7 +72,8 @@ class MambaMixer(Mixer):
         if padding_mask is not None:
             real = padding_mask.to(torch.bool).unsqueeze(-1)
             x, dt = x * real, dt.masked_fill(~real, -torch.inf)
-        return MambaActivations(z, x, B, C, dt)
+        # under autocast a QK-norm's float32 gains make B and C float32, and would make the scan so
+        return MambaActivations(z, x, B.to(z.dtype), C.to(z.dtype), dt)
 
     def conv_inputs(self, activations: MambaActivations) -> Tensor:
         """x, the convolution's inputs."""

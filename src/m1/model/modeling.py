@@ -22,6 +22,7 @@ from m1.model.configuration import ATTENTION, MAMBA, M1Config
 from m1.model.mamba import MambaMixer
 from m1.model.mamba2 import Mamba2Mixer
 from m1.model.mixer import Mixer
+from m1.model.packed_attention import Documents
 from m1.model.packing import Padding, prepare
 
 CACHE = fields(BaseModelOutputWithPast)[1].name  # transformers calls it past_key_values, newer ones cache
@@ -171,7 +172,11 @@ class M1Model(M1PreTrainedModel):
             raise ValueError("gradient checkpointing would update the cache twice: disable it, or give no cache")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        packing = prepare(self.config, inputs_embeds, attention_mask, position_ids, cache, seq_idx, bool(use_cache))
+        cu_seqlens, longest = kwargs.get("cu_seq_lens_q"), kwargs.get("max_length_q")  # as TRL's collator names them
+        documents = None if cu_seqlens is None or longest is None else Documents(cu_seqlens, longest)
+        packing = prepare(
+            self.config, inputs_embeds, attention_mask, position_ids, cache, seq_idx, bool(use_cache), documents
+        )
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids=packing.position_ids)
         hidden_states = inputs_embeds
         for layer in self.layers[: self.config.num_hidden_layers]:  # fewer while `generate` exits early

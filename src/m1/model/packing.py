@@ -9,6 +9,7 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from transformers.masking_utils import create_causal_mask
 
 from m1.model.configuration import ATTENTION, MAMBA, M1Config
+from m1.model.packed_attention import PACKED, Documents
 
 Masks = dict[str, Tensor | None]  # by layer type, as transformers' `generate` makes them for static caches
 
@@ -55,7 +56,7 @@ class Packing(NamedTuple):
         seq_idx: [b, T] integers, the document of each token; None unless rows are packed.
         position_ids: [b or 1, T], each token's position in its document.
         cache: the cache to continue and update, or None.
-        attention_mask: the attention layers' mask, made by transformers.
+        attention_mask: the attention layers' mask, made by transformers, or `Documents`.
         padding: the Mamba layers' padding; None without any, and in packed rows.
     """
 
@@ -74,6 +75,7 @@ def prepare(
     cache: Cache | None,
     seq_idx: Tensor | None,
     use_cache: bool,
+    documents: Documents | None = None,
 ) -> Packing:
     """Fills in what the caller of `M1Model` left out: documents, positions, cache and masks.
 
@@ -86,6 +88,7 @@ def prepare(
         embeds: [b, T, H] input embeddings.
         attention_mask: 2D, zero at padding; or the masks by layer type, which are used as they are.
         use_cache: makes a cache if none is given and the rows aren't packed.
+        documents: those of packed rows, if known: `packed_attention` needs them, and finding them waits for the device.
 
     Raises:
         ValueError: `seq_idx` with a cache, more than one packed row with flash attention, a mask that isn't 2D or isn't
@@ -106,7 +109,8 @@ def prepare(
     check_cache(config, cache)
     seen = cache.get_seq_length() if cache is not None and config.attention_layers else 0
     if isinstance(attention_mask, dict):  # already made by `generate`
-        real, visible = attention_mask.get(MAMBA), attention_mask.get(ATTENTION)
+        real: Tensor | None = attention_mask.get(MAMBA)
+        visible: Any = attention_mask.get(ATTENTION)
     else:
         check_mask(config, attention_mask, T, seen, cache)
         real = visible = attention_mask
@@ -124,7 +128,9 @@ def prepare(
         position_ids = (real.long().cumsum(1) - 1).clamp(min=0)[:, -T:]
     elif position_ids is None:
         position_ids = (torch.arange(T, device=embeds.device) + seen).unsqueeze(0)
-    if config.attention_layers and not isinstance(attention_mask, dict):
+    if config._attn_implementation == PACKED and documents and restarting is not None and attention_mask is None:
+        visible = documents
+    elif config.attention_layers and not isinstance(attention_mask, dict):
         positions = position_ids if restarting is None else restarting
         visible = create_causal_mask(config, embeds, visible, cache, positions)
     return Packing(seq_idx, position_ids, cache, visible, padding_of(real, T))

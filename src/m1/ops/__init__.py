@@ -11,6 +11,7 @@ from m1.ops.sample_token import sample_token
 from m1.ops.selective_scan import selective_scan
 from m1.ops.ssd import ssd
 from m1.ops.state_update import ssd_update, state_update
+from m1.ops.varlen_attention import varlen_attention
 
 __all__ = [
     "PackedLinear",
@@ -27,4 +28,5 @@ __all__ = [
     "ssd_update",
     "state_update",
     "swiglu",
+    "varlen_attention",
 ]

@@ -54,6 +54,8 @@ def _ssd(
         rep, out_dtype = heads // G, x.dtype
         size = min(CHUNK, T)
         chunks = -(-T // size)
+        if torch.compiler.is_compiling():  # sizes that hold for any T: the last chunk always ends with padding
+            size, chunks = CHUNK, T // CHUNK + 1
         state = x.new_zeros(b, G, rep, P, N, dtype=torch.float32)
         if ssm_state is not None:
             state = ssm_state.float().unflatten(1, (G, rep))
@@ -75,13 +77,35 @@ def _ssd(
         to_end = (log_decay[:, :, -1:] - log_decay).exp() * dt * ends[..., None, None]
         added = torch.einsum("bcjgr,bcjgp,bcjgn->bcgrpn", to_end, x, B)
         from_start = log_decay.exp() * starts[..., None, None]
-        before = []
-        for c in range(chunks):
-            before.append(state)
-            state = from_start[:, c, -1, :, :, None, None] * state + added[:, c]
-        y = y + torch.einsum("bcigrn,bcgrpn,bcigr->bcigrp", C, torch.stack(before, dim=1), from_start)
+        carried = _decay_between(log_decay[:, :, -1], starts[:, :, -1])
+        states = torch.einsum("bcegr,begrpn->bcgrpn", carried, torch.cat([state.unsqueeze(1), added], dim=1))
+        y = y + torch.einsum("bcigrn,bcgrpn,bcigr->bcigrp", C, states[:, :-1], from_start)
         y = y.flatten(1, 2)[:, :T] + skip
-        return y.flatten(2, 3).to(out_dtype), state.flatten(1, 2)
+        return y.flatten(2, 3).to(out_dtype), states[:, -1].flatten(1, 2)
+
+
+def _decay_between(log_decay: Tensor, unbroken: Tensor) -> Tensor:
+    """How much of what each chunk adds to the state is left before each later chunk.
+
+    Sums of logarithms, each over its own chunks: a difference of running sums would lose digits. A loop over the chunks
+    would make a compiled graph depend on their number.
+
+    Args:
+        log_decay: [b, chunks, ...] of each whole chunk.
+        unbroken: [b, chunks], whether no document begins in the chunk.
+
+    Returns:
+        [b, chunks + 1, chunks + 1, ...]: entry (i, 0) is what is left before chunk i of the first state, and (i, j) of
+        what chunk j - 1 adds; zero for j > i. The last i is behind all chunks.
+    """
+    chunks = log_decay.shape[1]
+    edge = torch.arange(chunks + 1, device=log_decay.device)
+    later = edge[:-1, None] >= edge  # [chunk, source]: the chunk comes after what the source added
+    later = later.view(1, *later.shape, *[1] * (log_decay.dim() - 2))
+    total = F.pad((log_decay.unsqueeze(2) * later).cumsum(1), [0, 0] * (log_decay.dim() - 1) + [1, 0])
+    breaks = F.pad((~unbroken).cumsum(1), (1, 0))
+    kept = (breaks.unsqueeze(2) == breaks.unsqueeze(1)) & (edge[:, None] >= edge)
+    return total.exp() * kept.view(*kept.shape, *[1] * (log_decay.dim() - 2))
 
 
 def _within_documents(

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import random
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
@@ -13,10 +14,13 @@ from m1.errors import UserError
 from m1.recipe import Data
 from m1.runs import sha256
 from m1.tasks.chain import chain_problems
+from m1.tasks.overlap import Overlap
 from m1.tasks.problem import problem_and_golds
 from m1.tasks.prompts import Messages
 from m1.tasks.rows import is_file, read_rows
 from m1.train.data_mask import Conversation
+
+logger = logging.getLogger(__name__)
 
 BUCKET_WINDOW = 16  # groups sorted together: more makes lengths more similar, fewer keeps groups more random
 ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
@@ -54,15 +58,32 @@ def all_conversations(data: Data) -> list[Messages]:
 
 
 def problems(data: Data) -> Iterator[dict[str, Any]]:
-    """Yields rows {"prompt": [user message], "answers": [...]} for RL.
+    """Yields rows {"prompt": [user message], "answers": [...]} for RL. Logs how many were in `data.exclude`.
 
     Raises:
         UserError: an unreadable or empty source, or a row without a problem or its answers.
     """
+    overlaps, dropped, kept = Overlap.of(data.exclude), 0, 0
     for source in data.sources:
         for number, row in enumerate(open_source(data, source)[0], start=1):
             problem, golds = problem_and_golds(row, f"{source}, row {number}")
+            if overlaps(problem):
+                dropped += 1
+                continue
+            kept += 1
             yield {"prompt": [_user(data, problem)], "answers": golds}
+    if data.exclude:
+        logger.info("%d of %d problems dropped: they are in %s", dropped, dropped + kept, ", ".join(data.exclude))
+
+
+def check_files(data: Data) -> None:
+    """Raises UserError if a file of the data can't be read, or is empty. Models take longer to load."""
+    for source in () if data.task else data.sources:
+        if is_file(source):
+            next(_limited(source, read_rows(source, "train"), 1))
+    for benchmark in data.exclude:
+        if is_file(benchmark):
+            Overlap.of([benchmark])
 
 
 def open_source(data: Data, source: str) -> tuple[Iterator[dict[str, Any]], str | None]:

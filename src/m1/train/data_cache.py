@@ -3,7 +3,7 @@
 The folder m1/KEY of the cache of `datasets` ($HF_DATASETS_CACHE) holds the rows of one source:
 
     rows.arrow     input_ids and labels, int32, mapped into memory when they are read
-    lengths.npy    int32, the tokens of all rows, before any was dropped or cut
+    lengths.npy    int32, the tokens of all rows that aren't excluded, before any was dropped or cut
     counts.json    written last: a folder with it is complete
 
 KEY is a hash of all that the rows depend on: content, template, tokenizer, options, and the code that prepares them.
@@ -12,6 +12,7 @@ KEY is a hash of all that the rows depend on: content, template, tokenizer, opti
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,13 @@ from m1.jsonl import read_json, write_json
 from m1.model import tokenizer as model_tokenizer
 from m1.recipe import Data
 from m1.runs import sha256
+from m1.tasks import overlap
+from m1.tasks.overlap import Overlap
+from m1.tasks.rows import is_file
 from m1.train import data as data_module
 from m1.train import data_mask
 from m1.train.data import bucketed, conversations, json_hash, open_source
-from m1.train.data_mask import IGNORED, ChatEncoder, Example
+from m1.train.data_mask import IGNORED, ChatEncoder, Conversation, Example
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +54,7 @@ class Counts:
 
     Attributes:
         rows: rows to train on.
+        excluded: rows that are in an excluded benchmark.
         dropped, cut: rows longer than the maximum.
         longest: tokens of the longest row, before any was dropped or cut.
         tokens: tokens of the rows to train on.
@@ -57,6 +62,7 @@ class Counts:
     """
 
     rows: int = 0
+    excluded: int = 0
     dropped: int = 0
     cut: int = 0
     longest: int = 0
@@ -115,6 +121,10 @@ class Preparation:
         counts = sum((part.counts for part in parts), Counts())
         return Prepared(rows, counts, np.concatenate([part.lengths for part in parts]))
 
+    @cached_property
+    def _overlaps(self) -> Overlap:
+        return Overlap.of(self.data.exclude)
+
     def _mixed(self, parts: list[Any]) -> Any:
         if len(parts) == 1:
             return parts[0]
@@ -142,6 +152,11 @@ class Preparation:
             raise UserError(f"can't write to {folder} ({error.strerror or error}): set HF_DATASETS_CACHE") from None
         counts = Counts(**read_json(folder / COUNTS))
         if not counts.rows:
+            if counts.excluded:
+                raise UserError(
+                    f"{source}: no row is left: {counts.excluded} are in {', '.join(self.data.exclude)}, and "
+                    f"{counts.dropped} are longer than max_length = {self.max_length}"
+                )
             raise UserError(
                 f"{source}: none of {counts.dropped} rows is left: all are longer than max_length = {self.max_length}, "
                 f"up to {counts.longest} tokens; raise max_length in [trainer], or set overlong = 'cut' in [data]"
@@ -152,17 +167,18 @@ class Preparation:
         counts, lengths = Counts(), list[np.ndarray]()
         schema = FEATURES.arrow_schema
         with pa.OSFile(str(folder / ROWS), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-            for batch in self._batches(source, tqdm(raw, desc=f"Preparing {source}", unit=" rows", disable=None)):
+            shown = tqdm(raw, desc=f"Preparing {source}", unit=" rows", disable=None)
+            for batch in self._batches(source, shown, counts):
                 kept = [fitted for example in batch if (fitted := self._fitted(example, counts))]
                 columns = {f.name: pa.array([getattr(e, f.name) for e in kept], f.type) for f in schema}
                 writer.write_table(pa.table(columns, schema))
                 lengths.append(np.array([len(example.input_ids) for example in batch], np.int32))
-        np.save(folder / LENGTHS, np.concatenate(lengths))
+        np.save(folder / LENGTHS, np.concatenate([*lengths, np.empty(0, np.int32)]))
         write_json(folder / COUNTS, vars(counts))
 
     def _stream(self, source: str) -> Iterator[dict[str, np.ndarray]]:
         counts, reported = Counts(), 0
-        for batch in self._batches(source, open_source(self.data, source)[0]):
+        for batch in self._batches(source, open_source(self.data, source)[0], counts):
             yield from (vars(fitted) for example in batch if (fitted := self._fitted(example, counts)))
             if counts.dropped + counts.cut >= 2 * reported + 1:  # a line for 1, 3, 7, ...
                 reported = counts.dropped + counts.cut
@@ -171,8 +187,13 @@ class Preparation:
                     source, reported, self.max_length, counts.cut, counts.dropped,
                 )  # fmt: skip
 
-    def _batches(self, source: str, raw: Iterator[dict[str, Any]]) -> Iterator[list[Example]]:
-        rows = conversations(self.data, source, raw)
+    def _batches(self, source: str, raw: Iterator[dict[str, Any]], counts: Counts) -> Iterator[list[Example]]:
+        def is_kept(row: Conversation) -> bool:
+            excluded = any(self._overlaps(message["content"]) for message in row.messages if message["role"] == "user")
+            counts.excluded += excluded
+            return not excluded
+
+        rows = filter(is_kept, conversations(self.data, source, raw))
         while batch := list(islice(rows, BATCH_ROWS)):
             yield self.encoder.encode(batch)
 
@@ -193,11 +214,12 @@ class Preparation:
 
     def _key(self, content: str | None) -> str:
         tokenizer = self.encoder.tokenizer
-        code = [module.__file__ for module in (data_module, data_mask, model_tokenizer)] + [__file__]
+        code = [module.__file__ for module in (data_module, data_mask, overlap, model_tokenizer)] + [__file__]
         return json_hash(
             {
                 "content": content,
                 "data": [self.data.limit, self.data.prompt_template, self.data.overlong],
+                "exclude": [sha256(path) if is_file(path) else path for path in self.data.exclude],
                 "max_length": self.max_length,
                 "assistant_only": self.encoder.assistant_only,
                 "chat_template": tokenizer.chat_template,

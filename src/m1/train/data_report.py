@@ -34,10 +34,11 @@ def _counts(prepared: Prepared, max_length: int) -> str:
     if isinstance(prepared.rows, IterableDataset):
         return f"a stream of rows of at most {max_length:,} tokens; longer ones are reported when they come"
     mixed = len(prepared.rows)
+    excluded = f", {counts.excluded:,} excluded, which are in a benchmark" if counts.excluded else ""
     return (
         f"{counts.rows:,} rows{f', {mixed:,} as weighted' if mixed != counts.rows else ''}, {counts.tokens:,} tokens, "
         f"{counts.trained / counts.tokens:.1%} trained; the longest row has {counts.longest:,} of at most "
-        f"{max_length:,} tokens; {counts.cut:,} rows cut, {counts.dropped:,} dropped"
+        f"{max_length:,} tokens; {counts.cut:,} rows cut, {counts.dropped:,} dropped{excluded}"
     )
 
 

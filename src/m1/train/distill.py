@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,7 +22,7 @@ from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
 from m1.errors import UserError
 from m1.model.checkpoint import load_model
-from m1.recipe import DistillStage
+from m1.recipe import DistillStage, TaughtStage
 from m1.train import sft
 from m1.train.stage_trainer import StageTrainer, weights_in_products
 from m1.train.trainer import model_options, refuse_ignored, run_training, split
@@ -39,6 +40,16 @@ def distill(stage: DistillStage, resume: bool = False, force: bool = False) -> N
 
 def distill_trainer(stage: DistillStage, arguments: SFTConfig) -> "DistillTrainer":
     """The stage's trainer, with both models and the data. Raises UserError for models of different vocabularies."""
+    options = load_pair(stage, arguments)
+    return DistillTrainer(**options, divergence=stage.divergence, forward_kl_steps=stage.forward_kl_steps)
+
+
+def load_pair(stage: TaughtStage, arguments: SFTConfig) -> dict[str, Any]:
+    """The arguments of `DistillTrainer` that a stage with a teacher has: both models and the data.
+
+    Raises:
+        UserError: models of different vocabularies, or bad data.
+    """
     options = model_options(stage.trainer)
     model, tokenizer = load_model(stage.model, **options)
     teacher, teacher_tokenizer = load_model(stage.teacher, **(options | {"dtype": stage.teacher_dtype or "auto"}))
@@ -47,19 +58,17 @@ def distill_trainer(stage: DistillStage, arguments: SFTConfig) -> "DistillTraine
     if (largest := max(tokenizer.get_vocab().values())) >= shared:
         raise UserError(f"{stage.model} and {stage.teacher} share {shared} logits, too few for token {largest}")
     rows, held_out = split(sft.training_rows(stage, arguments, tokenizer, model), stage.eval_rows, arguments.seed)
-    return DistillTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=rows,
-        eval_dataset=held_out,
-        processing_class=tokenizer,
-        mixer_lr_scale=stage.mixer_lr_scale,
-        teacher=teacher,
-        teacher_device=stage.teacher_device,
-        teacher_autocast=stage.teacher_dtype is None,
-        divergence=stage.divergence,
-        forward_kl_steps=stage.forward_kl_steps,
-    )
+    return {
+        "model": model,
+        "args": arguments,
+        "train_dataset": rows,
+        "eval_dataset": held_out,
+        "processing_class": tokenizer,
+        "mixer_lr_scale": stage.mixer_lr_scale,
+        "teacher": teacher,
+        "teacher_device": stage.teacher_device,
+        "teacher_autocast": stage.teacher_dtype is None,
+    }
 
 
 def check_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, names: str) -> None:
@@ -73,9 +82,9 @@ def check_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokeni
             )
 
 
-def arguments_of(stage: DistillStage) -> SFTConfig:
+def arguments_of(stage: TaughtStage) -> SFTConfig:
     """The trainer's arguments. Raises UserError for an invalid `[trainer]` or a `teacher_device` that isn't there."""
-    refuse_ignored(stage.trainer, IGNORED, "the loss is the divergence from the teacher")
+    refuse_ignored(stage.trainer, IGNORED, "the loss is the distance from the teacher")
     device = stage.teacher_device
     if device not in (None, "cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))):
         raise UserError(
@@ -112,6 +121,11 @@ class DistillTrainer(StageTrainer, SFTTrainer):
         self.divergence, self.forward_kl_steps = divergence, forward_kl_steps
 
     @property
+    def networks(self) -> list[PreTrainedModel]:
+        """The student and the teacher."""
+        return [*super().networks, self.teacher]
+
+    @property
     def flops_per_token(self) -> float:
         """Operations per trained token, with the teacher's forward pass."""
         return super().flops_per_token + 2 * weights_in_products(self.teacher)
@@ -125,25 +139,33 @@ class DistillTrainer(StageTrainer, SFTTrainer):
     ) -> Any:
         """The divergence from the teacher, averaged over assistant tokens. Overrides TRL's loss."""
         self.count_tokens(inputs)
-        selected = inputs["labels"][:, 1:] != -100
-        # The model's own forward, with its wrappers, runs for its last hidden states. It makes logits of one position.
-        forward = {k: v for k, v in inputs.items() if k != "labels"} | {"use_cache": False, "logits_to_keep": 1}
+        trained = F.pad(inputs["labels"][:, 1:] != -100, (0, 1)).flatten()
+        # the model's own forward, with its wrappers, runs for its last hidden states
+        forward = forward_arguments(inputs)
         student = self.accelerator.unwrap_model(model)
         states, outputs = last_states(student.get_decoder(), partial(model, **forward))
+        teacher_states = self.teacher_states(forward)
+        positions = trained.nonzero().squeeze(1)  # the step's only wait for a GPU, behind both forward passes
         total = divergence_from_states(
-            states[:, :-1][selected],
+            states.flatten(0, 1)[positions],
             student.get_output_embeddings().weight,
-            self.teacher_states(forward)[:, :-1][selected],
+            teacher_states.flatten(0, 1)[positions],
             self.teacher_head,
             self.current_divergence,
         )
-        count = selected.sum() if num_items_in_batch is None else num_items_in_batch
+        count = len(positions) if num_items_in_batch is None else num_items_in_batch
         loss = total / torch.as_tensor(count, device=total.device).clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
         mode = "train" if self.model.training else "eval"
-        self._metrics[mode][self.current_divergence].append((total / selected.sum().clamp(min=1)).item())
+        self._metrics[mode][self.current_divergence].append(total.detach() / max(len(positions), 1))
         return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Logs as TRL does. The divergences since the last log are read now, which waits for a GPU once."""
+        for values in self._metrics["train" if self.model.training else "eval"].values():
+            values[:] = torch.stack(values).tolist()
+        super().log(logs, start_time)
 
     @torch.no_grad()
     def teacher_states(self, inputs: dict[str, Any]) -> Tensor:
@@ -159,6 +181,11 @@ class DistillTrainer(StageTrainer, SFTTrainer):
     def current_divergence(self) -> Divergence:
         """The divergence of the current step: forward KL during the warm-up."""
         return "forward_kl" if self.state.global_step < self.forward_kl_steps else self.divergence
+
+
+def forward_arguments(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a model's forward pass on a batch, for its states alone: it makes logits of one position."""
+    return {k: v for k, v in inputs.items() if k != "labels"} | {"use_cache": False, "logits_to_keep": 1}
 
 
 def last_states(decoder: nn.Module, forward: Callable[[], Any]) -> tuple[Tensor, Any]:

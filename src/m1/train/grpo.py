@@ -9,16 +9,17 @@ from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig
 
 from m1.errors import UserError
-from m1.grading import Grader, with_thought
+from m1.grading import Grader
 from m1.model.checkpoint import load_model
-from m1.model.tokenizer import decode_text, encode_chat
+from m1.model.tokenizer import encode_chat
 from m1.recipe import GRPOStage
 from m1.train.data import problems
+from m1.train.grpo_trainer import Trainer
+from m1.train.rewards import reward_functions
 from m1.train.rollout import EngineRollouts
-from m1.train.stage_trainer import StageTrainer
 from m1.train.trainer import (
     eval_defaults,
     model_options,
@@ -36,9 +37,12 @@ DEFAULTS = {
     "num_generations": 8,
     "gradient_checkpointing": False,
     "remove_unused_columns": False,
+    "logging_steps": 1,
+    "vllm_importance_sampling_mode": "token_truncate",
 }
-IGNORED = ("min_p", "repetition_penalty", "generation_kwargs", "cache_implementation", "chat_template_kwargs")
+IGNORED = ("repetition_penalty", "generation_kwargs", "cache_implementation", "chat_template_kwargs")
 IGNORED_FAMILIES = ("use_vllm", "vllm_", "use_transformers_", "transformers_continuous_")
+CORRECTION = "vllm_importance_sampling_"
 
 
 def grpo(stage: GRPOStage, resume: bool = False, force: bool = False) -> None:
@@ -49,37 +53,31 @@ def grpo(stage: GRPOStage, resume: bool = False, force: bool = False) -> None:
             logger.warning("some answers couldn't be graded and got reward 0: %s", dict(grader.counts))
 
 
-class Trainer(StageTrainer, GRPOTrainer):
-    """TRL's GRPOTrainer with what all stages have in common."""
-
-    @property
-    def flops_per_token(self) -> float:
-        """Operations per trained token, with the forward pass that sampled it."""
-        return super().flops_per_token * 4 / 3
-
-
 def grpo_trainer(grader: Grader, stage: GRPOStage, arguments: GRPOConfig) -> Trainer:
-    """The stage's trainer, with model, data, reward and rollouts."""
+    """The stage's trainer, with model, data, rewards and rollouts."""
     model, tokenizer = load_model(stage.model, **model_options(stage.trainer))
     stage.use_chat_template(tokenizer)
-    fitting = fitting_problems(stage, arguments, tokenizer, model.config.max_position_embeddings)
+    fitting, longest = fitting_problems(stage, arguments, tokenizer, model.config.max_position_embeddings)
     rows, held_out = split(fitting, stage.eval_rows, arguments.seed)
+    max_model_len = longest + arguments.max_completion_length
     return Trainer(
+        stage,
+        EngineRollouts(model, tokenizer, arguments, stage.max_num_seqs, max_model_len),
         model=model,
         args=arguments,
         train_dataset=rows,
         eval_dataset=held_out,
         processing_class=tokenizer,
-        mixer_lr_scale=stage.mixer_lr_scale,
-        reward_funcs=correctness_reward(grader, tokenizer),
-        rollout_func=EngineRollouts(stage.max_num_seqs),
+        reward_funcs=reward_functions(stage, arguments, grader, tokenizer),
     )
 
 
 def fitting_problems(
     stage: GRPOStage, arguments: GRPOConfig, tokenizer: PreTrainedTokenizerBase, context: int
-) -> Dataset:
-    """The rows of `problems` whose prompt leaves room for a completion. Logs how many don't.
+) -> tuple[Dataset, int]:
+    """The rows of `problems` whose prompt leaves room for a completion, and their longest prompt's number of tokens.
+
+    Logs how many don't fit.
 
     Args:
         stage: the stage.
@@ -103,24 +101,46 @@ def fitting_problems(
         "%d prompts, the longest of %d tokens; %d dropped, longer than the %d that max_completion_length leaves",
         len(fitting), max(lengths), len(rows) - len(fitting), room,
     )  # fmt: skip
-    return Dataset.from_list(fitting)
+    return Dataset.from_list(fitting), max(length for length in lengths if length <= room)
 
 
 def arguments_of(stage: GRPOStage) -> GRPOConfig:
     """The trainer's arguments. Raises UserError for an invalid `[trainer]`."""
-    ignored = [key for key in stage.trainer if key in IGNORED or key.startswith(IGNORED_FAMILIES)]
-    refuse_ignored(stage.trainer, ignored, "M1's engine samples the rollouts")
+    given = stage.trainer
+    ignored = [key for key in given if key in IGNORED or key.startswith(IGNORED_FAMILIES)]
+    ignored = [key for key in ignored if not key.startswith(CORRECTION)]
+    refuse_ignored(given, ignored, "M1's engine samples the rollouts")
+    if "reward_weights" in given:
+        raise UserError("[trainer]: reward_weights: the table [rewards] has each reward's weight; remove the key")
     if stage.data.streaming or stage.data.weights:
         raise UserError("[data] streaming and weights are for sft and distill: remove them")
-    return trainer_arguments(GRPOConfig, stage.out, stage.trainer, **DEFAULTS, **eval_defaults(stage))
+    defaults = DEFAULTS | eval_defaults(stage) | best_defaults(stage) | {"reward_weights": [*stage.rewards.values()]}
+    arguments = trainer_arguments(GRPOConfig, stage.out, given, **defaults)
+    if arguments.loss_type == "cispo" and arguments.epsilon_high is None:
+        raise UserError("[trainer]: loss_type = 'cispo' cuts ratios off at epsilon_high itself: set it, e.g. to 5.0")
+    if arguments.loss_type == "vespo" and arguments.vllm_importance_sampling_mode.startswith("sequence"):
+        raise UserError("[trainer]: with loss_type = 'vespo' vllm_importance_sampling_mode must be token_...")
+    whole = arguments.per_device_train_batch_size * arguments.steps_per_generation % arguments.num_generations == 0
+    if stage.zero_variance == "resample" and not whole:
+        raise UserError(
+            f"zero_variance='resample': a process's {arguments.per_device_train_batch_size} x "
+            f"{arguments.steps_per_generation} samples must be whole groups of num_generations = "
+            f"{arguments.num_generations}"
+        )
+    return arguments
 
 
-def correctness_reward(grader: Grader, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """Makes a reward function for TRL: 1 if a completion's final answer equals one of the golds, else 0."""
-
-    def correct(prompts: list[Any], completions: list[Any], answers: list[list[str]], **_: Any) -> list[float]:
-        prompt = decode_text(tokenizer, encode_chat(tokenizer, prompts[0]))  # all end as the chat template says
-        texts = [with_thought(prompt, c if isinstance(c, str) else c[-1]["content"]) for c in completions]
-        return [float(ok) for ok in grader.grade_texts(texts, answers)]
-
-    return correct
+def best_defaults(stage: GRPOStage) -> dict[str, Any]:
+    """With held-out rows, the checkpoint with the best reward on them is kept, and is what the stage saves."""
+    if not stage.eval_rows or stage.trainer.get("eval_strategy", "epoch") == "no":
+        return {}
+    strategy = stage.trainer.get("eval_strategy", "epoch")
+    steps = {"save_steps": stage.trainer["eval_steps"]} if "eval_steps" in stage.trainer else {}
+    return {
+        "save_strategy": strategy,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_reward",
+        "greater_is_better": True,
+        "save_total_limit": 3,
+        **steps,
+    }

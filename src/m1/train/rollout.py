@@ -1,104 +1,139 @@
-"""Rollouts for GRPO from this project's engine, after a check that its log-probabilities equal the trainer's."""
+"""Rollouts for GRPO from this project's engine, in the precision that the trainer computes in."""
 
+import copy
 import math
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
-from transformers import PreTrainedModel
-from trl import GRPOTrainer
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import GRPOConfig
 
 from m1.engine import LLM, SamplingParams, Sequence
 from m1.errors import UserError
 from m1.model.tokenizer import encode_chat
-from m1.train.stage_trainer import not_finite
+from m1.ops.random_bits import fold_in
 
-PARITY_THRESHOLD = 0.02  # mean |difference| of log-probabilities, in nats per token; float32 gives about 1e-6
-PARITY_SAMPLES = 8
+MAX_DRIFT = 0.015  # of the engine from the trainer, in nats per token; float32 gives 1e-8, bfloat16 about 1e-3
 
 
 class EngineRollouts:
-    """Generates the completions of GRPO with this project's engine: a `rollout_func` for TRL's GRPOTrainer.
+    """Samples GRPO's completions with this project's engine, which stays and takes over the weights as they change.
 
-    TRL calls it with the prompts of a step, one entry per sample. It returns the prompts' and completions' token ids
-    and the completions' log-probabilities. The first call compares these with the trainer's on the same tokens. It
-    refuses to train if they differ by more than PARITY_THRESHOLD, because RL would learn from noise without a sign.
+    Under mixed precision the trainer's weights are float32, and its products are rounded to bfloat16 or float16. The
+    engine then has a copy of the weights in that dtype.
 
     Args:
+        model: the model that is trained.
+        tokenizer: the model's tokenizer, with a chat template.
+        arguments: the trainer's.
         max_num_seqs: maximum number of completions decoded in parallel.
-
-    Attributes:
-        checked: whether the log-probabilities have been compared.
-
-    Raises:
-        UserError: on the first call, as `check_parity`; on any call, if the engine refuses a prompt, or a
-            log-probability isn't finite.
+        max_model_len: maximum number of tokens of a prompt and its completion together.
     """
 
-    def __init__(self, max_num_seqs: int):
-        self.max_num_seqs = max_num_seqs
-        self.checked = False
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        arguments: GRPOConfig,
+        max_num_seqs: int,
+        max_model_len: int,
+    ):
+        self.model, self.tokenizer, self.arguments = model, tokenizer, arguments
+        self.options = {"max_num_seqs": max_num_seqs, "max_model_len": max_model_len}
         self.llm: LLM | None = None
 
-    def __call__(self, prompts: list[Any], trainer: GRPOTrainer) -> dict[str, list]:
-        args = trainer.args
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        rendered = [encode_chat(trainer.processing_class, prompt) for prompt in prompts]
-        n = trainer.num_generations if model.training else trainer.num_generations_eval
-        if any(rendered[i] != rendered[i - i % n] for i in range(len(rendered))) or len(rendered) % n:
-            n = 1  # groups are split over processes, so samples can't share a prefill
+    def sync_weights(self) -> None:
+        """Makes the engine use the model's weights as they are now."""
+        if self.llm is not None:
+            self.llm.reload_weights(self.model)
+
+    def sample(self, prompts: Iterable[Any], n: int, seed: int, stop: Iterable[int]) -> list[Sequence]:
+        """Samples n completions of each prompt, in the order of the prompts.
+
+        Args:
+            prompts: lists of messages.
+            n: samples per prompt.
+            seed: of these samples; the prompts' numbers are folded into it.
+            stop: tokens that end a completion.
+
+        Raises:
+            UserError: the engine refuses a prompt.
+        """
+        args = self.arguments
+        if self.llm is None:
+            dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else self.model.dtype
+            self.llm = LLM(in_dtype(self.model, dtype), self.tokenizer, stop, **self.options)
         params = SamplingParams(
             n=n,
             max_tokens=args.max_completion_length,
             temperature=args.temperature,
             top_p=args.top_p,
             top_k=args.top_k or 0,
-            seed=(args.seed + trainer.state.global_step) * 1009 + trainer.accelerator.process_index,
+            min_p=args.min_p or 0.0,
+            seed=seed,
         )
-        if self.llm is None:
-            self.llm = LLM(model, trainer.processing_class, trainer.eos_token_ids, max_num_seqs=self.max_num_seqs)
-        self.llm.reload_weights()
-        sequences = self.llm.engine_for(rendered, params.max_tokens).generate(rendered[::n], params)
-        if not all(s.token_ids and all(map(math.isfinite, s.logprobs)) for s in sequences):
-            raise not_finite(trainer.state.global_step + 1, "a sampled token's log-probability isn't finite")
-        if not self.checked:
-            check_parity(model, rendered, sequences, args.temperature)
-            self.checked = True
-        return {
-            "prompt_ids": rendered,
-            "completion_ids": [s.token_ids for s in sequences],
-            "logprobs": [s.logprobs for s in sequences],
-        }
+        tokens = [encode_chat(self.tokenizer, prompt) for prompt in prompts]
+        return self.llm.engine_for(tokens, params.max_tokens).generate(tokens, params)
 
 
-@torch.no_grad()
-def check_parity(
-    model: PreTrainedModel, prompts: list[list[int]], sequences: list[Sequence], temperature: float
-) -> float:
-    """Compares log-probabilities of the engine with those of the training model, on the first PARITY_SAMPLES samples.
+def in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The model, or a copy with its parameters in this dtype if they have another. Buffers keep theirs."""
+    if model.dtype == dtype:
+        return model
+    cast = {id(p): nn.Parameter(p.detach().to(dtype), requires_grad=False) for p in model.parameters()}
+    return copy.deepcopy(model, cast)
+
+
+def seed_of(seed: int, generation: int, rank: int, attempt: int = 0) -> int:
+    """The seed of one process's part of a generation. No two of a training are the same.
 
     Args:
-        model: computes the log-probabilities again, with one full forward pass per sample.
-        prompts: token ids, one prompt per sample.
-        sequences: the engine's samples.
-        temperature: the sampling temperature.
-
-    Returns:
-        The mean |difference|, in nats per token.
-
-    Raises:
-        UserError: the mean is above PARITY_THRESHOLD.
+        seed: of the training.
+        generation: number of the generation from 0; -1 - i for an evaluation's i-th batch.
+        rank: of the process.
+        attempt: number of the draw within the generation.
     """
-    differences = []
-    for prompt, sequence in list(zip(prompts, sequences, strict=True))[:PARITY_SAMPLES]:
-        tokens = torch.tensor([prompt + sequence.token_ids], device=model.device)
-        logits = model(input_ids=tokens, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
-        logprobs = (logits / (temperature or 1.0)).log_softmax(-1)
-        picked = logprobs.gather(1, tokens[0, len(prompt) :, None]).squeeze(1)
-        differences.append((picked - torch.tensor(sequence.logprobs, device=model.device)).abs())
-    drift = torch.cat(differences).mean().item()
-    if not drift <= PARITY_THRESHOLD:
+    for number in (generation, rank, attempt):
+        seed = fold_in(seed, number)
+    return seed
+
+
+class Drift(NamedTuple):
+    """How far the engine's probabilities are from the trainer's, over sampled tokens.
+
+    Attributes:
+        total: [] sum of r - 1 - ln r, where r is the trainer's probability of a token over the engine's: an estimate of
+            the KL divergence that is never negative (k3, http://joschu.net/blog/kl-approx.html).
+        tokens: [] number of tokens.
+    """
+
+    total: Tensor
+    tokens: Tensor
+
+    @property
+    def mean(self) -> float:
+        """In nats per token; 0 without tokens."""
+        return (self.total / self.tokens.clamp(min=1)).item()
+
+
+def drift_of(trainer: Tensor, engine: Tensor, mask: Tensor) -> Drift:
+    """Compares log-probabilities [b, T] of sampled tokens. `mask` [b, T] is 0 where there is none."""
+    log_ratio = (trainer - engine)[mask.bool()].double()
+    return Drift((log_ratio.exp() - 1 - log_ratio).sum(), mask.sum().double())
+
+
+def check_drift(drift: float, step: int) -> None:
+    """Raises UserError if the drift is above MAX_DRIFT, or no number: RL would learn from noise without a sign."""
+    if not drift <= MAX_DRIFT:
         raise UserError(
-            f"the engine's log-probabilities differ from the trainer's by {drift:.4f} nats per token on average "
-            f"(threshold {PARITY_THRESHOLD}): RL on them would learn from noise. Check the model's dtype and kernels"
+            f"step {step}: the engine's probabilities differ from the trainer's by {drift:.4g} nats per token "
+            f"(k3; at most {MAX_DRIFT}): RL on them would learn from noise. Training has stopped and the last "
+            "checkpoint is kept. Check the model's dtype and kernels, or train in float32 (bf16 = false)"
         )
-    return drift
+
+
+def check_samples(sequences: list[Sequence]) -> bool:
+    """Whether all samples have tokens, with log-probabilities that are finite."""
+    return all(s.token_ids and all(map(math.isfinite, s.logprobs)) for s in sequences)

@@ -16,7 +16,7 @@ from m1.model.checkpoint import load_config, load_model, load_tokenizer
 from m1.model.configuration import TEACHERS
 from m1.model.tokenizer import byte_tokenizer
 from m1.options import check_keys
-from m1.recipe import DistillStage, SFTStage
+from m1.recipe import SFTStage, TaughtStage
 from m1.train.data_cache import Preparation
 from m1.train.data_mask import ChatEncoder
 from m1.train.data_report import report
@@ -64,7 +64,7 @@ def sft_trainer(stage: SFTStage, arguments: SFTConfig) -> Trainer:
 
 
 def training_rows(
-    stage: SFTStage | DistillStage, arguments: SFTConfig, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
+    stage: SFTStage | TaughtStage, arguments: SFTConfig, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
 ) -> Dataset | IterableDataset:
     """The tokenized rows of a stage. Logs a report on them, and changes `arguments` so that TRL takes rows as they are.
 
@@ -89,7 +89,7 @@ def training_rows(
 
 
 def preparation_of(
-    stage: SFTStage | DistillStage, arguments: SFTConfig, tokenizer: PreTrainedTokenizerBase, context: int
+    stage: SFTStage | TaughtStage, arguments: SFTConfig, tokenizer: PreTrainedTokenizerBase, context: int
 ) -> Preparation:
     """How the rows of a stage are prepared, if the model's context has so many tokens. Raises UserError without a chat
     template that can be used."""
@@ -98,7 +98,7 @@ def preparation_of(
     return Preparation(stage.data, encoder, arguments.max_length or context)
 
 
-def data_report(stage: SFTStage | DistillStage, samples: int) -> tuple[str, np.ndarray]:
+def data_report(stage: SFTStage | TaughtStage, samples: int) -> tuple[str, np.ndarray]:
     """A report on a stage's rows with `samples` of them, and all rows' lengths. Raises UserError as `training_rows`."""
     if isinstance(stage, SFTStage) and stage.init:
         config, tokenizer = new_config(stage.init)
@@ -127,14 +127,17 @@ def new_config(init: dict[str, Any]) -> tuple[LlamaConfig, PreTrainedTokenizerBa
         raise UserError(f"[init]: {error.__cause__ or error}") from None
 
 
-def arguments_of(stage: SFTStage | DistillStage) -> SFTConfig:
+def arguments_of(stage: SFTStage | TaughtStage) -> SFTConfig:
     """The trainer's arguments. Raises UserError for an invalid `[trainer]` or `[init]`."""
     for key, instead in REPLACED.items():
         if key in stage.trainer:
             raise UserError(f"[trainer] {key}: M1 prepares the rows itself; remove the key ({instead})")
     if isinstance(stage, SFTStage) and stage.init:
         new_config(stage.init)
-    arguments = trainer_arguments(SFTConfig, stage.out, stage.trainer, **DEFAULTS, **eval_defaults(stage))
+    defaults = DEFAULTS | eval_defaults(stage)
+    if stage.data.streaming:
+        defaults["dataloader_num_workers"] = 0  # each worker would read the stream
+    arguments = trainer_arguments(SFTConfig, stage.out, stage.trainer, **defaults)
     if arguments.max_length is not None and arguments.max_length < 1:
         raise UserError(f"[trainer] max_length = {arguments.max_length}: need at least 1")
     if stage.data.streaming and arguments.max_steps < 1:

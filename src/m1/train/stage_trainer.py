@@ -1,7 +1,7 @@
 """What the trainers of all stages have in common at a step: parameter groups, and numbers that must be finite."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -25,17 +25,27 @@ class StageTrainer(Trainer):
         mixer_lr_scale: the learning rate of Mamba mixers, as a multiple of `learning_rate`.
 
     Attributes:
+        files: names of JSONL files that the trainer writes with `write_row`. A resumed run drops later steps' rows.
+        write_row: appends a row to one of them, in the run's folder; does nothing outside a run.
         tokens: number of real tokens trained on so far, by this process in this session.
 
     Raises:
         UserError: when the optimizer is made, if there is a scale but no mixer.
     """
 
+    files: tuple[str, ...] = ()
+
     def __init__(self, *args: Any, mixer_lr_scale: float = 1.0, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.mixer_lr_scale = mixer_lr_scale
+        self.write_row: Callable[[str, dict[str, Any]], None] = lambda name, row: None
         self.tokens: Tensor | int = 0
         self._unread: list[tuple[int, str, Tensor]] = []
+
+    @property
+    def networks(self) -> list[PreTrainedModel]:
+        """The models whose layers a step runs."""
+        return [self.accelerator.unwrap_model(self.model)]
 
     @property
     def flops_per_token(self) -> float:

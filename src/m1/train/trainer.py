@@ -17,7 +17,7 @@ import signal
 import time
 import typing
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from m1.errors import UserError
-from m1.history import METRICS
+from m1.history import METRICS, SAMPLES
 from m1.jsonl import to_jsonl, write_text
 from m1.machine import describe_machine, gemm_rate, process_bytes
 from m1.model.checkpoint import saved_dtype
@@ -37,9 +37,11 @@ from m1.recipe import INT64_MAX, TrainedStage
 from m1.runs import Run, sha256
 from m1.secrets import redact_settings
 from m1.train.checkpoints import last_checkpoint, seal
+from m1.train.data import check_files
+from m1.train.speed import speed_up
 from m1.train.stage_trainer import StageTrainer
 
-MADE = ("checkpoints", METRICS, "tensorboard", "model.part")  # what an interrupted stage leaves
+MADE = ("checkpoints", METRICS, SAMPLES, "tensorboard", "model.part")  # what an interrupted stage leaves
 TINY, BELOW_1 = 1e-9, math.nextafter(1, 0)
 RANGES: dict[str, tuple[float, float]] = {  # of trainers' arguments that transformers and TRL don't check themselves
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), (1, INT64_MAX)),
@@ -51,6 +53,8 @@ RANGES: dict[str, tuple[float, float]] = {  # of trainers' arguments that transf
     **dict.fromkeys(("adam_beta1", "adam_beta2"), (0, BELOW_1)),
     "temperature": (TINY, INT64_MAX),  # at 0 all samples of a prompt are the same
     "top_p": (TINY, 1),
+    "min_p": (0, 1),
+    "top_k": (0, INT64_MAX),
     "seed": (0, 2**32 - 1),
 }
 S = TypeVar("S", bound=TrainedStage)
@@ -89,6 +93,8 @@ def trainer_arguments(cls: type[Arguments], out: str | Path, given: dict[str, An
         "bf16": torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported(),  # else emulated and slow
         "disable_tqdm": False,
     }
+    if torch.cuda.is_available():  # batches are made and copied while the GPU works
+        common |= {"dataloader_num_workers": 1, "accelerator_config": {"non_blocking": True}}
     given = {key: value for key, value in given.items() if key != "model_init_kwargs"}  # see model_options
     try:
         return cls(**(common | defaults | given))
@@ -166,17 +172,25 @@ def run_training(
                 run.clear(*MADE)
         if run.finished:
             return
+        check_files(stage.data)
         source = getattr(stage, "teacher", None) or getattr(stage, "model", None)
         dtype = saved_dtype(source) if source else torch.float32
         set_seed(arguments.seed)
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.folder / "tensorboard")  # the trainer reads it when it is made
         trainer, interrupt = _made(make_trainer, stage, arguments), _InterruptCallback()
+        trainer.write_row = run.append
+        for network in trainer.networks:
+            speed_up(network, stage.compile)
         trainer.add_callback(interrupt)
         trainer.add_callback(MetricsCallback(run, trainer))
         trainer.add_callback(_TrainedCallback())
         trainer.add_callback(_SafetyCallback(trainer))  # the last: what it checks, the trainer then saves
-        with interrupt, suppress(_Trained):
-            trainer.train(resume_from_checkpoint=last)
+        with interrupt:
+            try:
+                trainer.train(resume_from_checkpoint=last)
+            except _Trained:
+                if arguments.load_best_model_at_end:
+                    trainer._load_best_model()
         if interrupt.requested:
             raise KeyboardInterrupt
         trainer.check_finite()
@@ -270,9 +284,17 @@ class MetricsCallback(TrainerCallback):
             tqdm.write(
                 "{parameters:,} parameters: learning rate {learning_rate:g}, decay {weight_decay:g}".format(**group)
             )
-        rows = [row for row in self.run.read(METRICS, "step", "seconds") if row["step"] <= state.global_step]
-        write_text(self.run.folder / METRICS, to_jsonl(rows))
+        for name in self.trainer.files:
+            self._kept(name, state.global_step, "step")
+        rows = self._kept(METRICS, state.global_step, "step", "seconds")
         self.seconds_before = rows[-1]["seconds"] if rows else 0.0
+
+    def _kept(self, name: str, step: int, *keys: str) -> list[dict[str, Any]]:
+        """Drops the rows of a file that are of later steps. Returns the others."""
+        rows = [row for row in self.run.read(name, *keys) if row["step"] <= step]
+        if (self.run.folder / name).exists() or rows:
+            write_text(self.run.folder / name, to_jsonl(rows))
+        return rows
 
     def on_log(
         self,
