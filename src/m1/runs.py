@@ -45,7 +45,7 @@ class Run:
     If it already holds an unfinished run of the same command with the same settings, that run resumes.
 
         with Run("eval", out, settings) as run:
-            rows = run.read("samples.jsonl", "problem", "round")  # rows of earlier sessions
+            rows = run.read("samples.jsonl", {"problem": str, "round": int})  # rows of earlier sessions
             run.append("samples.jsonl", row)
             run.finish()
 
@@ -130,18 +130,17 @@ class Run:
         """Time spent in this run so far, over all sessions that could store theirs."""
         return self._seconds_before + time.monotonic() - self._opened
 
-    def read(self, name: str, *keys: str, types: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+    def read(self, name: str, types: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Returns the rows of a JSONL file of this run, none if there is no file. Removes an incomplete last line.
 
         Args:
             name: the file's name.
-            keys: keys that every row must have.
-            types: further keys, with the type hint of each value. Integers must be counts (`check_count`).
+            types: keys that every row must have, with the type hint of each value. Integers must be counts
+                (`check_count`).
 
         Raises:
             UserError: a line isn't a JSON object with these keys, or has a value of another type.
         """
-        types = types or {}
         path = self._path(name)
         if not path.exists():
             return []
@@ -149,7 +148,7 @@ class Run:
             drop_torn_line(path)
         rows = list(read_jsonl(path))
         for number, row in enumerate(rows, start=1):
-            if missing := [key for key in (*keys, *types) if key not in row]:
+            if missing := [key for key in types if key not in row]:
                 raise UserError(f"{path}, line {number}: has no {missing[0]!r}; delete the line or the output")
             for key, hint in types.items():
                 where = f"{path}, line {number}: {key}"

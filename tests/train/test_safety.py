@@ -239,6 +239,26 @@ def test_a_damaged_checkpoint_is_passed_over(checkpoints, name, damage, caplog):
         last_checkpoint(checkpoints)
 
 
+UNSEALED = {
+    "model.safetensors": b"half",
+    "optimizer.pt": b"half",
+    "trainer_state.json": b'{"global_step": "x"}',
+    "sha256.json": b"[]",
+}
+
+
+@pytest.mark.parametrize("name", UNSEALED)
+def test_a_checkpoint_without_a_seal_must_be_readable(checkpoints, name):
+    folder = checkpoints / "checkpoints" / "checkpoint-10"
+    (folder / "sha256.json").unlink()
+    torch.save({"a": torch.ones(64)}, folder / "optimizer.pt")
+    (folder.parent / "checkpoint-mine").mkdir()
+    (folder.parent / "checkpoint-mine" / "trainer_state.json").write_text("{}")
+    assert last_checkpoint(checkpoints) == str(folder)
+    (folder / name).write_bytes(UNSEALED[name])
+    assert last_checkpoint(checkpoints).endswith("checkpoint-9")
+
+
 FILES = ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
 
 

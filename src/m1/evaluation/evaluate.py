@@ -108,7 +108,7 @@ def evaluate(
     golds, problems_sha256 = {problem.id: problem.answers for problem in problems}, problems_hash(problems)
     depends = used | identity | {"problems_sha256": problems_sha256}
     with Run("eval", out, depends, force=force) as run, Grader() as grader:
-        rows = {(row["problem"], row["round"]): row for row in run.read("samples.jsonl", types=ROW)}
+        rows = {(row["problem"], row["round"]): row for row in run.read("samples.jsonl", ROW)}
         total = settings.n * len(problems)
         on_progress(len(rows), total)
         step = 1 if settings.by_round else settings.n

@@ -93,7 +93,7 @@ def measure_budgets(
     }
     names = [own for name in models for own in (name, *([_under_vllm(name)] if name in vllm else []))]
     with Run("budget", out, depends, force=force) as run, Grader() as grader, ExitStack() as stack:
-        rows = run.read("runs.jsonl", types=ROW)
+        rows = run.read("runs.jsonl", ROW)
         done = {(row["model"], row["problem"], row["seed"]) for row in rows}
         jobs = [(seed, i, name) for seed in range(settings.seeds) for i in range(len(problems)) for name in names]
         missing = [(seed, i, name) for seed, i, name in jobs if (name, problems[i].id, seed) not in done]

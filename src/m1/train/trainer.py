@@ -285,13 +285,13 @@ class MetricsCallback(TrainerCallback):
                 "{parameters:,} parameters: learning rate {learning_rate:g}, decay {weight_decay:g}".format(**group)
             )
         for name in self.trainer.files:
-            self._kept(name, state.global_step, "step")
-        rows = self._kept(METRICS, state.global_step, "step", "seconds")
+            self._kept(name, state.global_step, step=int)
+        rows = self._kept(METRICS, state.global_step, step=int, seconds=float)
         self.seconds_before = rows[-1]["seconds"] if rows else 0.0
 
-    def _kept(self, name: str, step: int, *keys: str) -> list[dict[str, Any]]:
+    def _kept(self, name: str, last: int, **types: type) -> list[dict[str, Any]]:
         """Drops the rows of a file that are of later steps. Returns the others."""
-        rows = [row for row in self.run.read(name, *keys) if row["step"] <= step]
+        rows = [row for row in self.run.read(name, types) if row["step"] <= last]
         if (self.run.folder / name).exists() or rows:
             write_text(self.run.folder / name, to_jsonl(rows))
         return rows
