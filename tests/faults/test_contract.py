@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 from commands import check
@@ -39,6 +40,50 @@ def test_any_io_error_names_its_file(run, monkeypatch, tmp_path, error, words):
 
     monkeypatch.setattr("m1.model.summary.summarize", fail)
     check(run("inspect", tmp_path), *words)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail at x.cpp:1] DefaultCPUAllocator: can't allocate memory: 5 bytes\nframe #0"),
+        RuntimeError("Storage size calculation overflowed with sizes=[5]"),
+        type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory"),
+    ],
+    ids=repr,
+)
+def test_memory_that_is_not_there(run, monkeypatch, tmp_path, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("m1.model.summary.summarize", fail)
+    check(run("inspect", tmp_path), "not enough memory", "give smaller sizes")
+
+
+def test_a_panic_of_rust_code(run, monkeypatch, tmp_path):
+    """What a tokenizer raises on some texts is no Exception."""
+
+    def fail(*_, **__):
+        raise type("PanicException", (BaseException,), {})("index out of bounds")
+
+    monkeypatch.setattr("m1.model.summary.summarize", fail)
+    check(run("inspect", tmp_path), "index out of bounds", "tokenizer.json")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_io_error_in_a_thread_is_one_line(run, monkeypatch, tmp_path):
+    """TensorBoard writes in a thread of its own."""
+
+    def fail(*_, **__):
+        thread = threading.Thread(target=open, args=(tmp_path / "missing",))
+        thread.start()
+        thread.join()
+        raise UserError("ended")
+
+    monkeypatch.setattr("threading.excepthook", threading.excepthook)
+    monkeypatch.setattr("m1.model.summary.summarize", fail)
+    code, err = run("inspect", tmp_path)
+    assert code == 2 and "Traceback" not in err and f"m1: can't read or write {tmp_path}/missing: No such file" in err
 
 
 def test_a_reader_that_leaves_and_a_full_disk_behind_the_output(teacher_dir):

@@ -9,7 +9,7 @@ from commands import check
 
 from m1.errors import UserError
 from m1.model.configuration import SIZES
-from m1.model.tokenizer import byte_tokenizer, render_chat
+from m1.model.tokenizer import byte_tokenizer, render_chat, time_limit
 
 
 @pytest.fixture
@@ -57,6 +57,14 @@ def test_tokenizer_settings(run, copies, key, value):
     assert code in (0, 2) and "Traceback" not in err
 
 
+@pytest.mark.parametrize("value", [2.5, True, "x", [2.5], [[1]], {"a": 1}])
+def test_stop_tokens(run, copies, value):
+    """transformers takes them as they are."""
+    _, hybrid = copies
+    (hybrid / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    check(run("solve", "1+1", "--model", hybrid, "--n", 1, "--max-new-tokens", 1))
+
+
 ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 TEMPLATES = {
     ENDLESS: "not done after 0.2 seconds",
@@ -90,3 +98,10 @@ def test_templates_with_stars_in_their_text_are_no_powers():
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "**{{ messages[0]['content'] }}** {% generation %}{{ '**' * 2 }}{% endgeneration %}"
     assert render_chat(tokenizer, "x") == "**x** ****"
+
+
+def test_a_limit_within_a_limit():
+    with pytest.raises(TimeoutError, match=r"0\.2 seconds"), time_limit(0.2):
+        with pytest.raises(TimeoutError, match=r"0\.05 seconds"), time_limit(0.05):
+            time.sleep(5)
+        time.sleep(5)

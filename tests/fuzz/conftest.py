@@ -12,10 +12,13 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, seed, settings
 
+from m1.model.tokenizer import time_limit
+
 sys.path += [str(Path(__file__).parents[1] / room) for room in ("ops", "evaluation")]  # for their helpers
 
 KINDS = 6
 EXAMPLES = 10  # per seed
+LONGEST = 30.0  # seconds of one input; what takes longer hangs
 SECONDS = float(os.environ.get("M1_FUZZ_SECONDS", 20)) / KINDS
 SEED = int(os.environ.get("M1_FUZZ_SEED", random.SystemRandom().randrange(2**32)))
 SETTINGS = settings(
@@ -37,7 +40,10 @@ def fuzz(record_property, capsys):
         def counted(example):
             nonlocal count
             count += 1
-            test(example)
+            started = time.monotonic()
+            with time_limit(LONGEST):
+                test(example)
+            assert time.monotonic() - started < LONGEST, "it hangs"
 
         number = SEED
         while count == 0 or time.monotonic() < ends:

@@ -55,6 +55,12 @@ def assert_clean(capsys, code):
     assert "Traceback" not in err and "\x1b" not in err and (code == 0 or refused), err
 
 
+def test_a_failure_prints_its_seed(fuzz, capsys):
+    with pytest.raises(ZeroDivisionError):
+        fuzz(st.just(0), lambda example: 1 / example)
+    assert capsys.readouterr().out.count("repeat it with M1_FUZZ_SEED=") == 1
+
+
 # Options, of commands that end quickly whatever they accept.
 
 COMMANDS = {
@@ -167,18 +173,19 @@ def test_checkpoints(fuzz, checkpoint, hybrid_dir, capsys):
         lambda name: st.tuples(st.just(name), st.sampled_from([*whole[name], "new"]), JSON)
     )
 
-    prompts, out = checkpoint.with_name("p.jsonl"), checkpoint.with_name("o.jsonl")
+    prompts, out = checkpoint.with_name("p.jsonl"), checkpoint.with_name("out")
     prompts.write_text('{"problem": "1+1"}\n')
-    generate = ("generate", "--model", checkpoint, "--prompts", prompts, "--out", out, "--max-new-tokens", 1)
+    generate = ("generate", "--model", checkpoint, "--prompts", prompts, "--out", out / "o", "--max-new-tokens", 1)
 
     def checkpoints(change):
         name, key, value = change
         (checkpoint / name).write_text(json.dumps(whole[name] | {key: value}))
         try:
-            assert_clean(capsys, m1(*generate, "--force"))
+            assert_clean(capsys, m1(*generate))
             assert_clean(capsys, m1("inspect", checkpoint))
         finally:
             (checkpoint / name).write_text(json.dumps(whole[name]))
+            shutil.rmtree(out, ignore_errors=True)
 
     fuzz(changes, checkpoints)
 

@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from m1.errors import UserError
+from m1.errors import UserError, is_panic
 from m1.hub import checkpoint_folder
 from m1.jsonl import read_json
 from m1.model.configuration import check_sizes, layer_kinds
@@ -96,7 +96,7 @@ def one_line(what: str) -> Iterator[None]:
     except Exception as error:
         raise UserError(f"{what}: {reason(error)}") from None
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # Rust's, in tokenizers
+        if not is_panic(error):
             raise
         raise UserError(f"{what}: {reason(error)}") from None
 

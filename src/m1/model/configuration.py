@@ -7,6 +7,8 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from m1.options import shown
+
 ATTENTION, MAMBA = "full_attention", "linear_attention"  # the names in transformers' caches and masks
 
 # Supported teachers, with the settings that their architecture implies but their config.json leaves out.
@@ -158,7 +160,7 @@ def check_sizes(config: PreTrainedConfig | Mapping[str, Any]) -> None:
     for name, most in SIZES.items():
         size = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
         if isinstance(size, int | float) and not 1 <= size <= most:
-            raise ValueError(f"{name} ({size}) must be at least 1 and at most {most}")
+            raise ValueError(f"{name} ({shown(size)}) must be at least 1 and at most {most}")
 
 
 def layer_kinds(config: PreTrainedConfig) -> list[str]:

@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import time
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -79,7 +80,10 @@ def render_chat(
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError inside the context after some seconds. Only the main thread can be interrupted."""
+    """Raises TimeoutError inside the context after some seconds. Only the main thread can be interrupted.
+
+    Contexts can be nested; an outer one's clock goes on.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -87,13 +91,15 @@ def time_limit(seconds: float) -> Iterator[None]:
     def stop(*_: object) -> None:
         raise TimeoutError(f"not done after {seconds:g} seconds")
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    before, started = signal.signal(signal.SIGALRM, stop), time.monotonic()
+    outer, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        if outer:
+            signal.setitimer(signal.ITIMER_REAL, max(outer - (time.monotonic() - started), 1e-3))
 
 
 @lru_cache(maxsize=64)

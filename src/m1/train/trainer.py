@@ -6,6 +6,7 @@ OUT/               the trained model and tokenizer, and the run's own files (run
 """
 
 import dataclasses
+import errno
 import functools
 import hashlib
 import json
@@ -16,22 +17,23 @@ import shutil
 import signal
 import time
 import typing
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
 import torch
 from datasets import Dataset
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from m1.errors import UserError
 from m1.history import METRICS, SAMPLES
 from m1.jsonl import to_jsonl, write_text
 from m1.machine import describe_machine, gemm_rate, process_bytes
-from m1.model.checkpoint import saved_dtype
+from m1.model.checkpoint import reason, saved_dtype
 from m1.options import check_keys, fitted
 from m1.recipe import INT64_MAX, TrainedStage
 from m1.runs import Run, sha256
@@ -185,16 +187,17 @@ def run_training(
         trainer.add_callback(MetricsCallback(run, trainer))
         trainer.add_callback(_TrainedCallback())
         trainer.add_callback(_SafetyCallback(trainer))  # the last: what it checks, the trainer then saves
-        with interrupt:
-            try:
-                trainer.train(resume_from_checkpoint=last)
-            except _Trained:
-                if arguments.load_best_model_at_end:
-                    trainer._load_best_model()
-        if interrupt.requested:
-            raise KeyboardInterrupt
-        trainer.check_finite()
-        _save(trainer, run, dtype)
+        with _written(run), _without_bar(trainer):
+            with interrupt:
+                try:
+                    trainer.train(resume_from_checkpoint=last)
+                except _Trained:
+                    if arguments.load_best_model_at_end:
+                        trainer._load_best_model()
+            if interrupt.requested:
+                raise KeyboardInterrupt
+            trainer.check_finite()
+            _save(trainer, run, dtype)
         if run.writes:
             run.finish(**provenance(trainer, run.folder))
         if run.writes:
@@ -208,6 +211,28 @@ def _made(make_trainer: Callable[[S, Any], StageTrainer], stage: S, arguments: T
         raise
     except (ValueError, ImportError) as error:  # what TRL checks itself: choices, combinations, missing packages
         raise UserError(f"[trainer]: {' '.join(str(error).split())}") from error
+
+
+@contextmanager
+def _written(run: Run) -> Iterator[None]:
+    """Turns what libraries raise on a full or failing disk into the OSError that it was."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+            raise
+        raise OSError(errno.EIO, reason(error), str(run.folder)) from error
+
+
+@contextmanager
+def _without_bar(trainer: StageTrainer) -> Iterator[None]:
+    """Ends the line of the trainer's progress bar, so that an error has its own."""
+    try:
+        yield
+    finally:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, ProgressCallback) and callback.training_bar:
+                callback.training_bar.close()
 
 
 def _save(trainer: StageTrainer, run: Run, dtype: torch.dtype) -> None:
