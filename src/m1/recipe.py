@@ -18,7 +18,7 @@ from m1 import runs
 from m1.errors import UserError
 from m1.hub import checkpoint_folder, hub_commit
 from m1.layer_choice import check_choice, ranking_file
-from m1.options import build, option, shown
+from m1.options import MAX_SECONDS, build, option, shown
 from m1.outputs import refuse_sources
 from m1.progress import Progress, silent
 from m1.tasks.benchmarks import Columns, check_task, load_task
@@ -573,8 +573,8 @@ class BudgetSettings(TaskOptions, LoadOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         _at_least_one(self, "seeds", "max_num_seqs")
-        if not 0 < self.seconds < math.inf:
-            raise UserError(f"seconds={self.seconds}: need a positive, finite number")
+        if not 0 < self.seconds <= MAX_SECONDS:
+            raise UserError(f"seconds={self.seconds}: need a positive number of at most {MAX_SECONDS:.0f}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -270,7 +270,11 @@ def test_op_arguments(fuzz):
         for name, (shape, dtype) in changes.items():
             tensor = torch.zeros(shape).to(dtype)
             given[name] = torch.stack([tensor, tensor], -1)[..., 0] if strided else tensor
-        with suppress(ValueError):
+        try:
             ops_table.call(op, given)
+        except ValueError:
+            pass
+        except IndexError as error:  # of an op's own: "row 0 has slot 9, but there are 5"
+            assert "but" in str(error), error
 
     fuzz(mutated(), arguments)

@@ -140,6 +140,12 @@ def test_arguments_without_effect_are_refused(kind, trainer, words):
         ("num_train_epochs", 0),
         ("adam_beta2", 1.0),
         ("deepspeed", "zero3.json"),
+        ("pad_to_multiple_of", 0),
+        ("dataloader_num_workers", -1),
+        ("label_smoothing_factor", 2.0),
+        ("lr_scheduler_kwargs", "epoch"),
+        ("gradient_checkpointing_kwargs", "x"),
+        ("seed", 10**400),
     ],
 )
 def test_bad_values_are_refused_before_a_model_is_loaded(kind, key, value):
@@ -150,6 +156,14 @@ def test_bad_values_are_refused_before_a_model_is_loaded(kind, key, value):
 def test_what_trl_refuses_is_one_line(hybrid_dir, tmp_path):
     with pytest.raises(UserError, match=r"\[trainer\]: Invalid `loss_type` zzz"):
         stage_of("sft", hybrid_dir, None, tmp_path, {"loss_type": "zzz"}).run()
+
+
+@pytest.mark.parametrize("trainer", [{"optim_args": "nope"}, {"lr_scheduler_kwargs": {"nope": 1}}])
+def test_what_optimizers_and_schedules_refuse_is_one_line(trainer, hybrid_dir, teacher_dir, tmp_path):
+    stage = distill_stage(hybrid_dir, teacher_dir, tmp_path, TRAINER | trainer)
+    made = MODULES["distill"].distill_trainer(stage, distill.arguments_of(stage))
+    with pytest.raises(UserError, match=r"\[trainer\]: its .* can't be"):
+        made.create_optimizer_and_scheduler(2)
 
 
 def test_an_integer_is_a_float():

@@ -21,11 +21,10 @@ from m1.engine import SamplingParams, fold_in
 from m1.errors import UserError
 from m1.evaluation.deadline import bounded_client
 from m1.evaluation.samplers import Sample, SampleRequest, Samples
-from m1.options import check_count, fitted
+from m1.options import MAX_SECONDS, check_count, fitted
 from m1.secrets import HIDDEN, SHORTEST, api_key, redact
 
 LONGEST_WAIT = 60.0  # seconds between two tries
-LONGEST_TIMEOUT = 7 * 24 * 3600.0  # seconds; sockets don't take any number
 LONGEST_REASON = 100  # characters of a finish reason
 LARGEST_ANSWER = 2**25  # bytes, with the log-probabilities of all tokens
 # Fields that are left out if a server refuses them: what it can't do, and filters that are off. They are asked for
@@ -67,10 +66,10 @@ class EndpointSampler:
         if url.scheme not in ("http", "https") or not url.host:
             example = "http://localhost:8000/v1"
             raise UserError(f"endpoint {redact(repr(self.url))}: give its base URL, such as {example}")
-        if self.concurrency < 1 or not 0 < self.timeout <= LONGEST_TIMEOUT:
+        if self.concurrency < 1 or not 0 < self.timeout <= MAX_SECONDS:
             raise UserError(
                 f"concurrency={self.concurrency}, timeout={self.timeout}: must be positive, and the timeout at most "
-                f"{LONGEST_TIMEOUT:.0f} seconds"
+                f"{MAX_SECONDS:.0f} seconds"
             )
         self.address = url.copy_with(path=url.path.rstrip("/") + "/chat/completions")
         self._shown = redact(str(self.address))

@@ -123,7 +123,7 @@ def load_config(folder: Path, kinds: Iterable[str]) -> PreTrainedConfig:
     content = read_json(folder / "config.json", CHECKPOINT)
     refuse_quantized(content, folder)
     kind = content.get("model_type")
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         raise UserError(f"{folder} is a {kind!r} model; supported here: {', '.join(kinds)}")
     with one_line(f"{folder}/config.json is impossible"):
         check_sizes(content)
@@ -270,7 +270,8 @@ def _name(tensor: Tensor) -> str:
 def _load_pickle(path: Path, device: str = "cpu") -> dict[str, Tensor]:
     with one_line(f"can't read {path}, which may be truncated: copy it again"):
         weights = torch.load(path, map_location=device, weights_only=True)
-    if not isinstance(weights, dict) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
+    named = isinstance(weights, dict) and all(isinstance(k, str) and isinstance(t, Tensor) for k, t in weights.items())
+    if not named:
         raise UserError(f"{path} doesn't hold named tensors: copy the checkpoint again")
     return weights
 

@@ -23,7 +23,7 @@ TEACHERS: dict[str, dict[str, Any]] = {
 SIZES = {
     "vocab_size": 2**22, "hidden_size": 2**17, "intermediate_size": 2**20, "num_hidden_layers": 1024,
     "num_attention_heads": 4096, "num_key_value_heads": 4096, "head_dim": 2**14, "state_size": 2**14,
-    "conv_kernel": 1024, "time_step_rank": 2**17, "max_position_embeddings": 2**31,
+    "conv_kernel": 1024, "time_step_rank": 2**17, "max_position_embeddings": 2**31, "num_labels": 2**20,
 }  # fmt: skip
 
 
