@@ -210,6 +210,14 @@ def test_locks_have_hashes(name):
         assert not tools & {entry.partition("==")[0].strip() for entry in pinned}
 
 
+def test_the_makefile_has_its_supply_chain():
+    done = subprocess.run(["make", "-n", "locks", "sbom", "fuzz"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(word in done.stdout for word in ("--generate-hashes", "cyclonedx", "--require-hashes", "tests/fuzz"))
+    renew = (ROOT / ".ci/renew-locks").read_text()
+    assert all(word in renew for word in ("checkout -B renew-locks", "make locks", ".ci/run"))
+
+
 def test_torch_and_httpx2_have_upper_bounds():
     for name in ("torch", "httpx2"):
         assert re.search(rf'"{name}>=[\d.]+,<[\d.]+"', (ROOT / "pyproject.toml").read_text())

@@ -32,6 +32,15 @@ def test_sizes_have_ceilings(run, copies, name, value):
         assert time.perf_counter() - started < 5
 
 
+@pytest.mark.parametrize("kind", [[1], {}, 5, None, "evil"])
+def test_model_types(run, copies, tmp_path, kind):
+    teacher, _ = copies
+    path = teacher / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": kind}))
+    convert = ("convert", "--teacher", teacher, "--out", tmp_path / "o", "--keep-attention", "1")
+    check(run(*convert), f"is a {kind!r} model")
+
+
 TOKENIZERS = ["[]", "null", "{}", "5", "[" * 100_000, "\x00"]
 TOKENIZERS += ['{"model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}}']
 

@@ -1,12 +1,15 @@
 """Training that goes wrong says so: numbers that aren't finite, arguments without effect, damaged checkpoints."""
 
 import dataclasses
+import errno
 import json
 import math
 
 import pytest
 import torch
+from commands import check, m1
 from datasets import Dataset
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from test_stages import CHAIN, TRAINER, distill_stage, metrics
 
@@ -295,6 +298,28 @@ def test_training_resumes_from_the_checkpoint_before(hybrid_dir, tmp_path, monke
     cut.run(resume=True)
     for name, tensor in load_file(tmp_path / "whole" / "model.safetensors").items():
         assert torch.equal(load_file(tmp_path / "cut" / "model.safetensors")[name], tensor)
+
+
+FULL = [
+    SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    RuntimeError("[enforce fail at inline_container.cc:863] . PytorchStreamWriter failed writing file data/5"),
+    OSError(errno.ENOSPC, "No space left on device", "model.safetensors"),
+]
+
+
+@pytest.mark.parametrize("error", FULL, ids=lambda error: type(error).__name__)
+def test_a_full_disk_while_a_model_is_saved_is_one_line(hybrid_dir, tmp_path, monkeypatch, capsys, error):
+    from m1.train import trainer as trainer_module
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(trainer_module, "_save", fail)
+    (tmp_path / "sft.toml").write_text(
+        f'stage = "sft"\nout = "{tmp_path}/o"\nmodel = "{hybrid_dir}"\n[data]\ntask = "chain"\ncount = 4\n'
+        "[trainer]\nmax_steps = 1\nper_device_train_batch_size = 2\nbf16 = false\n"
+    )
+    check((m1("sft", tmp_path / "sft.toml"), capsys.readouterr().err), "can't read or write")
 
 
 # Evaluation, metrics and the manifest
