@@ -86,28 +86,29 @@ def test_an_io_error_in_a_thread_is_one_line(run, monkeypatch, tmp_path):
     assert code == 2 and "Traceback" not in err and f"m1: can't read or write {tmp_path}/missing: No such file" in err
 
 
-def test_a_reader_that_leaves_and_a_full_disk_behind_the_output(teacher_dir):
+def test_a_reader_that_leaves_and_a_full_disk_behind_the_output(tmp_path):
+    (tmp_path / "settings.json").write_text('{"command": "sft"}')
     reading, writing = os.pipe()
     os.close(reading)
     code = "import os, signal; signal.signal(signal.SIGPIPE, signal.SIG_IGN); from m1.cli import main; main()"
-    gone = subprocess.run([sys.executable, "-c", code, "inspect", teacher_dir], stdout=writing, stderr=subprocess.PIPE)
+    gone = subprocess.run([sys.executable, "-c", code, "runs", tmp_path], stdout=writing, stderr=subprocess.PIPE)
     os.close(writing)
     assert (gone.returncode, gone.stderr) == (1, b"")
     with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, "-m", "m1", "inspect", teacher_dir], stdout=full, stderr=subprocess.PIPE)
+        done = subprocess.run([sys.executable, "-m", "m1", "runs", tmp_path], stdout=full, stderr=subprocess.PIPE)
     assert done.returncode == 2 and done.stderr == b"m1: can't read or write the output: No space left on device\n"
 
 
 def test_arguments_that_are_not_text():
-    done = command("inspect", b"\xff")
+    done = command("runs", b"\xff")
     assert done.returncode == 2 and done.stderr.startswith(b"m1: the argument") and done.stderr.count(b"\n") == 1
 
 
 def test_a_terminal_without_the_character(tmp_path):
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
-    words = [sys.executable, "-c", "from m1.cli import main; main()", "inspect", str(tmp_path / "\u00b1")]
+    words = [sys.executable, "-c", "from m1.cli import main; main()", "runs", str(tmp_path / "\u00b1")]
     done = subprocess.run(words, capture_output=True, env=environment, timeout=120)
-    assert done.returncode == 2 and b"Traceback" not in done.stderr and b"is not a folder" in done.stderr
+    assert done.returncode == 2 and b"Traceback" not in done.stderr and b"isn't a folder" in done.stderr
 
 
 BAD_JSON = {
