@@ -74,15 +74,18 @@ format: $(TEST_INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Renews the locks with the newest versions that pyproject.toml allows; .ci/renew-locks does it on a branch.
-FREEZE := .venv-locks/bin/pip freeze --exclude-editable --exclude torch --exclude uv --exclude m1-reasoning
-HASH := .venv-locks/bin/uv pip compile --quiet --no-deps --generate-hashes --python-version 3.11 --no-annotate --no-header
+# Renews the locks with the newest versions that pyproject.toml allows; .ci/renew-locks does it on a branch. All extras
+# are resolved together first, so that the three lists agree.
+LOCKS := .venv-locks/env/bin
+FREEZE := $(LOCKS)/pip freeze --exclude-editable --exclude torch --exclude uv --exclude m1-reasoning
+HASH := $(LOCKS)/uv pip compile --quiet --no-deps --generate-hashes --python-version 3.11 --no-annotate --no-header
+LOCK_ENV := $(PYTHON) -m venv --clear .venv-locks/env && $(LOCKS)/pip install --quiet uv -r requirements/torch.txt
 locks:
-	rm -rf .venv-locks && $(PYTHON) -m venv .venv-locks
-	.venv-locks/bin/pip install --quiet uv -r requirements/torch.txt
-	.venv-locks/bin/pip install --quiet . && $(FREEZE) | grep -v '^nvidia\|^triton' > .venv-locks/users
-	.venv-locks/bin/pip install --quiet '.[dev]' && $(FREEZE) > .venv-locks/with-dev
-	.venv-locks/bin/pip install --quiet '.[dev,test]' && $(FREEZE) > .venv-locks/with-test
+	rm -rf .venv-locks && $(LOCK_ENV)
+	$(LOCKS)/pip install --quiet '.[dev,test]' && $(FREEZE) > .venv-locks/with-test
+	$(LOCK_ENV)
+	$(LOCKS)/pip install --quiet -c .venv-locks/with-test . && $(FREEZE) | grep -v '^nvidia\|^triton' > .venv-locks/users
+	$(LOCKS)/pip install --quiet -c .venv-locks/with-test '.[dev]' && $(FREEZE) > .venv-locks/with-dev
 	grep -vxFf .venv-locks/users .venv-locks/with-dev | grep -v '^nvidia\|^triton' > .venv-locks/dev
 	grep -vxFf .venv-locks/with-dev .venv-locks/with-test > .venv-locks/test
 	$(HASH) .venv-locks/users -o requirements/lock.txt

@@ -18,14 +18,14 @@ def copies(teacher_dir, hybrid_dir, tmp_path):
     return [shutil.copytree(folder, tmp_path / name) for folder, name in ((teacher_dir, "t"), (hybrid_dir, "h"))]
 
 
-@pytest.mark.parametrize("value", [0, -1, 10**9, 10**18, 10**30, 1e30])
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [*((name, value) for name in SIZES for value in (0, 10**18)), *(("vocab_size", v) for v in (-1, 10**30, 1e30))],
+)
 def test_sizes_have_ceilings(run, copies, name, value):
     for folder in copies:
         path = folder / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
-        if 1 <= value <= SIZES[name]:
-            continue
         started = time.perf_counter()
         check(run("solve", "1+1", "--model", folder), f"{name} (", "must be at least 1 and at most")
         check(run("inspect", folder), name)
@@ -57,7 +57,7 @@ def test_tokenizers(run, copies, name, content):
 @pytest.mark.parametrize(
     "key", ["eos_token", "pad_token", "model_max_length", "extra_special_tokens", "tokenizer_class"]
 )
-@pytest.mark.parametrize("value", [5, [], {}, None, -1, 1e400, "x", True])
+@pytest.mark.parametrize("value", [5, {}, 1e400])
 def test_tokenizer_settings(run, copies, key, value):
     _, hybrid = copies
     path = hybrid / "tokenizer_config.json"

@@ -134,6 +134,7 @@ def test_an_odd_quote_is_a_warning(load, monkeypatch, variable):
         assert load() is None
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_compilation_leaves_nothing_for_long(load, compiler, tmp_path, kill):
     slow = tmp_path / "slow"

@@ -230,7 +230,7 @@ def _written(run: Run) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
             raise
         raise OSError(errno.EIO, reason(error), str(run.folder)) from error
 
