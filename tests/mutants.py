@@ -152,7 +152,7 @@ MUTANTS = [
         "equal seeds for all problems",
     ),
     Mutant(
-        "reasoning/solve.py", "seed=fold_in(params.seed, len(requests))", "seed=params.seed",
+        "reasoning/solve.py", "indices=tuple(range(begun, begun + wave))", "indices=tuple(range(wave))",
         "reasoning/test_solve.py", "equal seeds in every wave of samples",
     ),
     Mutant(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 
-from m1.engine import LLM, Engine, Request, SamplingParams, Sequence, fold_in
+from m1.engine import LLM, Request, SamplingParams, Sequence, fold_in
 from m1.errors import UserError
 from m1.grading import Grader, extract_answer, with_thought
 from m1.reasoning.budget import Budget, Timer, timed
@@ -51,40 +51,89 @@ def solve(
     """
     tokens = llm.encode(prompt.messages(problem))
     engine = llm.engine_for([tokens], params.max_tokens)
-    timer, bound, solution = Timer(budget.seconds, clock), bound_of(weights), Solution()
-    if budget.rule == "decided" and bound is None:
-        raise UserError(
-            "rule 'decided' needs the maximum weight of a sample: give the verifier an attribute `bound`, "
-            "or choose the rule none or confident"
-        )
-    grader.start(timer.left())
-    partition = timed(grader.partition, timer)
-    requests: list[Request] = []
-    with closing(engine.run(requests)) as steps:
-        while not solution.reason and timer.left() > 0:
-            if wave := _wave(engine, budget, requests):
-                requests.append(Request(tokens, replace(params, n=wave, seed=fold_in(params.seed, len(requests)))))
-                solution.sequences += requests[-1].sequences
-            if ended := [_read(sequence, llm, timer.spent()) for sequence in next(steps)]:
-                if not callable(weights) or timer.left() > 0:
-                    _weigh(ended, problem, weights)
-                solution.samples += ended
-                answers = [sample.answer for sample in solution.samples]
-                solution.vote = vote(answers, partition, [sample.weight for sample in solution.samples])
-                solution.reason = budget.why_stop(solution.vote, len(answers), bound)
-            solution.seconds = timer.spent()
-            on_step(solution)
-    solution.reason = solution.reason or "seconds"
-    solution.seconds = timer.spent()
-    return solution
+    voting = SelfConsistency(problem, tokens, llm, grader, params, budget, weights, clock)
+    grader.start(voting.timer.left())
+    with closing(engine.run(voting.requests)) as steps:
+        while not voting.over:
+            voting.start(budget.n or engine.free_slots)  # with n all at once: the engine queues them
+            voting.count(next(steps))
+            on_step(voting.solution)
+    return voting.finish()
 
 
-def _wave(engine: Engine, budget: Budget, requests: list[Request]) -> int:
-    """Number of samples to start now. With n, all at once: the engine queues them. Without n, one per free slot. If
-    other requests take all slots, one sample is queued."""
-    if budget.n is not None:
-        return 0 if requests else budget.n
-    return engine.free_slots or int(all(request.done for request in requests))
+class SelfConsistency:
+    """One problem being solved: which samples to start, the vote so far, and when to stop. It steps no engine.
+
+    Args: those of `solve`, and the prompt's tokens. Its clock starts when it is made.
+
+    Attributes:
+        requests: of its samples. `start` appends to them.
+        solution: the solution so far.
+        timer: measures the budget's seconds.
+    """
+
+    def __init__(
+        self,
+        problem: str,
+        tokens: list[int],
+        llm: LLM,
+        grader: Grader,
+        params: SamplingParams,
+        budget: Budget,
+        weights: Weights = "uniform",
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.problem, self.tokens, self.llm = problem, tokens, llm
+        self.params, self.budget, self.weights = params, budget, weights
+        self.bound = bound_of(weights)
+        if budget.rule == "decided" and self.bound is None:
+            raise UserError(
+                "rule 'decided' needs the maximum weight of a sample: give the verifier an attribute `bound`, "
+                "or choose the rule none or confident"
+            )
+        self.requests: list[Request] = []
+        self.solution = Solution()
+        self.timer = Timer(budget.seconds, clock)
+        self._partition = timed(grader.partition, self.timer)
+
+    @property
+    def over(self) -> bool:
+        """Whether to stop: the budget's rule applies, or its seconds are over."""
+        return bool(self.solution.reason) or self.timer.left() <= 0
+
+    def start(self, free: int) -> Request | None:
+        """Appends a request for the samples to start now, at most `free`. One is queued if all others have ended.
+
+        Sample i is drawn from stream i of the seed, whenever it starts.
+        """
+        begun = len(self.solution.sequences)
+        left = math.inf if self.budget.n is None else self.budget.n - begun
+        wave = int(min(left, free or all(request.done for request in self.requests)))
+        if not wave:
+            return None
+        params = replace(self.params, n=wave, seed=fold_in(self.params.seed, 0))
+        request = Request(self.tokens, params, indices=tuple(range(begun, begun + wave)))
+        self.requests.append(request)
+        self.solution.sequences += request.sequences
+        return request
+
+    def count(self, ended: list[Sequence]) -> None:
+        """Counts the votes of samples that have ended, and sets the solution's reason to stop if there is one."""
+        solution = self.solution
+        if samples := [_read(sequence, self.llm, self.timer.spent()) for sequence in ended]:
+            if not callable(self.weights) or self.timer.left() > 0:
+                _weigh(samples, self.problem, self.weights)
+            solution.samples += samples
+            answers = [sample.answer for sample in solution.samples]
+            solution.vote = vote(answers, self._partition, [sample.weight for sample in solution.samples])
+            solution.reason = self.budget.why_stop(solution.vote, len(answers), self.bound)
+        solution.seconds = self.timer.spent()
+
+    def finish(self) -> Solution:
+        """The solution, with the reason to stop and the seconds taken."""
+        self.solution.reason = self.solution.reason or "seconds"
+        self.solution.seconds = self.timer.spent()
+        return self.solution
 
 
 def _read(sequence: Sequence, llm: LLM, seconds: float) -> VotedSample:
