@@ -6,21 +6,26 @@ TEST_INSTALLED := .venv/.test-installed
 
 PEERS_INSTALLED := .venv-peers/.installed
 
-.PHONY: install demo test test-long mutants peers sanitize lint format clean
+# The locks are complete, and pip checks every file's hash. torch.txt has none: its wheel depends on the accelerator.
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+HASHED := --require-hashes --no-deps
+
+.PHONY: install demo test test-long fuzz mutants peers sanitize lint format locks sbom clean
 
 install: $(INSTALLED)
 
 $(INSTALLED): requirements/torch.txt requirements/lock.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "M1 needs Python 3.11 or newer")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/torch.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/lock.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	$(PIP) -r requirements/torch.txt
+	$(PIP) $(HASHED) -r requirements/lock.txt
+	$(PIP) --no-deps --editable .
 	touch $(INSTALLED)
 
-# What only the tests need: PEFT and the lm-evaluation-harness, which must run on these models.
-$(TEST_INSTALLED): $(INSTALLED) requirements/test.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/test.txt
+# What only development needs: its tools, and PEFT and the lm-evaluation-harness, which must run on these models.
+$(TEST_INSTALLED): $(INSTALLED) requirements/dev.txt requirements/test.txt
+	$(PIP) $(HASHED) -r requirements/dev.txt
+	$(PIP) $(HASHED) -r requirements/test.txt
 	touch $(TEST_INSTALLED)
 
 # A transformer becomes a hybrid, is trained in three stages and answers by voting: runs/pocket/report.html.
@@ -33,6 +38,12 @@ test: $(TEST_INSTALLED)
 # Tests that take minutes: processes killed at random moments.
 test-long: $(TEST_INSTALLED)
 	$(BIN)/pytest -m long
+	M1_FUZZ_SECONDS=120 $(BIN)/pytest tests/fuzz
+
+# Random hostile inputs for FUZZ seconds. A failure prints its seed: `make fuzz M1_FUZZ_SEED=N` repeats it.
+FUZZ ?= 120
+fuzz: $(TEST_INSTALLED)
+	M1_FUZZ_SECONDS=$(FUZZ) $(BIN)/pytest tests/fuzz
 
 # Faults that the tests must notice (tests/mutants.py), one after another; some half an hour on two cores.
 mutants: $(TEST_INSTALLED)
@@ -52,16 +63,40 @@ $(PEERS_INSTALLED): requirements/torch.txt requirements/peers.txt
 sanitize: $(TEST_INSTALLED)
 	M1_CXXFLAGS="-g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all" \
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-	ASAN_OPTIONS=detect_leaks=0 $(BIN)/pytest tests/ops -k "not triton and not test_build"
+	ASAN_OPTIONS=detect_leaks=0 $(BIN)/pytest tests/ops tests/fuzz/test_fuzz.py -k "(test_op_arguments or not fuzz) and not triton and not test_build and not test_kernel_cache"
 
-lint: install
+lint: $(TEST_INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: install
+format: $(TEST_INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Renews the locks with the newest versions that pyproject.toml allows; .ci/renew-locks does it on a branch. All extras
+# are resolved together first, so that the three lists agree.
+LOCKS := .venv-locks/env/bin
+FREEZE := $(LOCKS)/pip freeze --exclude-editable --exclude torch --exclude uv --exclude m1-reasoning
+HASH := $(LOCKS)/uv pip compile --quiet --no-deps --generate-hashes --python-version 3.11 --no-annotate --no-header
+LOCK_ENV := $(PYTHON) -m venv --clear .venv-locks/env && $(LOCKS)/pip install --quiet uv -r requirements/torch.txt
+locks:
+	rm -rf .venv-locks && $(LOCK_ENV)
+	$(LOCKS)/pip install --quiet '.[dev,test]' && $(FREEZE) > .venv-locks/with-test
+	$(LOCK_ENV)
+	$(LOCKS)/pip install --quiet -c .venv-locks/with-test . && $(FREEZE) | grep -v '^nvidia\|^triton' > .venv-locks/users
+	$(LOCKS)/pip install --quiet -c .venv-locks/with-test '.[dev]' && $(FREEZE) > .venv-locks/with-dev
+	grep -vxFf .venv-locks/users .venv-locks/with-dev | grep -v '^nvidia\|^triton' > .venv-locks/dev
+	grep -vxFf .venv-locks/with-dev .venv-locks/with-test > .venv-locks/test
+	$(HASH) .venv-locks/users -o requirements/lock.txt
+	$(HASH) .venv-locks/dev -o requirements/dev.txt
+	$(HASH) .venv-locks/test -o requirements/test.txt
+
+# What is installed, with versions and licences, in CycloneDX's format.
+sbom: install
+	$(PYTHON) -m venv .venv-sbom
+	.venv-sbom/bin/pip install --quiet --disable-pip-version-check cyclonedx-bom
+	.venv-sbom/bin/cyclonedx-py environment .venv -o sbom.json
+
 clean:
-	rm -rf .venv .venv-peers runs build dist
+	rm -rf .venv .venv-peers .venv-locks .venv-sbom sbom.json runs build dist

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -31,7 +32,7 @@ FLOORS = [
     {"grading", "runs"},
     {"outputs"},
     {"jsonl", "plots", "machine"},
-    {"hub"},
+    {"hub", "text"},
     {"options", "progress", "secrets"},
     {"errors"},
 ]
@@ -196,3 +197,27 @@ def test_tables_are_the_committed_results():
         [sys.executable, str(ROOT / "benchmarks" / "tables.py"), "--check"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["lock", "dev", "test"])
+def test_locks_have_hashes(name):
+    """pip checks every file that it installs, and users get no development tools."""
+    text = (ROOT / "requirements" / f"{name}.txt").read_text()
+    pinned = [entry for entry in text.replace("\\\n", "").splitlines() if entry and not entry.startswith("#")]
+    assert pinned and all("==" in entry and "--hash=sha256:" in entry for entry in pinned)
+    if name == "lock":
+        tools = {"pytest", "mypy", "ruff", "pre-commit", "hypothesis", "pytest-xdist"}
+        assert not tools & {entry.partition("==")[0].strip() for entry in pinned}
+
+
+def test_the_makefile_has_its_supply_chain():
+    done = subprocess.run(["make", "-n", "locks", "sbom", "fuzz"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(word in done.stdout for word in ("--generate-hashes", "cyclonedx", "--require-hashes", "tests/fuzz"))
+    renew = (ROOT / ".ci/renew-locks").read_text()
+    assert all(word in renew for word in ("checkout -B renew-locks", "make locks", ".ci/run"))
+
+
+def test_torch_and_httpx2_have_upper_bounds():
+    for name in ("torch", "httpx2"):
+        assert re.search(rf'"{name}>=[\d.]+,<[\d.]+"', (ROOT / "pyproject.toml").read_text())

@@ -189,7 +189,7 @@ def test_another_process_holds_the_lock(out, holder):
     holder.kill()
     holder.wait()
     with Run("eval", out, {}) as run:
-        assert run.begun and run.read("rows.jsonl", "id") == [{"id": 0}]
+        assert run.begun and run.read("rows.jsonl", {"id": int}) == [{"id": 0}]
 
 
 def test_this_process_holds_the_lock(out):
@@ -215,7 +215,7 @@ def test_a_torn_line_is_repaired_in_own_files_only(out):
     with (out / "rows.jsonl").open("a") as file:
         file.write('{"id": 1, "te')
     with Run("eval", out, SETTINGS) as run:
-        assert run.read("rows.jsonl", "id") == [{"id": 0}]
+        assert run.read("rows.jsonl", {"id": int}) == [{"id": 0}]
     assert (out / "rows.jsonl").read_text() == '{"id": 0}\n'
     foreign = out.with_name("foreign.jsonl")
     foreign.write_text('{"id": 0}\n{"id": 1, "te')
@@ -226,7 +226,7 @@ def test_a_torn_line_is_repaired_in_own_files_only(out):
 def test_a_row_without_a_key(out):
     rows(out, finish=False)
     with Run("eval", out, SETTINGS) as run, pytest.raises(UserError, match=r"rows.jsonl, line 1: has no 'text'"):
-        run.read("rows.jsonl", "id", "text")
+        run.read("rows.jsonl", {"id": int, "text": str})
 
 
 def test_the_manifest_is_written_last(out, monkeypatch):
@@ -285,7 +285,7 @@ def test_force_moves_aside(out):
 def test_force_resumes_an_unfinished_run_of_the_same_settings(out):
     rows(out, finish=False)
     with Run("eval", out, SETTINGS, force=True) as run:
-        assert run.begun and run.read("rows.jsonl") == [{"id": 0}]
+        assert run.begun and run.read("rows.jsonl", {}) == [{"id": 0}]
     assert [path.name for path in out.parent.iterdir()] == ["o"]
 
 
@@ -325,7 +325,7 @@ def test_the_folder_of_an_output_file(out):
     out.unlink()
     assert not finished("generate", out, {"model": "b"}, is_file=True)
     with Run("generate", out, {"model": "b"}, is_file=True) as run:  # nothing is left that could be lost
-        assert not run.begun and not run.finished and run.read("o") == []
+        assert not run.begun and not run.finished and run.read("o", {}) == []
         run.append("o", {"id": 1})
     assert out.read_text() == '{"id": 1}\n' and not (out.with_name("o.run") / "manifest.json").exists()
 
@@ -495,7 +495,7 @@ def test_other_ranks_of_a_run_neither_lock_nor_write(tmp_path, monkeypatch):
             second.clear()
             second.finish()
         assert sorted(path.name for path in (tmp_path / "o").iterdir()) == before
-        assert second.read("rows.jsonl", "b") == [{"b": 1}]
+        assert second.read("rows.jsonl", {"b": int}) == [{"b": 1}]
 
 
 def test_a_draft_that_another_command_left_is_in_nobodys_way(tmp_path):

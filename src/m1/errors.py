@@ -11,3 +11,8 @@ class UserError(ValueError):
 
 class M1Warning(UserWarning):
     """Given where a request can't be followed to the letter. The command line prints the message as one line."""
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether Rust code, such as that of tokenizers, panicked. Its exception is no Exception."""
+    return type(error).__name__ == "PanicException"

@@ -1,6 +1,5 @@
 """Lists the runs that a folder holds: what each is, how far it got, and when."""
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import suppress
@@ -10,7 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from m1.errors import UserError
-from m1.jsonl import read_json
+from m1.jsonl import parse_json, read_json
+from m1.options import MAX_COUNT
 from m1.outputs import MANIFEST
 from m1.runs import SETTINGS, is_busy
 
@@ -62,12 +62,14 @@ def _run(path: Path, settings: dict[str, Any]) -> PastRun:
     steps = list(_steps(path / METRICS))
     known = [path / name for name in (SETTINGS, METRICS, MANIFEST)]
     finished = (path / MANIFEST).exists()
+    trainer = settings.get("trainer")
+    most = trainer.get("max_steps") if isinstance(trainer, dict) else None
     return PastRun(
         path=path.with_suffix("") if path.suffix == ".run" else path,
         stage=settings["command"],
         state="finished" if finished else "running" if is_busy(path) else "interrupted",
         step=steps[-1]["step"] if steps else None,
-        max_steps=(settings.get("trainer") or {}).get("max_steps"),
+        max_steps=most if type(most) is int else None,
         loss=next((row["loss"] for row in reversed(steps) if "loss" in row), None),
         when=datetime.fromtimestamp(max(file.stat().st_mtime for file in known if file.exists())),
     )
@@ -78,6 +80,7 @@ def _steps(metrics: Path) -> Iterator[dict[str, Any]]:
     if metrics.exists():
         for line in metrics.read_text(encoding="utf-8", errors="replace").split("\n"):
             with suppress(ValueError):
-                row = json.loads(line)
-                if isinstance(row, dict) and "step" in row:
-                    yield row
+                row = parse_json(line)
+                if isinstance(row, dict) and type(row.get("step")) is int and abs(row["step"]) <= MAX_COUNT:
+                    loss = row.get("loss")
+                    yield {"step": row["step"]} | ({"loss": loss} if isinstance(loss, float) else {})

@@ -73,7 +73,7 @@ def evenly_spaced(layers: int, ratio: float) -> list[int]:
 def from_ranking(path: Path, count: int, layers: int) -> list[int]:
     """The `count` most costly layers of a ranking. Raises UserError if it is unfinished or of another teacher."""
     ranking = read_json(path).get("ranking")
-    if not isinstance(ranking, list):
+    if not isinstance(ranking, list) or not all(type(layer) is int for layer in ranking):
         raise UserError(f"{path} has no finished ranking: run `m1 rank-layers` to its end")
     if len(ranking) != layers or set(ranking) != set(range(layers)):
         raise UserError(

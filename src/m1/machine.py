@@ -3,14 +3,17 @@
 import os
 import platform
 import re
+import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+MEMINFO, OWN_CGROUPS, CGROUPS = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 STATUS = Path("/proc/self/status")  # Linux only; a new process would inherit its parent's ru_maxrss
 LARGEST_BUFFER = 2**30  # bytes; enough for one process, even if the caches of all sockets are larger together
 PRODUCT_SECONDS = 0.1  # a matrix product of this length hides the overhead of its call
@@ -88,3 +91,41 @@ def process_bytes(field: str) -> int | None:
     found = re.search(rf"{field}:\s+(\d+) kB", STATUS.read_text())
     assert found, f"{STATUS} has no {field}"
     return 1024 * int(found[1])
+
+
+def free_host_memory() -> int:
+    """Bytes of memory that this process can still use: what the system has, within its cgroups and its ulimit."""
+    return max(0, min([_system_memory(), *_cgroup_memory(), *_ulimit_memory()]))
+
+
+def _system_memory() -> int:
+    try:
+        fields = dict(line.split(":") for line in MEMINFO.read_text().splitlines())
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, ValueError, LookupError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def _cgroup_memory() -> Iterator[int]:
+    """What each limited cgroup of this process has left, from its own up to the root, in versions 2 and 1."""
+    try:
+        lines = [line.split(":", 2) for line in OWN_CGROUPS.read_text().splitlines()]
+    except OSError:
+        return
+    for _, controllers, path in (line for line in lines if len(line) == 3):
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root = CGROUPS / "memory" if controllers else CGROUPS
+        names = ("limit_in_bytes", "usage_in_bytes", "total_") if controllers else ("max", "current", "")
+        own = root / path.strip("/")
+        for folder in [own, *(parent for parent in own.parents if parent.is_relative_to(root))]:
+            with suppress(OSError, ValueError, LookupError):  # no such file, or "max"
+                limit, used = (int((folder / f"memory.{name}").read_text()) for name in names[:2])
+                kept = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                yield limit - used + int(kept[f"{names[2]}inactive_file"])  # files in memory give way
+
+
+def _ulimit_memory() -> Iterator[int]:
+    limit, used = resource.getrlimit(resource.RLIMIT_AS)[0], process_bytes("VmSize")
+    if limit != resource.RLIM_INFINITY and used is not None:
+        yield limit - used

@@ -9,11 +9,15 @@ import difflib
 import types
 import typing
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any, Literal, TypeVar
 
 from m1.errors import UserError
 
 T = TypeVar("T")
+MAX_COUNT = 2**53
+MAX_SECONDS = 7 * 24 * 3600.0  # of a time limit: what is longer is a mistake, and no socket takes it
+MAX_SHOWN = 200  # characters of a value in an error message
 
 
 def option(default: Any = dataclasses.MISSING, help: str = "") -> Any:
@@ -47,6 +51,8 @@ def build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
         if dataclasses.is_dataclass(hints[key]) and isinstance(value, dict):
             value = build(typing.cast(type, hints[key]), value, f"{where} [{key}]")
         values[key] = fitted(value, hints[key], f"{where}: {key}")
+        if _has_nul(value):
+            raise UserError(f"{where}: {key} = {shown(value)} has a NUL character in it: remove it")
     try:
         return cls(**values)
     except UserError as error:
@@ -59,11 +65,24 @@ def fitted(value: Any, hint: Any, name: str) -> Any:
     Raises:
         UserError: the value fits neither way. The message begins with `name`.
     """
-    if type(value) is int and not _matches(value, hint) and _matches(float(value), hint):
-        return float(value)
+    if type(value) is int and not _matches(value, hint) and _matches(0.0, hint):
+        with suppress(OverflowError):
+            return float(value)
     if not _matches(value, hint):
-        raise UserError(f"{name} = {value!r} should be {_describe(hint)}")
+        raise UserError(f"{name} = {shown(value)} should be {_describe(hint)}")
     return value
+
+
+def check_count(value: int, name: str) -> None:
+    """Raises UserError for an integer that can't be a count: below 0, or more than a float or a table holds exactly."""
+    if not 0 <= value <= MAX_COUNT:
+        raise UserError(f"{name} = {shown(value)} should be 0 to {MAX_COUNT}")
+
+
+def shown(value: Any) -> str:
+    """The value as an error message shows it, cut if it is long."""
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."
 
 
 def check_keys(table: Iterable[str], known: Iterable[str], where: str) -> None:
@@ -89,6 +108,13 @@ def _matches(value: Any, hint: Any) -> bool:
     if origin is dict:
         return isinstance(value, dict) and all(_matches(item, arguments[1]) for item in value.values())
     return isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool)
+
+
+def _has_nul(value: Any) -> bool:
+    """Whether a text in the value has the one character that no path may have."""
+    if isinstance(value, dict | list):
+        return any(map(_has_nul, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, str) and "\0" in value
 
 
 def _describe(hint: Any) -> str:

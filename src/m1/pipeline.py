@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from m1.errors import UserError
-from m1.jsonl import read_json
+from m1.jsonl import as_written, read_json
 from m1.options import build
 from m1.progress import Progress, silent
 from m1.recipe import BudgetStage, EvalStage, Stage, load_stage, read_toml
 from m1.runs import MANIFEST, run_folder
+from m1.text import check_name
 
 # Called before each stage with (pipeline's name, stage's name, number of stages before it, number of stages, whether it
 # has finished already), and once more for the report.
@@ -42,6 +43,8 @@ def load_pipeline(folder: str | Path) -> tuple[Pipeline, dict[str, Stage]]:
     """
     folder = Path(folder)
     pipeline = build(Pipeline, read_toml(folder / "pipeline.toml"), str(folder / "pipeline.toml"))
+    for name in pipeline.stages:
+        check_name(name, f"{folder}/pipeline.toml: stages")
     stages = {name: load_stage(folder / f"{name}.toml") for name in pipeline.stages}
     evaluations = [stage for stage in stages.values() if isinstance(stage, EvalStage)]
     if len(evaluations) != 1 or not evaluations[0].models:
@@ -70,9 +73,11 @@ def run_pipeline(
 
     pipeline, stages = load_pipeline(folder)
     refuse_foreign_report(pipeline.out)
+    made: list[str] = []
     for name, stage in stages.items():
         try:
-            stage.check()
+            stage.check(made)
+            made.append(stage.out)
         except UserError as error:
             raise UserError(f"{name}.toml: {error}") from None
     for number, (name, stage) in enumerate(stages.items()):
@@ -88,13 +93,15 @@ def report(name: str, out: str, stages: dict[str, Stage]) -> dict[str, Any]:
     """Writes OUT/report.html and OUT/report.json from the results of finished stages. Returns the latter's content."""
     from m1.evaluation.report import write_report
 
-    manifests = [read_json(run_folder(stage.out, stage.is_file) / MANIFEST) for stage in stages.values()]
-    training = {stage_name: Path(stage.out, "metrics.jsonl") for stage_name, stage in stages.items() if stage.trained}
-    results = {
-        model: read_json(Path(stage.out, model, "result.json"))
-        for stage in stages.values()
-        if isinstance(stage, EvalStage)
-        for model in stage.models
-    }
-    budgets = [read_json(Path(s.out, "budget.json")) for s in stages.values() if isinstance(s, BudgetStage)]
-    return write_report(out, f"M1 {name}", sum(m["seconds"] for m in manifests), results, training, budgets)
+    with as_written("a stage's result"):
+        manifests = [read_json(run_folder(stage.out, stage.is_file) / MANIFEST) for stage in stages.values()]
+        training = {key: Path(stage.out, "metrics.jsonl") for key, stage in stages.items() if stage.trained}
+        results = {
+            model: read_json(Path(stage.out, model, "result.json"))
+            for stage in stages.values()
+            if isinstance(stage, EvalStage)
+            for model in stage.models
+        }
+        budgets = [read_json(Path(s.out, "budget.json")) for s in stages.values() if isinstance(s, BudgetStage)]
+        seconds = sum(manifest["seconds"] for manifest in manifests)
+        return write_report(out, f"M1 {name}", seconds, results, training, budgets)

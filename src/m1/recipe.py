@@ -8,7 +8,7 @@ The table `[trainer]` holds arguments of the stage's TRL trainer (`SFTConfig` or
 import dataclasses
 import importlib
 import math
-import re
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,18 +16,19 @@ from typing import Any, ClassVar, Literal
 
 from m1 import runs
 from m1.errors import UserError
-from m1.hub import hub_commit
+from m1.hub import checkpoint_folder, hub_commit
 from m1.layer_choice import check_choice, ranking_file
-from m1.options import build, option
+from m1.options import MAX_SECONDS, build, option, shown
 from m1.outputs import refuse_sources
 from m1.progress import Progress, silent
-from m1.tasks.benchmarks import Columns
+from m1.tasks.benchmarks import Columns, check_task, load_task
 from m1.tasks.chain import ChainSizes
 from m1.tasks.prompts import ProblemPrompt, read_examples, read_template, read_text, task_template
+from m1.tasks.rows import is_file
+from m1.text import check_name
 
-MODEL_NAME = re.compile(r"\w[\w .,+-]*")  # a key of [models], used as a folder name and as a curve's label
 FLOAT32 = 2.0**-126, 2.0**128 - 2.0**104  # the smallest and the largest positive number, without loss of precision
-INT64_MAX = 2**63 - 1
+INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
 BUILT_IN_REWARDS = ("correct", "answered", "overlong")
 
 
@@ -80,9 +81,10 @@ class Data(ChainSizes):
             raise UserError(f"[data] weights={self.weights}: need one positive number for each of {self.sources}")
         if self.streaming and (self.task or self.bucket):
             raise UserError("[data] streaming goes neither with `task` nor with `bucket`: remove one of them")
-        for name in ("count", "limit", "bucket"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise UserError(f"[data] {name}={value}: need at least 1")
+        try:
+            _at_least_one(self, "count", "limit", "bucket")
+        except UserError as error:
+            raise UserError(f"[data] {error}") from None
 
     @property
     def sources(self) -> list[str]:
@@ -130,11 +132,26 @@ class Stage:
         options = {"resume": resume} if self.trained else {"progress": progress}
         return getattr(importlib.import_module(module), name)(self, force=force, **options)
 
-    def check(self) -> None:
-        """Refuses arguments of a trainer that can't be, and an `out` with other files, before anything runs."""
+    def check(self, made: Collection[str] = ()) -> None:
+        """Refuses, before anything runs, what would stop this stage later.
+
+        That is: arguments of a trainer that can't be, an `out` with other files, and inputs that neither exist nor are
+        among the outputs `made` by earlier stages.
+        """
         runs.refuse_foreign(self.kind, self.out, self.is_file)
         if self.trained:
             importlib.import_module(self.function.partition(":")[0]).arguments_of(self)
+        if isinstance(self, ChatTemplateOption) and self.chat_template is not None:
+            read_text(self.chat_template, "chat template")
+        if isinstance(self, PromptOptions):
+            self.load_prompt("{problem}")
+        earlier = set(map(Path, made))
+        for name in self.checkpoints():
+            if Path(name) not in earlier and not (name.endswith(".gguf") and Path(name).is_file()):
+                checkpoint_folder(name, config_only=True)
+        for path in {*self.sources()} - {*map(Path, self.checkpoints())} - earlier:
+            if is_file(str(path)) and not path.exists():
+                raise UserError(f"{path} is missing: check the path, or add the stage that makes it")
 
     def sources(self) -> list[Path]:
         """The files and folders that the stage reads."""
@@ -336,9 +353,9 @@ class GRPOStage(TrainedStage):
                 raise UserError(f"[rewards] {entry} = {weight}: need a finite number")
         if not any(self.rewards.values()):
             raise UserError("[rewards]: need at least one reward with a weight other than 0")
-        for name, least in (("gate_steps", 1), ("logged_samples", 0), ("overlong_tokens", 1)):
-            if (value := getattr(self, name)) is not None and value < least:
-                raise UserError(f"{name}={value}: need at least {least}")
+        _at_least_one(self, "max_num_seqs", "gate_steps", "overlong_tokens")
+        if self.logged_samples < 0:
+            raise UserError(f"logged_samples={shown(self.logged_samples)}: must not be negative")
 
     def sources(self) -> list[Path]:
         """The files and folders that the stage reads, those of its own rewards included."""
@@ -483,6 +500,10 @@ class GenerateStage(Stage, PenaltyOptions, PromptOptions, LoadOptions, DevicesOp
     prompt_template: str = option("{problem}", 'User message of a {"problem"}, with {problem} in it, or @FILE.')
     seed: int = option(0, "Seed of the random draws.")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least_one(self, "n", "max_num_seqs")
+
 
 @dataclass(frozen=True, kw_only=True)
 class SolveOptions(PenaltyOptions, PromptOptions, LoadOptions):
@@ -552,8 +573,8 @@ class BudgetSettings(TaskOptions, LoadOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         _at_least_one(self, "seeds", "max_num_seqs")
-        if not 0 < self.seconds < math.inf:
-            raise UserError(f"seconds={self.seconds}: need a positive, finite number")
+        if not 0 < self.seconds <= MAX_SECONDS:
+            raise UserError(f"seconds={self.seconds}: need a positive number of at most {MAX_SECONDS:.0f}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -570,8 +591,16 @@ class MeasuredStage(Stage, Columns):
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[misc]  # that of the settings with which it is combined
-        if bad := [name for name in self.models if not MODEL_NAME.fullmatch(name)]:
-            raise UserError(f"[models] {bad[0]!r}: a name has letters, digits, spaces and . , + - _ only")
+        _at_least_one(self, "limit", "max_num_seqs")
+        check_task(self.task, self.data, self.limit)  # type: ignore[attr-defined]  # as above
+        for name in self.models:
+            check_name(name, "[models]")
+
+    def check(self, made: Collection[str] = ()) -> None:
+        """As `Stage.check`; problems in a file are read, too."""
+        super().check(made)
+        if self.data and is_file(self.data) and Path(self.data) not in set(map(Path, made)):
+            load_task(self.task, self.data, self.limit, columns=self)  # type: ignore[attr-defined]  # the settings'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -640,11 +669,12 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"can't read recipe {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also other encodings, and integers of thousands of digits
         raise UserError(f"{path} is not valid TOML: {error}") from None
 
 
 def _at_least_one(options: Any, *names: str) -> None:
+    """Raises UserError for an option that isn't None and not 1 to INT32_MAX: larger work would never end."""
     for name in names:
-        if getattr(options, name) < 1:
-            raise UserError(f"{name}={getattr(options, name)}: need at least 1")
+        if (value := getattr(options, name)) is not None and not 1 <= value <= INT32_MAX:
+            raise UserError(f"{name}={shown(value)}: need at least 1 and at most {INT32_MAX}")

@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 
 from m1.errors import UserError
 from m1.jsonl import append_jsonl, drop_torn_line, read_json, read_jsonl, write_json
+from m1.options import check_count, fitted
 from m1.outputs import MANIFEST, beside, describe, is_empty_folder, refuse_sources, remove_empty_folder, set_aside
 from m1.secrets import redact_settings
 
@@ -44,7 +45,7 @@ class Run:
     If it already holds an unfinished run of the same command with the same settings, that run resumes.
 
         with Run("eval", out, settings) as run:
-            rows = run.read("samples.jsonl", "problem", "round")  # rows of earlier sessions
+            rows = run.read("samples.jsonl", {"problem": str, "round": int})  # rows of earlier sessions
             run.append("samples.jsonl", row)
             run.finish()
 
@@ -129,15 +130,16 @@ class Run:
         """Time spent in this run so far, over all sessions that could store theirs."""
         return self._seconds_before + time.monotonic() - self._opened
 
-    def read(self, name: str, *keys: str) -> list[dict[str, Any]]:
+    def read(self, name: str, types: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Returns the rows of a JSONL file of this run, none if there is no file. Removes an incomplete last line.
 
         Args:
             name: the file's name.
-            keys: keys that every row must have.
+            types: keys that every row must have, with the type hint of each value. Integers must be counts
+                (`check_count`).
 
         Raises:
-            UserError: a line isn't a JSON object with these keys.
+            UserError: a line isn't a JSON object with these keys, or has a value of another type.
         """
         path = self._path(name)
         if not path.exists():
@@ -146,8 +148,12 @@ class Run:
             drop_torn_line(path)
         rows = list(read_jsonl(path))
         for number, row in enumerate(rows, start=1):
-            if missing := [key for key in keys if key not in row]:
+            if missing := [key for key in types if key not in row]:
                 raise UserError(f"{path}, line {number}: has no {missing[0]!r}; delete the line or the output")
+            for key, hint in types.items():
+                where = f"{path}, line {number}: {key}"
+                if type(fitted(row[key], hint, where)) is int:
+                    check_count(row[key], where)
         return rows
 
     def append(self, name: str, row: Mapping[str, Any]) -> None:
@@ -215,7 +221,7 @@ class Run:
         self.begun = bool(self._contents())
         self.finished = (self.folder / MANIFEST).exists()
         known = [self.folder / name for name in (MANIFEST, SECONDS) if (self.folder / name).exists()]
-        self._seconds_before = float(read_json(known[0]).get("seconds", 0.0)) if self.begun and known else 0.0
+        self._seconds_before = _seconds(known[0]) if self.begun and known else 0.0
         self._opened = time.monotonic()
 
     def _stored(self) -> dict[str, Any] | None:
@@ -257,6 +263,11 @@ class Run:
         return self.out if self.is_file and name == self.out.name else self.folder / name
 
 
+def _seconds(path: Path) -> float:
+    """The time that a manifest or seconds.json holds."""
+    return fitted(read_json(path).get("seconds", 0.0), float, f"{path}: seconds")
+
+
 def run_folder(out: str | Path, is_file: bool) -> Path:
     """The folder of a run's own files: the output itself, or OUT.run next to an output file."""
     return beside(Path(out), "{}.run") if is_file else Path(out)
@@ -274,7 +285,8 @@ def finished(command: str, out: str | Path, settings: Mapping[str, Any], is_file
     manifest = read_json(folder / MANIFEST)
     if manifest.get("command") != command:
         raise UserError(f"{out} holds finished `m1 {manifest.get('command')}` output: choose another output")
-    if difference := _difference(manifest.get("settings", {}), _plain(settings)):
+    stored = fitted(manifest.get("settings", {}), dict[str, Any], f"{folder / MANIFEST}: settings")
+    if difference := _difference(stored, _plain(settings)):
         raise UserError(
             f"{out} was made with other settings ({difference}): to make it again, delete it and what was made from it"
         )

@@ -1,9 +1,7 @@
 """Keeps secrets out of what is printed, logged or stored as settings: `redact` removes them."""
 
-import logging
 import os
 import re
-from contextlib import suppress
 from typing import Any
 
 from m1.errors import UserError
@@ -56,17 +54,3 @@ def redact_settings(value: Any) -> Any:
     if isinstance(value, list):
         return [redact_settings(inner) for inner in value]
     return redact(value) if isinstance(value, str) else value
-
-
-def redact_logs() -> None:
-    """Removes secrets from all log records, including those of libraries."""
-    logging.setLogRecordFactory(_redacted_record)
-
-
-def _redacted_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
-    record = logging.LogRecord(*args, **kwargs)
-    with suppress(Exception):  # arguments that don't fit the message, which logging itself reports
-        record.msg, record.args = redact(record.getMessage()), None
-        if record.exc_info:
-            record.exc_text = redact(logging.Formatter().formatException(record.exc_info))
-    return record

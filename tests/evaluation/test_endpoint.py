@@ -1,7 +1,9 @@
 """Sampling from a server, a real one on a local port: what is asked, what is read, and what happens when it fails."""
 
+import contextlib
 import json
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -234,3 +236,116 @@ def test_interrupted_while_the_server_hangs(serve, tmp_path):
         process.kill()
     assert process.returncode == 130 and "finished work is saved" in stderr and "Traceback" not in stderr
     assert [json.loads(line)["problem"] for line in samples.open()] == ["math500/1", "math500/2"]
+
+
+ODD = {
+    "a count of 10^30": completion("a") | {"usage": {"completion_tokens": 10**30}},
+    "a negative count": completion("a") | {"usage": {"completion_tokens": -1}},
+    "a count that isn't whole": completion("a") | {"usage": {"completion_tokens": 1.5}},
+    "a count that is a text": completion("a") | {"usage": {"completion_tokens": "7"}},
+    "a count that is true": completion("a") | {"usage": {"completion_tokens": True}},
+    "logprob NaN": completion("a", logprobs=[float("nan")]),
+    "logprob of 400 digits": completion("a", logprobs=[10**400]),
+    "a text that is a list": completion(["a"]),
+    "deep": b"[" * 200_000,
+    "a number of 5000 digits": b'{"choices": ' + b"1" * 5000 + b"}",
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_impossible_answers_are_tried_again(serve, name):
+    server = serve(lambda body, number: (200, ODD[name]) if number < 1 else echo(body, number))
+    assert [s.tokens for s in sample(server, requests(1))] == [2]
+
+
+def test_every_text_can_be_written(serve):
+    answer = completion("a", finish_reason="\ud800" * 300)
+    (found,) = sample(serve(lambda *_: (200, answer)), requests(1))
+    assert found.finish_reason == "?" * 100
+
+
+@pytest.mark.parametrize("headers", [{"content-type": "text/plain; charset=rot13"}, {"content-encoding": "gzip"}])
+def test_hostile_headers(serve, headers):
+    with pytest.raises(UserError, match=r"answers 401|gave up after 2 tries"):
+        sample(serve(lambda *_: (401, b"no", headers)), requests(1), tries=2)
+
+
+def raw_server(respond):
+    """A server that answers each connection by `respond(send)`."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def run():
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = listener.accept()
+                threading.Thread(target=serve_one, args=(connection,), daemon=True).start()
+
+    def serve_one(connection):
+        with contextlib.suppress(OSError), connection:
+            connection.recv(65536)
+            respond(connection.sendall)
+
+    threading.Thread(target=run, daemon=True).start()
+    return listener, f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+
+
+def drip(send):
+    send(b"HTTP/1.1 200 OK\r\ncontent-length: 100000\r\n\r\n")
+    for _ in range(1000):
+        send(b" ")
+        time.sleep(0.02)
+
+
+def drip_headers(send):
+    send(b"HTTP/1.1 200 OK\r\nx: ")
+    for _ in range(1000):
+        send(b"y")
+        time.sleep(0.02)
+
+
+def continue_for_ever(send):
+    while True:
+        send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        time.sleep(0.001)
+
+
+def endless(send):
+    send(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
+    while True:
+        send(b"10000\r\n" + b" " * 65536 + b"\r\n")
+
+
+@pytest.mark.parametrize("respond", [drip, drip_headers, continue_for_ever, endless])
+def test_an_answer_has_a_total_deadline_and_a_size(respond, monkeypatch):
+    monkeypatch.setattr("m1.evaluation.endpoint.LARGEST_ANSWER", 2**20)
+    listener, url = raw_server(respond)
+    started = time.monotonic()
+    with (
+        listener,
+        pytest.raises(
+            UserError, match=r"gave up after 2 tries, the last: (the answer is(n't complete| too)|timed out)"
+        ),
+    ):
+        list(EndpointSampler(url, "m", tries=2, wait=0.01, timeout=0.4).generate(requests(1), PARAMS))
+    assert time.monotonic() - started < 4
+
+
+@pytest.mark.parametrize("timeout", [float("inf"), 1e300])
+def test_timeouts_that_no_socket_takes(timeout):
+    with pytest.raises(UserError, match="must be positive, and the timeout at most 604800"):
+        EndpointSampler("http://host/v1", "m", timeout=timeout)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("HTTP_PROXY", "http://[::1"), ("HTTP_PROXY", "ftp://x"), ("SSL_CERT_FILE", "/nowhere.pem")]
+)
+def test_a_broken_environment(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"can't ask http://host.*check.*PROXY"):
+        list(EndpointSampler("http://host/v1", "m", tries=1).generate(requests(1), PARAMS))
+
+
+@pytest.mark.parametrize("host", ["a" * 300, "a..b", "a" * 64 + ".org"])
+def test_hosts_that_are_no_names(host):
+    with pytest.raises(UserError, match=r"can't (ask|reach)|endpoint"):
+        list(EndpointSampler(f"http://{host}/v1", "m", tries=1).generate(requests(1), PARAMS))

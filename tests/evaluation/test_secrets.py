@@ -11,7 +11,8 @@ from openai_server import completion
 from m1 import cli
 from m1.cli import render
 from m1.errors import UserError
-from m1.secrets import api_key, redact, redact_logs, redact_settings
+from m1.secrets import api_key, redact, redact_settings
+from m1.text import clean_logs
 
 KEY = "sk-Zm9vYmFy0123456789"
 
@@ -136,7 +137,7 @@ def test_an_address_in_an_error(run, url):
 @pytest.fixture
 def log_records():
     factory = logging.getLogRecordFactory()
-    redact_logs()
+    clean_logs()
     yield
     logging.setLogRecordFactory(factory)
 

@@ -234,6 +234,21 @@ def test_the_table_of_valid_mutations_holds(op, name, mutation):
     assert outputs == len(next(iter(OPS[op].values())) if name == "page_table" else value)
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int8, torch.uint8], ids=str)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize(
+    "op", [op for op, given in OPS.items() if not all(t.is_floating_point() for t in given.values())]
+)
+def test_integers_of_any_kind_mean_the_same(op, backend, dtype):
+    """PyTorch reads bytes in an index as a mask, and takes no int8 in others."""
+    choice = {"backend": backend} if "backend" in inspect.signature(op).parameters else {}
+    results = []
+    for kind in (torch.int64, dtype):
+        result = call(op, {k: t.clone() if t.is_floating_point() else t.to(kind) for k, t in OPS[op].items()} | choice)
+        results.append(result if isinstance(result, tuple) else (result,))
+    assert all(map(torch.equal, *results))
+
+
 # Shapes of the results; float32 and int64 where said, else in the first argument's dtype.
 RESULTS = {
     ops.selective_scan: [(3, 7, 96), ((3, 96, 16), torch.float32)],

@@ -66,4 +66,4 @@ def test_a_compiler_that_fails_is_quoted_in_the_warning(monkeypatch, tmp_path):
             assert build.load_cpu_kernels() is None
     finally:
         build.load_cpu_kernels.cache_clear()
-    assert not list(tmp_path.glob("*.so"))
+    assert not list(tmp_path.rglob("*.so"))

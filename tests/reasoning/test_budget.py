@@ -21,6 +21,7 @@ from m1.reasoning.voting import Vote, vote
         ({"seconds": -1.5}, "seconds=-1.5"),
         ({"seconds": math.nan}, "seconds=nan"),
         ({"seconds": math.inf}, "seconds=inf"),
+        ({"seconds": 1e39}, r"seconds=1e\+39: need a positive number of at most 604800"),
         ({"n": 4, "rule": "sure"}, "'sure' is unknown: choose none, decided, confident"),
     ],
 )

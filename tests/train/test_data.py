@@ -297,4 +297,5 @@ def test_m1_data_show(tmp_path, capsys):
     assert "2 rows, 49 tokens, 10.2% trained" in out and "has 112 of at most 64 tokens; 0 rows cut, 1 dropped" in out
     assert "[user] 0\n[assistant] ⟦yes⟧" in out and "[user] 1\n[assistant] ⟦no⟧" in out
     assert "2 rows  ████" in out and "1 rows  ██" in out
+    assert m1("data", "show", tmp_path / "sft.toml", "--samples", 2**64) == 2
     assert not (tmp_path / "out").exists()

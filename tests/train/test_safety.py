@@ -1,12 +1,15 @@
 """Training that goes wrong says so: numbers that aren't finite, arguments without effect, damaged checkpoints."""
 
 import dataclasses
+import errno
 import json
 import math
 
 import pytest
 import torch
+from commands import check, m1
 from datasets import Dataset
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from test_stages import CHAIN, TRAINER, distill_stage, metrics
 
@@ -140,6 +143,12 @@ def test_arguments_without_effect_are_refused(kind, trainer, words):
         ("num_train_epochs", 0),
         ("adam_beta2", 1.0),
         ("deepspeed", "zero3.json"),
+        ("pad_to_multiple_of", 0),
+        ("dataloader_num_workers", -1),
+        ("label_smoothing_factor", 2.0),
+        ("lr_scheduler_kwargs", "epoch"),
+        ("gradient_checkpointing_kwargs", "x"),
+        ("seed", 10**400),
     ],
 )
 def test_bad_values_are_refused_before_a_model_is_loaded(kind, key, value):
@@ -150,6 +159,14 @@ def test_bad_values_are_refused_before_a_model_is_loaded(kind, key, value):
 def test_what_trl_refuses_is_one_line(hybrid_dir, tmp_path):
     with pytest.raises(UserError, match=r"\[trainer\]: Invalid `loss_type` zzz"):
         stage_of("sft", hybrid_dir, None, tmp_path, {"loss_type": "zzz"}).run()
+
+
+@pytest.mark.parametrize("trainer", [{"optim_args": "nope"}, {"lr_scheduler_kwargs": {"nope": 1}}])
+def test_what_optimizers_and_schedules_refuse_is_one_line(trainer, hybrid_dir, teacher_dir, tmp_path):
+    stage = distill_stage(hybrid_dir, teacher_dir, tmp_path, TRAINER | trainer)
+    made = MODULES["distill"].distill_trainer(stage, distill.arguments_of(stage))
+    with pytest.raises(UserError, match=r"\[trainer\]: its .* can't be"):
+        made.create_optimizer_and_scheduler(2)
 
 
 def test_an_integer_is_a_float():
@@ -239,6 +256,26 @@ def test_a_damaged_checkpoint_is_passed_over(checkpoints, name, damage, caplog):
         last_checkpoint(checkpoints)
 
 
+UNSEALED = {
+    "model.safetensors": b"half",
+    "optimizer.pt": b"half",
+    "trainer_state.json": b'{"global_step": "x"}',
+    "sha256.json": b"[]",
+}
+
+
+@pytest.mark.parametrize("name", UNSEALED)
+def test_a_checkpoint_without_a_seal_must_be_readable(checkpoints, name):
+    folder = checkpoints / "checkpoints" / "checkpoint-10"
+    (folder / "sha256.json").unlink()
+    torch.save({"a": torch.ones(64)}, folder / "optimizer.pt")
+    (folder.parent / "checkpoint-mine").mkdir()
+    (folder.parent / "checkpoint-mine" / "trainer_state.json").write_text("{}")
+    assert last_checkpoint(checkpoints) == str(folder)
+    (folder / name).write_bytes(UNSEALED[name])
+    assert last_checkpoint(checkpoints).endswith("checkpoint-9")
+
+
 FILES = ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
 
 
@@ -261,6 +298,28 @@ def test_training_resumes_from_the_checkpoint_before(hybrid_dir, tmp_path, monke
     cut.run(resume=True)
     for name, tensor in load_file(tmp_path / "whole" / "model.safetensors").items():
         assert torch.equal(load_file(tmp_path / "cut" / "model.safetensors")[name], tensor)
+
+
+FULL = [
+    SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 600384 vs 600272"),
+    OSError(errno.ENOSPC, "No space left on device", "model.safetensors"),
+]
+
+
+@pytest.mark.parametrize("error", FULL, ids=lambda error: type(error).__name__)
+def test_a_full_disk_while_a_model_is_saved_is_one_line(hybrid_dir, tmp_path, monkeypatch, capsys, error):
+    from m1.train import trainer as trainer_module
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(trainer_module, "_save", fail)
+    (tmp_path / "sft.toml").write_text(
+        f'stage = "sft"\nout = "{tmp_path}/o"\nmodel = "{hybrid_dir}"\n[data]\ntask = "chain"\ncount = 4\n'
+        "[trainer]\nmax_steps = 1\nper_device_train_batch_size = 2\nbf16 = false\n"
+    )
+    check((m1("sft", tmp_path / "sft.toml"), capsys.readouterr().err), "can't read or write")
 
 
 # Evaluation, metrics and the manifest

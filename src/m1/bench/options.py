@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, get_args
 from m1.bench.models import SHAPES
 from m1.errors import UserError
 from m1.jsonl import read_jsonl
-from m1.options import option
+from m1.options import MAX_SHOWN, option
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from m1.ops.backend import Backend
 
 Dtype = Literal["float32", "bfloat16"]
+LARGEST = 2**31 - 1  # of any size; larger ones never end
 STATE = 16  # states per channel of Mamba-1; a Mamba-2 head has head_dim x head_dim states
 OURS = ("ours-hybrid", "ours-transformer", "ours-hybrid-int8", "ours-transformer-int8")
 ENGINES = (*OURS, "transformers", "vllm")
@@ -58,7 +59,7 @@ class Options:
             object.__setattr__(self, "device", default_device())
         for name, value in asdict(self).items():
             if isinstance(value, int):
-                self.require(value >= 1, name, "must be at least 1")
+                self.require(1 <= value <= LARGEST, name, f"must be at least 1 and at most {LARGEST}")
         self.require(self.dtype in get_args(Dtype), "dtype", f"choose {' or '.join(get_args(Dtype))}")
         self.require(self.device in ("cpu", "cuda"), "device", "choose cpu or cuda")
         if self.device == "cuda":
@@ -74,7 +75,8 @@ class Options:
     def require(self, holds: bool, name: str, demand: str) -> None:
         """Raises UserError unless `holds`. The message names the option, its value and the demand."""
         if not holds:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: {demand}")
+            value = str(getattr(self, name))[:MAX_SHOWN]
+            raise UserError(f"--{name.replace('_', '-')} {value}: {demand}")
 
 
 @dataclass(frozen=True, kw_only=True)

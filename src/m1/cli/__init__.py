@@ -5,9 +5,11 @@ package loads neither torch nor transformers: a command imports its libraries, a
 """
 
 import importlib
+import io
 import logging
 import os
 import sys
+import threading
 import warnings
 from typing import Any
 
@@ -17,8 +19,8 @@ from typer.main import get_group
 
 import m1
 from m1.cli import data, evaluate, generate, model, train
-from m1.errors import M1Warning, UserError
-from m1.secrets import redact_logs
+from m1.errors import M1Warning, UserError, is_panic
+from m1.text import clean_logs, encodable
 
 
 class BenchGroup(TyperGroup):
@@ -63,16 +65,24 @@ UsageError = typer.BadParameter.__base__  # the parser's own, which typer doesn'
 
 
 def main() -> None:
-    """Runs `m1`. Bad input ends it with one line on stderr and exit code 2, Ctrl-C with one line and 130."""
+    """Runs `m1`. Bad input and I/O errors end it with one line on stderr and exit code 2, Ctrl-C with one and 130."""
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-    redact_logs()
+    clean_logs()
     warnings.showwarning = show_warning
+    threading.excepthook = thread_failed
     logger = logging.getLogger("m1")
     logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     logger.handlers = [LogHandler()]
+    for stream in (sys.stdout, sys.stderr):  # a character that the terminal's encoding lacks must not end a run
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
+        check_arguments(sys.argv[1:])
         status = app(prog_name="m1", standalone_mode=False)
-    except Exception as error:
+        sys.stdout.flush()
+    except BaseException as error:
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
         status = refused(error)
     if status == INTERRUPTED:  # typer's code for a KeyboardInterrupt
         from m1.cli import render
@@ -101,12 +111,49 @@ def show_warning(message: Warning | str, category: type[Warning], *where: Any, *
         sys.stderr.write(warnings.formatwarning(message, category, *where[:2]))
 
 
-def refused(error: Exception) -> int:
+def thread_failed(failure: threading.ExceptHookArgs) -> None:
+    """Prints an I/O error in a library's thread, such as TensorBoard's, on one line."""
+    from m1.cli import render
+
+    if isinstance(failure.exc_value, OSError):
+        render.warning(io_error(failure.exc_value))
+    else:
+        threading.__excepthook__(failure)
+
+
+def io_error(error: OSError) -> str:
+    """What couldn't be read or written, and why."""
+    where = error.filename if error.filename is not None else "the output"
+    return f"can't read or write {where}: {error.strerror or error}"
+
+
+def check_arguments(arguments: list[str]) -> None:
+    """Raises UserError for an argument that isn't text in the locale's encoding."""
+    if bad := [argument for argument in arguments if not encodable(argument)]:
+        raise UserError(f"the argument {bad[0]!r} isn't UTF-8 text: type it again, or rename the file")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed. torch raises an OutOfMemoryError on GPUs, and a RuntimeError on CPUs."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or "can't allocate memory" in str(error) or "Storage size calculation overflowed" in str(error)
+
+
+def refused(error: BaseException) -> int:
     """Prints why a command ended and returns the exit code. A fault of the program itself is a traceback and 1."""
     from m1.cli import render
 
+    if isinstance(error, BrokenPipeError):  # whoever reads the output has left, and nothing more can be said
+        sys.stdout = None  # type: ignore[assignment]  # Python would flush it, and fail again
+        return 1
     if isinstance(error, UserError):
         render.error(error)
+    elif isinstance(error, OSError):
+        render.error(io_error(error))
+    elif is_panic(error):
+        render.error(f"a tokenizer fails on this text ({error}): check the checkpoint's tokenizer.json")
+    elif is_out_of_memory(error):
+        render.error(f"not enough memory ({str(error).partition(chr(10))[0] or 'of the process'}): give smaller sizes")
     elif isinstance(error, UsageError):  # type: ignore[arg-type]
         render.usage_error(error)
     else:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from m1.errors import UserError
-from m1.recipe import SFTStage, TaughtStage, load_stage
+from m1.recipe import INT32_MAX, SFTStage, TaughtStage, load_stage
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at training data.")
 
@@ -19,7 +19,7 @@ def data() -> None:
 @app.command()
 def show(
     recipe: Annotated[Path, typer.Argument(help="TOML file of an align, sft or distill stage.")],
-    samples: Annotated[int, typer.Option(min=1, help="Number of rows that are shown.")] = 3,
+    samples: Annotated[int, typer.Option(min=1, max=INT32_MAX, help="Number of rows that are shown.")] = 3,
 ) -> None:
     """Show what a stage would train on: rows with their trained tokens marked, counts, and the rows' lengths."""
     stage = load_stage(recipe)

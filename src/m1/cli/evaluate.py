@@ -52,7 +52,7 @@ def evaluate(
         int, typer.Option(help="Maximum number of open requests to the endpoint, one sample each.")
     ] = 256,
     timeout: Annotated[
-        float, typer.Option(help="Maximum seconds without data from the endpoint. It sends nothing while it samples.")
+        float, typer.Option(help="Maximum seconds until the endpoint's answer to a request is complete.")
     ] = 3600,
     force: Force = False,
     **options: Any,

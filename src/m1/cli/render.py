@@ -5,7 +5,6 @@ Text from users, models and servers is printed plainly: without markup, control 
 
 import json
 import math
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from m1.evaluation.intervals import percent
 from m1.progress import OnProgress
 from m1.recipe import Stage
 from m1.secrets import redact
+from m1.text import clean
 
 if TYPE_CHECKING:  # they import torch
     from numpy import ndarray
@@ -29,7 +29,6 @@ if TYPE_CHECKING:  # they import torch
     from m1.reasoning.budget import Budget
     from m1.reasoning.solution import Solution
 
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
 REDRAW_SECONDS = 0.1
 BAR_WIDTH = 40
 LENGTH_BINS = 12  # of a histogram of rows' lengths
@@ -41,11 +40,6 @@ console = Console(markup=False, highlight=False)
 errors = Console(stderr=True, markup=False, highlight=False)
 
 
-def clean(text: str) -> str:
-    """The text without secrets and without control characters, which could rewrite the terminal."""
-    return CONTROL.sub("\N{REPLACEMENT CHARACTER}", redact(text))
-
-
 def line(text: str, style: str | None = None, to: Console | None = None) -> None:
     """Prints one line, without wrapping it on a narrow terminal."""
     (to or console).print(clean(text), style=style, soft_wrap=True)
@@ -53,12 +47,12 @@ def line(text: str, style: str | None = None, to: Console | None = None) -> None
 
 def error(message: object) -> None:
     """Prints the one-line message for bad input."""
-    line(f"m1: {message}", "red", errors)
+    line(f"m1: {' '.join(str(message).split())}", "red", errors)
 
 
 def warning(message: object) -> None:
     """Prints the one-line message of a warning."""
-    line(f"m1: {message}", "yellow", errors)
+    line(f"m1: {' '.join(str(message).split())}", "yellow", errors)
 
 
 def usage_error(problem: Any) -> None:
@@ -75,7 +69,8 @@ def progress_bar(what: str, unit: str) -> Iterator[OnProgress]:
     """Shows a progress bar on stderr. Yields `on_progress(done, total)`, which moves it."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    name, counted = (TextColumn(text.replace("{", "{{").replace("}", "}}"), markup=False) for text in (what, unit))
+    formats = (clean(text).replace("{", "{{").replace("}", "}}") for text in (what, unit))
+    name, counted = (TextColumn(format_, markup=False) for format_ in formats)
     with Progress(name, BarColumn(), MofNCompleteColumn(), counted, TimeElapsedColumn(), console=errors) as bar:
         task = bar.add_task("", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -18,6 +18,7 @@ from m1.engine.scheduler import Plan, Scheduler
 from m1.engine.sequence import Request, Sequence, requests_for, shortened
 from m1.engine.slots import PAGE_SIZE
 from m1.errors import UserError
+from m1.options import fitted
 
 DEFAULT_MAX_MODEL_LEN = 8192
 # Prompt tokens in a chunk, and between two decode steps. Both are 512 on other devices, where tokens take longer.
@@ -25,8 +26,9 @@ PREFILL_CHUNK, PREFILL_BUDGET = {"cuda": 2048}, {"cuda": 16384}
 
 
 def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> list[int]:
-    """The end-of-sequence tokens of the model and, if given, of its tokenizer."""
+    """The end-of-sequence tokens of the model and, if given, of its tokenizer. Raises UserError for others."""
     eos = model.generation_config.eos_token_id if model.generation_config else None
+    fitted(eos, int | list[int] | None, f"{model.name_or_path}: eos_token_id")
     own = [eos] if isinstance(eos, int) else list(eos or [])
     if tokenizer is not None and tokenizer.eos_token_id is not None:
         own.append(tokenizer.eos_token_id)

@@ -87,7 +87,7 @@ def generate_file(
     depends = asdict(params) | prompt.settings() | (settings or {})
     depends |= {"weights": weights_hash(llm.model), "prompts_sha256": sha256(prompts)}
     with Run("generate", out, depends, is_file=True, force=force) as run:
-        done = {(row["id"], row["sample"]) for row in run.read(out.name, "id", "sample")}
+        done = {(row["id"], row["sample"]) for row in run.read(out.name, {"id": str, "sample": int})}
         requests = [
             Request(llm.encode(text), replace(params, seed=fold_in(params.seed, i)), i, missing)
             for i, text in enumerate(texts)

@@ -5,7 +5,6 @@ which page is decided in pages.py. On a CPU, memory is used only once it is writ
 """
 
 import gc
-import os
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from m1.engine.scheduler import Copy, Placed, Swap
+from m1.machine import free_host_memory
 from m1.model.cache_layout import AttentionCache, MambaState, layer_bytes, layer_layout
 from m1.model.configuration import ATTENTION, layer_kinds
 
@@ -151,9 +151,4 @@ def free_memory(device: torch.device) -> int:
         gc.collect()
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo") as file:
-            fields = dict(line.split(":") for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return free_host_memory()

@@ -11,7 +11,7 @@ from typing import Any
 
 from m1.errors import UserError
 from m1.evaluation.intervals import RESAMPLES, difference
-from m1.jsonl import read_json, read_jsonl
+from m1.jsonl import as_written, read_json, read_jsonl
 
 MOST_DIFFERENT = 10
 
@@ -26,6 +26,11 @@ def compare(a: str | Path, b: str | Path, seed: int = 0) -> dict[str, Any]:
     Raises:
         UserError: a folder without a finished result, or results of different problems or golds.
     """
+    with as_written(f"a file of {a} or {b}"):
+        return _compared(a, b, seed)
+
+
+def _compared(a: str | Path, b: str | Path, seed: int) -> dict[str, Any]:
     results = [_result(Path(folder)) for folder in (a, b)]
     _check_same_problems(Path(a), Path(b))
     first, second = (result["per_problem"] for result in results)

@@ -5,6 +5,8 @@ connections, replies that aren't chat completions. If the server can't be reache
 evaluation ends at once.
 """
 
+import json
+import math
 import queue
 import random
 import threading
@@ -17,10 +19,14 @@ import httpx2
 
 from m1.engine import SamplingParams, fold_in
 from m1.errors import UserError
+from m1.evaluation.deadline import bounded_client
 from m1.evaluation.samplers import Sample, SampleRequest, Samples
+from m1.options import MAX_SECONDS, check_count, fitted
 from m1.secrets import HIDDEN, SHORTEST, api_key, redact
 
 LONGEST_WAIT = 60.0  # seconds between two tries
+LONGEST_REASON = 100  # characters of a finish reason
+LARGEST_ANSWER = 2**25  # bytes, with the log-probabilities of all tokens
 # Fields that are left out if a server refuses them: what it can't do, and filters that are off. They are asked for
 # although they are off, since vLLM's own defaults come from the model's generation_config.json.
 OPTIONAL = {"seed", "logprobs"}
@@ -37,7 +43,7 @@ class EndpointSampler:
         url: base URL of the API, e.g. http://localhost:8000/v1. The key is $OPENAI_API_KEY, if set.
         model: the model's name on that server.
         concurrency: maximum number of open requests, one sample each.
-        timeout: maximum seconds without a byte from the server, which is silent while it generates.
+        timeout: maximum seconds until a sample's answer is complete.
         tries: number of tries per request before the evaluation gives up.
         wait: seconds before the second try. The wait doubles with each further try, up to LONGEST_WAIT.
 
@@ -60,8 +66,11 @@ class EndpointSampler:
         if url.scheme not in ("http", "https") or not url.host:
             example = "http://localhost:8000/v1"
             raise UserError(f"endpoint {redact(repr(self.url))}: give its base URL, such as {example}")
-        if self.concurrency < 1 or not self.timeout > 0:
-            raise UserError(f"concurrency={self.concurrency}, timeout={self.timeout}: must be positive")
+        if self.concurrency < 1 or not 0 < self.timeout <= MAX_SECONDS:
+            raise UserError(
+                f"concurrency={self.concurrency}, timeout={self.timeout}: must be positive, and the timeout at most "
+                f"{MAX_SECONDS:.0f} seconds"
+            )
         self.address = url.copy_with(path=url.path.rstrip("/") + "/chat/completions")
         self._shown = redact(str(self.address))
         self._key = api_key()
@@ -102,11 +111,18 @@ class EndpointSampler:
             except BaseException as error:  # raised in the thread that waits for the results
                 results.put(error)
 
-        client = httpx2.Client(
-            headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
-            timeout=httpx2.Timeout(self.timeout, connect=min(self.timeout, 30.0), pool=None),
-            limits=httpx2.Limits(max_connections=self.concurrency),
-        )
+        try:
+            client, self._allowance = bounded_client(
+                # Not compressed, since a small answer could unpack to any size.
+                headers={"Accept-Encoding": "identity"}
+                | ({"Authorization": f"Bearer {self._key}"} if self._key else {}),
+                timeout=httpx2.Timeout(self.timeout, connect=min(self.timeout, 30.0), pool=None),
+                limits=httpx2.Limits(max_connections=self.concurrency),
+            )
+        except Exception as error:
+            raise UserError(
+                f"can't ask {self._shown}: {redact(str(error))}; check $HTTP_PROXY, $HTTPS_PROXY and $SSL_CERT_FILE"
+            ) from None
         try:
             for _ in range(min(self.concurrency, total)):
                 threading.Thread(target=work, daemon=True).start()
@@ -151,7 +167,11 @@ class EndpointSampler:
             wait = self.wait * 2**attempt
             asked = {name: value for name, value in body.items() if name not in self._unknown}
             try:
-                response = client.post(self.address, json=asked)
+                self._allowance.begin(self.timeout, LARGEST_ANSWER)
+                with client.stream("POST", self.address, json=asked) as response:
+                    if response.headers.get("content-encoding", "identity") != "identity":
+                        raise httpx2.DecodingError("the answer is compressed, though it shouldn't be")
+                    text = response.read().decode("utf-8", "replace")
             except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
                 if not self._reached:
                     raise UserError(f"can't reach {self._shown}: {redact(str(error))}") from None
@@ -160,14 +180,16 @@ class EndpointSampler:
             except httpx2.HTTPError as error:
                 problem = str(error) or type(error).__name__
                 continue
+            except ValueError as error:  # a host's name that can't be encoded
+                raise UserError(f"can't ask {self._shown}: {redact(str(error))}") from None
             self._reached = True
-            problem = f"{response.status_code} {_excerpt(response)}"
+            problem = f"{response.status_code} {_excerpt(text)}"
             if response.status_code == 200:
                 try:
-                    return _choice(response.json(), self._secret)
-                except (ValueError, LookupError, TypeError, AttributeError) as error:
-                    problem = f"a reply that isn't a chat completion ({type(error).__name__}: {_excerpt(response)})"
-            elif response.status_code == 400 and (named := _named(response, asked)):
+                    return _choice(json.loads(text), self._secret)
+                except Exception as error:
+                    problem = f"a reply that isn't a chat completion ({type(error).__name__}: {_excerpt(text)})"
+            elif response.status_code == 400 and (named := _named(text, asked)):
                 self._unknown.add(named)
                 wait = 0.0
             elif response.status_code == 429 or response.status_code >= 500:
@@ -184,26 +206,30 @@ def _choice(answer: dict[str, Any], key: str | None) -> Choice:
     """The first choice of a chat completion. If a text repeats the API key, the key is removed.
 
     Raises:
-        ValueError, LookupError, TypeError, AttributeError: it isn't a chat completion.
+        Exception: any, if it isn't a chat completion, or a number in it is impossible.
     """
     choice = answer["choices"][0]
     message, count = choice["message"], (answer.get("usage") or {}).get("completion_tokens")
-    text, reason = message.get("content") or "", str(choice.get("finish_reason") or "unknown")
+    text, reason = message.get("content") or "", str(choice.get("finish_reason") or "unknown")[:LONGEST_REASON]
     # Servers with a reasoning parser return a sample in two parts. Answers are extracted from the joined text.
     if reasoning := message.get("reasoning_content") or message.get("reasoning"):
         text = f"<think>\n{reasoning}\n</think>\n{text}"
     text, reason = (part.replace(key, HIDDEN) if key else part for part in (text, reason))
-    text = text.encode("utf-8", "replace").decode()  # JSON can hold half a character, a file can't
+    text, reason = (part.encode("utf-8", "replace").decode() for part in (text, reason))  # JSON has half characters
     logprob = None
     if content := (choice.get("logprobs") or {}).get("content"):
         logprob, count = sum(float(token["logprob"]) for token in content), len(content)
+        if not math.isfinite(logprob):
+            raise ValueError(f"logprobs with the sum {logprob}")
+    if count is not None:
+        check_count(fitted(count, int, "completion_tokens"), "completion_tokens")
     return text, count, logprob, reason
 
 
-def _named(response: httpx2.Response, asked: dict[str, Any]) -> str | None:
+def _named(text: str, asked: dict[str, Any]) -> str | None:
     """The field that the error message names, among those that can be left out; else None."""
     left_out = (name for name, value in asked.items() if name in OPTIONAL or OFF.get(name) == value)
-    return next((name for name in left_out if name in response.text), None)
+    return next((name for name in left_out if name in text), None)
 
 
 def _retry_after(response: httpx2.Response) -> float:
@@ -213,5 +239,5 @@ def _retry_after(response: httpx2.Response) -> float:
         return 0.0
 
 
-def _excerpt(response: httpx2.Response) -> str:
-    return " ".join(response.text.split())[:200]
+def _excerpt(text: str) -> str:
+    return " ".join(text[:1000].split())[:200]

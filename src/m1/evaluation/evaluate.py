@@ -3,8 +3,8 @@
     OUT/settings.json    what the samples depend on (runs.py)
     OUT/problems.jsonl   the problems and golds
     OUT/samples.jsonl    every sample as it finishes: problem, round, text, answer, grade, tokens, seconds
-    OUT/samples.parquet  the same, written at the end if pyarrow is installed
     OUT/result.json      the metrics
+    OUT/samples.parquet  the samples as a table; written last, and if it can't be, only a warning is logged
 
 All samples are asked for at once: the batch stays full, and a prompt is prefilled once for all of its samples. With
 `by_round`, every problem is sampled once before any is sampled twice. A sample's seed depends only on the run's seed,
@@ -16,12 +16,13 @@ doesn't know the pairs of answers that earlier ones compared, so some pairs are 
 """
 
 import hashlib
+import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import asdict, fields, replace
+from contextlib import closing, contextmanager, suppress
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from m1.engine import SamplingParams, fold_in
 from m1.engine.data_parallel import devices_of, load_llm
@@ -30,7 +31,7 @@ from m1.evaluation.metrics import metrics_of
 from m1.evaluation.samplers import EngineSampler, Sample, Sampler, SampleRequest, TransformersSampler
 from m1.grading import Grader, extract_answer
 from m1.grading.audit import audit
-from m1.jsonl import to_jsonl, write_json, write_text
+from m1.jsonl import as_written, to_jsonl, write_json, write_text
 from m1.model.checkpoint import load_model
 from m1.progress import OnProgress, Progress, ignore, silent
 from m1.recipe import EvalSettings, EvalStage
@@ -39,7 +40,10 @@ from m1.tasks.benchmarks import load_task
 from m1.tasks.problem import Problem, problems_hash
 from m1.tasks.prompts import ProblemPrompt
 
-ROW = (*(field.name for field in fields(Sample)), "answer", "correct", "grading")  # keys of a line of samples.jsonl
+logger = logging.getLogger(__name__)
+
+# What a line of samples.jsonl holds.
+ROW = get_type_hints(Sample) | {"answer": str | None, "correct": bool, "grading": dict[str, int]}
 DOUBTED = ("problem", "round", "answer", "golds", "correct")  # shown of samples whose grade is doubted
 
 
@@ -104,7 +108,7 @@ def evaluate(
     golds, problems_sha256 = {problem.id: problem.answers for problem in problems}, problems_hash(problems)
     depends = used | identity | {"problems_sha256": problems_sha256}
     with Run("eval", out, depends, force=force) as run, Grader() as grader:
-        rows = {(row["problem"], row["round"]): row for row in run.read("samples.jsonl", *ROW)}
+        rows = {(row["problem"], row["round"]): row for row in run.read("samples.jsonl", ROW)}
         total = settings.n * len(problems)
         on_progress(len(rows), total)
         step = 1 if settings.by_round else settings.n
@@ -120,7 +124,8 @@ def evaluate(
                     rows[sample.problem, sample.round] = row
                     on_progress(len(rows), total)
         before_votes = Counter(grader.counts)
-        metrics = metrics_of(list(rows.values()), golds, settings.n, grader, settings.by_round)
+        with as_written(run.folder / "samples.jsonl"):
+            metrics = metrics_of(list(rows.values()), golds, settings.n, grader, settings.by_round)
         checked = audit({**row, "golds": golds[row["problem"]]} for row in rows.values())
         result = {
             "settings": used,
@@ -137,8 +142,8 @@ def evaluate(
             "grading": _sum([*(row["grading"] for row in rows.values()), _difference(grader.counts, before_votes)]),
         }
         write_text(run.folder / "problems.jsonl", to_jsonl(map(asdict, problems)))
-        _write_parquet(run.folder / "samples.parquet", list(rows.values()))
         write_json(run.folder / "result.json", result)
+        _write_parquet(run.folder / "samples.parquet", list(rows.values()))
         run.finish()
     return result
 
@@ -176,6 +181,7 @@ def _sum(counts: Iterable[dict[str, int]]) -> dict[str, int]:
 
 
 def _write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Writes the samples as a table, for convenience. If that fails, only a warning is logged."""
     try:
         import pyarrow
         from pyarrow import parquet
@@ -185,6 +191,7 @@ def _write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
     try:
         parquet.write_table(pyarrow.Table.from_pylist(rows), draft)
         draft.replace(path)
-    except OSError as error:
-        draft.unlink(missing_ok=True)
-        raise UserError(f"can't write {path}: {error.strerror or error}") from None
+    except Exception as error:  # samples.jsonl has the same rows
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
+        logger.warning("%s isn't written: %s", path, error)

@@ -3,14 +3,15 @@
     OUT/settings.json    what the runs depend on (runs.py)
     OUT/runs.jsonl       one line per model, problem and seed: each sample's time of finishing, answer and tokens
     OUT/problems.jsonl   the problems and golds
-    OUT/budget.png       accuracy of each model at each budget
-    OUT/budget.json      the same in numbers
+    OUT/budget.json      accuracy of each model at each budget
+    OUT/budget.png       the same as a figure; written last, and if it can't be, only a warning is logged
 
 A problem gets as many samples as fit into the longest budget. The answer under a shorter budget is the vote over the
 samples that had finished by then, because sampling doesn't depend on the time that is left. Models take turns on each
 problem, so a disturbance affects all of them. Solvers are in solvers.py.
 """
 
+import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -24,7 +25,7 @@ from m1.errors import UserError
 from m1.evaluation.curves import accuracy_curves, draw
 from m1.evaluation.solvers import EngineSolver, Solver, vllm_solver
 from m1.grading import Grader
-from m1.jsonl import to_jsonl, write_json, write_text
+from m1.jsonl import as_written, to_jsonl, write_json, write_text
 from m1.model.checkpoint import load_model, weights_hash
 from m1.model.tokenizer import encode_chat
 from m1.peers.vllm_client import version
@@ -35,6 +36,11 @@ from m1.runs import Run, versions
 from m1.tasks.benchmarks import load_task
 from m1.tasks.problem import Problem, problems_hash
 from m1.tasks.prompts import ProblemPrompt
+
+# What a line of runs.jsonl holds.
+ROW = {"model": str, "problem": str, "seed": int, "seconds": float, "samples": list[Any]}
+
+logger = logging.getLogger(__name__)
 
 Models = dict[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]]
 
@@ -87,7 +93,7 @@ def measure_budgets(
     }
     names = [own for name in models for own in (name, *([_under_vllm(name)] if name in vllm else []))]
     with Run("budget", out, depends, force=force) as run, Grader() as grader, ExitStack() as stack:
-        rows = run.read("runs.jsonl", "model", "problem", "seed", "seconds", "samples")
+        rows = run.read("runs.jsonl", ROW)
         done = {(row["model"], row["problem"], row["seed"]) for row in rows}
         jobs = [(seed, i, name) for seed in range(settings.seeds) for i in range(len(problems)) for name in names]
         missing = [(seed, i, name) for seed, i, name in jobs if (name, problems[i].id, seed) not in done]
@@ -100,11 +106,15 @@ def measure_budgets(
             run.append("runs.jsonl", row)
         on_progress(len(jobs), len(jobs))
         result = {"settings": used, "problems": len(problems), "versions": versions()}
-        result |= accuracy_curves(rows, names, problems, settings.seconds, grader)
+        with as_written(run.folder / "runs.jsonl"):
+            result |= accuracy_curves(rows, names, problems, settings.seconds, grader)
         result["grading"] = dict(grader.counts)
         write_text(run.folder / "problems.jsonl", to_jsonl(map(asdict, problems)))
-        save_figure(draw(result), run.folder / "budget.png")
         write_json(run.folder / "budget.json", result)
+        try:
+            save_figure(draw(result), run.folder / "budget.png")
+        except UserError as error:  # budget.json has the same numbers
+            logger.warning("%s", error)
         run.finish()
     return result
 

@@ -4,7 +4,8 @@ import hashlib
 import pickle
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from m1.errors import UserError
+from m1.errors import UserError, is_panic
 from m1.hub import checkpoint_folder
 from m1.jsonl import read_json
 from m1.model.configuration import check_sizes, layer_kinds
@@ -35,10 +36,6 @@ MORE_THAN_TENSORS = "its pickle is damaged, or holds more than tensors, which M1
 NOT_QUANTIZED = "give the unquantized checkpoint, or dequantize it; `--quantize int8` is M1's own rounding"
 FLOATS = ("F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16")  # safetensors' names, then torch's
 PLAIN_NAME = re.compile(r"[\w-][\w.-]*")  # no folders, no ".."
-# Raised by transformers for a configuration with missing or impossible values, when it is read or a model is built.
-IMPOSSIBLE = (
-    StrictDataclassError, ValueError, KeyError, AttributeError, TypeError, AssertionError, ZeroDivisionError,
-)  # fmt: skip
 # Files that are copied when a checkpoint is converted.
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -73,29 +70,43 @@ def load_model(
     for key in ("attn_implementation", "_attn_implementation"):
         if "/" in str(config.get(key, "")):  # transformers would fetch that kernel from the Hub and run it
             raise UserError(f"{path}/config.json: {key} names code on the Hub, which M1 doesn't run: remove the key")
-    try:
+    with one_line(f"can't load {path}"):
+        check_sizes(config)
         for file in weight_files(path):
             _refuse_integers(_dtypes(file), file)
         model, loaded = AutoModelForCausalLM.from_pretrained(
             path, output_loading_info=True, trust_remote_code=False, **options
         )
-    except SafetensorError as error:
-        raise UserError(f"{path}: its weights are truncated or damaged ({error})") from None
-    except pickle.UnpicklingError:
-        raise UserError(f"{path}: {MORE_THAN_TENSORS}") from None
-    except (OSError, RuntimeError, *IMPOSSIBLE) as error:
-        raise UserError(f"can't load {path}: {reason(error)}") from None
     if missing := sorted(loaded["missing_keys"]):
         raise UserError(f"{path} has no tensor {missing[0]!r} ({len(missing)} missing): copy the checkpoint again")
     return model.to(device or default_device()), load_tokenizer(path)
 
 
+@contextmanager
+def one_line(what: str) -> Iterator[None]:
+    """Around a loader of others' files: turns whatever it raises into a UserError that begins with `what`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except pickle.UnpicklingError:
+        raise UserError(f"{what}: {MORE_THAN_TENSORS}") from None
+    except SafetensorError as error:
+        raise UserError(f"{what}: its weights are truncated or damaged ({reason(error)}): copy it again") from None
+    except Exception as error:
+        raise UserError(f"{what}: {reason(error)}") from None
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        raise UserError(f"{what}: {reason(error)}") from None
+
+
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """Loads a checkpoint folder's tokenizer. Raises UserError if the folder has none or a damaged one."""
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"can't load the tokenizer of {path}: {reason(error)}") from None
+    with one_line(f"can't load the tokenizer of {path}"):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer.decode(tokenizer("1").input_ids)  # some settings fail only in use
+        return tokenizer
 
 
 def load_config(folder: Path, kinds: Iterable[str]) -> PreTrainedConfig:
@@ -112,13 +123,12 @@ def load_config(folder: Path, kinds: Iterable[str]) -> PreTrainedConfig:
     content = read_json(folder / "config.json", CHECKPOINT)
     refuse_quantized(content, folder)
     kind = content.get("model_type")
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         raise UserError(f"{folder} is a {kind!r} model; supported here: {', '.join(kinds)}")
-    try:
+    with one_line(f"{folder}/config.json is impossible"):
+        check_sizes(content)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         check_sizes(config)
-    except IMPOSSIBLE as error:
-        raise UserError(f"{folder}/config.json is impossible: {reason(error)}") from None
     if "sliding_attention" in layer_kinds(config):
         raise UserError(f"{folder} has sliding-window attention, which M1 doesn't support: use another model")
     return config
@@ -126,11 +136,8 @@ def load_config(folder: Path, kinds: Iterable[str]) -> PreTrainedConfig:
 
 def model_without_weights(config: PreTrainedConfig, source: Path) -> PreTrainedModel:
     """Builds a model on the meta device, for its names and shapes. Raises UserError for an impossible configuration."""
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except IMPOSSIBLE as error:
-        raise UserError(f"{source}/config.json is impossible: {reason(error)}") from None
+    with one_line(f"{source}/config.json is impossible"), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def refuse_quantized(config: Mapping[str, Any], where: str | Path) -> None:
@@ -261,21 +268,18 @@ def _name(tensor: Tensor) -> str:
 
 
 def _load_pickle(path: Path, device: str = "cpu") -> dict[str, Tensor]:
-    try:
+    with one_line(f"can't read {path}, which may be truncated: copy it again"):
         weights = torch.load(path, map_location=device, weights_only=True)
-    except pickle.UnpicklingError:
-        raise UserError(f"{path}: {MORE_THAN_TENSORS}") from None
-    except (OSError, RuntimeError, EOFError) as error:
-        raise UserError(f"{path} is truncated or not a PyTorch checkpoint ({reason(error)}): copy it again") from None
-    if not isinstance(weights, dict) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
+    named = isinstance(weights, dict) and all(isinstance(k, str) and isinstance(t, Tensor) for k, t in weights.items())
+    if not named:
         raise UserError(f"{path} doesn't hold named tensors: copy the checkpoint again")
     return weights
 
 
 def _load_safetensors(path: Path) -> dict[str, Tensor]:
+    if not path.exists():
+        raise UserError(f"{path} is missing: copy the checkpoint again, with all its shards")
     try:
         return load_file(path)
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: copy the checkpoint again, with all its shards") from None
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is truncated or not a safetensors file ({error}): copy it again") from None
+    except Exception as error:
+        raise UserError(f"{path} is truncated or not a safetensors file ({reason(error)}): copy it again") from None

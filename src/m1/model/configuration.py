@@ -1,10 +1,13 @@
 """M1Config: a Llama-style decoder whose layers are full attention or Mamba."""
 
+from collections.abc import Mapping
 from math import ceil
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+
+from m1.options import shown
 
 ATTENTION, MAMBA = "full_attention", "linear_attention"  # the names in transformers' caches and masks
 
@@ -15,10 +18,13 @@ TEACHERS: dict[str, dict[str, Any]] = {
     "qwen3": {"qk_norm": True},
 }
 
-SIZES = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-    "head_dim", "state_size", "conv_kernel", "time_step_rank",
-)  # fmt: skip
+# The largest sizes that M1 reads: some times those of the largest models, so that a damaged configuration is refused
+# before anything is allocated.
+SIZES = {
+    "vocab_size": 2**22, "hidden_size": 2**17, "intermediate_size": 2**20, "num_hidden_layers": 1024,
+    "num_attention_heads": 4096, "num_key_value_heads": 4096, "head_dim": 2**14, "state_size": 2**14,
+    "conv_kernel": 1024, "time_step_rank": 2**17, "max_position_embeddings": 2**31, "num_labels": 2**20,
+}  # fmt: skip
 
 
 @strict
@@ -89,6 +95,7 @@ class M1Config(PreTrainedConfig):
             self.attention_out_bias = self.attention_bias
         if self.state_size is None:
             self.state_size = self.head_dim if self.mixer == "mamba2" else 16
+        check_sizes(self)  # before lists of these sizes are made
         if self.layer_types is None:
             self.layer_types = [MAMBA] * self.num_hidden_layers
         super().__post_init__(**kwargs)
@@ -145,12 +152,15 @@ class M1Config(PreTrainedConfig):
             raise ValueError(f"head_alignment must be 'attention' or 'official', got {self.head_alignment!r}")
 
 
-def check_sizes(config: PreTrainedConfig) -> None:
-    """Raises ValueError naming the first field of SIZES that is below 1. Missing fields are skipped."""
-    for name in SIZES:
-        size = getattr(config, name, None)
-        if size is not None and size < 1:
-            raise ValueError(f"{name} ({size}) must be at least 1")
+def check_sizes(config: PreTrainedConfig | Mapping[str, Any]) -> None:
+    """Raises ValueError naming the first size, of a configuration or its JSON, that isn't 1 to its SIZES.
+
+    Missing fields are skipped, and those of another type, which transformers refuses.
+    """
+    for name, most in SIZES.items():
+        size = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+        if isinstance(size, int | float) and not 1 <= size <= most:
+            raise ValueError(f"{name} ({shown(size)}) must be at least 1 and at most {most}")
 
 
 def layer_kinds(config: PreTrainedConfig) -> list[str]:

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import PreTrainedConfig
 
 from m1.errors import UserError
 from m1.layer_choice import choose_layers
-from m1.model.checkpoint import copy_tokenizer, load_config, model_without_weights, read_weights, reason
+from m1.model.checkpoint import copy_tokenizer, load_config, model_without_weights, one_line, read_weights
 from m1.model.configuration import ATTENTION, MAMBA, TEACHERS, M1Config
 from m1.model.gguf import teacher_folder
 from m1.model.mixer import Mixer
@@ -123,10 +122,8 @@ def hybrid_config(
     kinds = [ATTENTION if i in kept else MAMBA for i in range(teacher.num_hidden_layers)]
     shared = {field: getattr(teacher, field) for field in SHARED_FIELDS if hasattr(teacher, field)}
     options = {"layer_types": kinds, "mixer": mixer, "state_size": state_size, "head_alignment": head_alignment}
-    try:
+    with one_line("this configuration can't be made a hybrid"):
         return M1Config(**(shared | TEACHERS[teacher.model_type] | options))
-    except StrictDataclassError as error:
-        raise UserError(f"this configuration can't be made a hybrid: {reason(error)}") from None
 
 
 def group_permutation(heads: int, kv_heads: int, head_dim: int, state_size: int) -> Tensor:

@@ -32,7 +32,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from m1.errors import UserError
 from m1.hub import checkpoint_folder
-from m1.model.checkpoint import IMPOSSIBLE, model_without_weights, reason
+from m1.model.checkpoint import model_without_weights, reason
 from m1.model.configuration import TEACHERS
 from m1.runs import finished, new_folder, refuse_foreign, sha256
 
@@ -138,7 +138,7 @@ def read_gguf(file: Path, dtype: Dtype) -> tuple[PreTrainedModel, PreTrainedToke
         )
     except UserError:
         raise
-    except (OSError, RuntimeError, IndexError, *IMPOSSIBLE) as error:
+    except Exception as error:
         raise UserError(f"{file} can't be read as a {architecture} model: {reason(error)}") from None
     _check(model, file, len(tensors) - (ROPE_FREQS in tensors), loaded["missing_keys"])
     ends = {facts.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")} - {None}

@@ -1,13 +1,20 @@
 """Chat messages to tokens and back to text, and a byte-level tokenizer that takes any text and needs no training."""
 
-from collections.abc import Collection, Iterable
+import signal
+import threading
+import time
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 
-from jinja2 import TemplateError
+from jinja2 import Environment
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from m1.errors import UserError
+from m1.options import MAX_SHOWN, shown
 
+TEMPLATE_SECONDS = 10.0  # maximum time of a chat template; the slowest take milliseconds
 SPECIAL_TOKENS = ("<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 
 CHAT_TEMPLATE = (
@@ -53,7 +60,7 @@ def render_chat(
         add_generation_prompt: whether to end with the beginning of the assistant's next message.
 
     Raises:
-        UserError: the tokenizer has no chat template, or the template fails on these messages.
+        UserError: the tokenizer has no chat template, or the template fails on these messages or takes too long.
     """
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
@@ -63,9 +70,43 @@ def render_chat(
             "e.g. the instruct model's"
         )
     try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=False)
-    except TemplateError as error:
-        raise UserError(f"the chat template of {tokenizer.name_or_path} fails on {messages}: {error}") from None
+        _refuse_powers(str(tokenizer.chat_template))
+        with time_limit(TEMPLATE_SECONDS):
+            return tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=False)
+    except Exception as error:  # a template is a program
+        what = " ".join(str(error).split())[:MAX_SHOWN] or type(error).__name__
+        raise UserError(f"the chat template of {tokenizer.name_or_path} fails on {shown(messages)}: {what}") from None
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError inside the context after some seconds. Only the main thread can be interrupted.
+
+    Contexts can be nested; an outer one's clock goes on.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"not done after {seconds:g} seconds")
+
+    before, started = signal.signal(signal.SIGALRM, stop), time.monotonic()
+    outer, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        if outer:
+            signal.setitimer(signal.ITIMER_REAL, max(outer - (time.monotonic() - started), 1e-3))
+
+
+@lru_cache(maxsize=64)
+def _refuse_powers(template: str) -> None:
+    """Raises ValueError for a template with `**`: one power can take hours in which nothing interrupts it."""
+    if any(kind == "operator" and text == "**" for _, kind, text in Environment().lex(template)):
+        raise ValueError("it computes a power, which M1 doesn't allow")
 
 
 def decode_text(

@@ -198,7 +198,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 def keys_of(cache: Tensor, pages: Tensor, length: int) -> Tensor:
     """The first `length` keys [kv_heads, length, head_dim] in the pages of one slot."""
     used = -(-length // cache.shape[2])
-    return cache.index_select(0, pages[:used]).transpose(0, 1).flatten(1, 2)[:, :length]
+    return cache.index_select(0, pages[:used].long()).transpose(0, 1).flatten(1, 2)[:, :length]
 
 
 def add_rms_norm(hidden: Tensor, update: Tensor | None, weight: Tensor, eps: float) -> Tensor:
@@ -252,7 +252,8 @@ def rotate_and_cache(
     kept = slots >= 0
     if not kept.all():
         slots, positions, keys, values = (t[kept] for t in (slots, positions, keys, values))
-    pages, places = page_table[slots.long(), positions // page_size].long(), positions.long() % page_size
+    positions = positions.long()  # bytes would be read as a mask
+    pages, places = page_table[slots.long(), positions // page_size].long(), positions % page_size
     k_cache[pages, :, places], v_cache[pages, :, places] = keys, values
     return queries
 

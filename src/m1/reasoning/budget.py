@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from m1.errors import UserError
+from m1.options import MAX_SECONDS
 from m1.reasoning.voting import Partition, Vote
 
 CONFIDENT = 0.95  # the threshold of the paper's experiments
@@ -40,8 +41,8 @@ class Budget:
             raise UserError("give a number of samples, seconds, or both: without either sampling would never end")
         if self.n is not None and self.n < 1:
             raise UserError(f"n={self.n}: need at least one sample")
-        if self.seconds is not None and not 0 < self.seconds < math.inf:
-            raise UserError(f"seconds={self.seconds}: need a positive, finite number")
+        if self.seconds is not None and not 0 < self.seconds <= MAX_SECONDS:
+            raise UserError(f"seconds={self.seconds}: need a positive number of at most {MAX_SECONDS:.0f}")
         if self.rule not in get_args(Rule):
             raise UserError(f"rule {self.rule!r} is unknown: choose {', '.join(get_args(Rule))}")
 

@@ -1,23 +1,21 @@
 """Weights of votes: equal ones, the model's own probability of a sample, or a verifier's score."""
 
 import math
-import pickle
 from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from m1.errors import UserError
 from m1.hub import checkpoint_folder
+from m1.jsonl import read_json
 from m1.model.checkpoint import (
-    IMPOSSIBLE,
-    MORE_THAN_TENSORS,
     check_shard_names,
     load_tokenizer,
-    reason,
+    one_line,
 )
+from m1.model.configuration import check_sizes
 from m1.model.tokenizer import encode_chat
 from m1.ops.backend import default_device
 
@@ -103,12 +101,9 @@ class RewardModel:
         folder = checkpoint_folder(name)
         check_shard_names(folder)
         load = AutoModelForSequenceClassification.from_pretrained
-        try:
+        with one_line(f"can't load {name} as a reward model"):
+            check_sizes(read_json(folder / "config.json"))
             model, loaded = load(folder, output_loading_info=True, trust_remote_code=False)
-        except pickle.UnpicklingError:
-            raise UserError(f"{name}: {MORE_THAN_TENSORS}") from None
-        except (OSError, RuntimeError, SafetensorError, *IMPOSSIBLE) as error:
-            raise UserError(f"can't load {name} as a reward model: {reason(error)}") from None
         if missing := sorted(loaded["missing_keys"]):
             raise UserError(f"{name} is not a reward model: it has no tensor {missing[0]!r}")
         return cls(model.to(default_device()), load_tokenizer(folder))

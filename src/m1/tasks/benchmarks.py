@@ -15,7 +15,7 @@ from typing import Any
 
 from m1.errors import UserError
 from m1.grading import extract_answer
-from m1.options import option
+from m1.options import option, shown
 from m1.tasks.chain import ChainSizes, chain_problems
 from m1.tasks.problem import Problem, problem_and_golds
 from m1.tasks.rows import read_rows
@@ -30,6 +30,7 @@ HUB = {  # default source of each benchmark
     "gsm8k": "openai/gsm8k/main:test",
 }
 TASKS = ("chain", *HUB)
+MAX_CHAINS = 1_000_000  # generated problems, which are held in memory
 TASK_NAME = re.compile(r"[\w.-]*\w[\w.-]*")  # used as a folder name
 ID_COLUMNS = ("id", "unique_id")
 PROBLEM_COLUMNS = ("problem", "question")
@@ -68,12 +69,7 @@ def load_task(
     Raises:
         UserError: an unknown task, missing or unreadable data, a row without problem or gold, a repeated id.
     """
-    if task not in TASKS and data is None:
-        raise UserError(f"unknown task {task!r}; known: {', '.join(TASKS)}; other names need --data")
-    if not TASK_NAME.fullmatch(task):
-        raise UserError(f"task {task!r}: a name has letters, digits and . - _ only")
-    if limit is not None and limit < 1:
-        raise UserError(f"limit={limit}: need at least one problem")
+    check_task(task, data, limit)
     if task == "chain" and data is None:
         found = chain_problems(limit or 200, sizes or ChainSizes(), "test", seed)
         return [Problem(f"chain/{i}", p.problem, (p.answer,)) for i, p in enumerate(found)]
@@ -89,6 +85,18 @@ def load_task(
     if repeated:
         raise UserError(f"{source}: the id {repeated[0]!r} is used more than once; ids must be unique")
     return problems
+
+
+def check_task(task: str, data: str | Path | None, limit: int | None) -> None:
+    """Raises UserError for a task, or a number of problems, that `load_task` would refuse."""
+    if task not in TASKS and data is None:
+        raise UserError(f"unknown task {task!r}; known: {', '.join(TASKS)}; other names need --data")
+    if not TASK_NAME.fullmatch(task):
+        raise UserError(f"task {task!r}: a name has letters, digits and . - _ only")
+    if limit is not None and limit < 1:
+        raise UserError(f"limit={shown(limit)}: need at least one problem")
+    if task == "chain" and data is None and limit is not None and limit > MAX_CHAINS:
+        raise UserError(f"limit={shown(limit)}: need at most {MAX_CHAINS} chain problems")
 
 
 def _problem(row: dict[str, Any], default_id: str, where: str, columns: Columns) -> Problem:
@@ -108,10 +116,6 @@ def _problem(row: dict[str, Any], default_id: str, where: str, columns: Columns)
     if problem_column and gold_column:
         row = {**row, "problem": row[problem_column], "answers": _golds(gold_column, row[gold_column])}
     text, golds = problem_and_golds(row, where)
-    try:
-        "".join([text, *golds]).encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{where}: half a character (a lone surrogate) in its text") from None
     if not text.strip() or not all(gold.strip() for gold in golds):
         raise UserError(f"{where}: an empty problem or answer")
     return Problem(str(id_), text, tuple(golds))

@@ -25,11 +25,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from m1.errors import UserError
-from m1.options import option
+from m1.options import option, shown
 
 MODULUS = 10
 OPERATORS = "+-*"
 STEPS = [(operator, digit) for operator in OPERATORS for digit in range(MODULUS)]
+MAX_STEPS = 100_000
 HELD_OUT_SHARE = 16  # one problem in 16 is held out
 
 Split = Literal["train", "test"]
@@ -48,8 +49,11 @@ class ChainSizes:
     period: int | None = option(None, "Maximum number of different steps; after them a chain repeats.")
 
     def __post_init__(self) -> None:
-        if not 1 <= self.min_steps <= self.max_steps:
-            raise UserError(f"chains of min_steps={self.min_steps} to max_steps={self.max_steps}: need 1 <= min <= max")
+        if not 1 <= self.min_steps <= self.max_steps <= MAX_STEPS:
+            raise UserError(
+                f"chains of min_steps={shown(self.min_steps)} to max_steps={shown(self.max_steps)}: need "
+                f"1 <= min <= max <= {MAX_STEPS}"
+            )
         if self.period is not None and not 2 <= self.period <= len(STEPS):
             raise UserError(f"period={self.period}: a chain that is repeated has 2 to {len(STEPS)} steps")
 

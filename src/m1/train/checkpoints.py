@@ -1,10 +1,17 @@
 """The trainer's checkpoints: sealed when complete, checked before training resumes from one."""
 
 import logging
+import re
+import zipfile
 from pathlib import Path
+
+from safetensors import safe_open
+from transformers import TrainerState
 
 from m1.errors import UserError
 from m1.jsonl import read_json, write_json
+from m1.model.checkpoint import one_line
+from m1.options import fitted
 from m1.runs import sha256
 
 SEAL = "sha256.json"  # the sha256 of each of a checkpoint's files
@@ -27,6 +34,7 @@ def last_checkpoint(out: Path) -> str | None:
         UserError: there are checkpoints, but none is intact.
     """
     complete = [path.parent for path in out.glob(f"checkpoints/checkpoint-*/{STATE}")]
+    complete = [path for path in complete if re.fullmatch(r"checkpoint-[0-9]{1,18}", path.name)]
     complete.sort(key=lambda path: int(path.name.split("-")[1]), reverse=True)
     for path in complete:
         if not (problem := damage(path)):
@@ -38,11 +46,25 @@ def last_checkpoint(out: Path) -> str | None:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint; None if it is intact. One killed just before its seal is taken as it is."""
+    """What is wrong with a checkpoint; None if it is intact. One killed just before its seal must be readable."""
     try:
-        read_json(checkpoint / STATE)
-        hashes = read_json(checkpoint / SEAL) if (checkpoint / SEAL).exists() else {}
+        with one_line("it can't be read"):
+            fitted(TrainerState.load_from_json(str(checkpoint / STATE)).global_step, int, f"{STATE}: global_step")
+            if not (checkpoint / SEAL).exists():
+                return _unreadable(checkpoint)
+            hashes = read_json(checkpoint / SEAL)
+            changed = [name for name, digest in hashes.items() if sha256(checkpoint / name) != digest]
+            return f"{changed[0]} isn't what was saved" if changed else None
     except UserError as error:
         return str(error)
-    changed = [name for name, digest in hashes.items() if sha256(checkpoint / name) != digest]
-    return f"{changed[0]} isn't what was saved" if changed else None
+
+
+def _unreadable(checkpoint: Path) -> str | None:
+    """The first file of tensors that is damaged."""
+    for path in sorted(checkpoint.iterdir()):
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt"):
+                pass
+        elif path.suffix in (".pt", ".pth") and zipfile.ZipFile(path).testzip():
+            return f"{path.name} is damaged"
+    return None

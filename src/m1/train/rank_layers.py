@@ -53,7 +53,7 @@ def _rank(stage: RankLayersStage, teacher: Path, force: bool, progress: Progress
     with Run(stage.kind, stage.out, settings, is_file=True, force=force) as folder:
         if folder.finished:
             return read_json(stage.out)
-        kl = {str(row["layer"]): row["kl"] for row in folder.read("layers.jsonl", "layer", "kl")}
+        kl = {str(row["layer"]): row["kl"] for row in folder.read("layers.jsonl", {"layer": int, "kl": float})}
         options: dict[str, Any] = {"mixer": stage.mixer, "head_alignment": stage.head_alignment}
         model_config = hybrid_config(config, range(layers), **options)
         mamba_config = hybrid_config(config, range(1, layers), **options)

@@ -5,15 +5,14 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset, IterableDataset
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from m1.engine.engine import stop_tokens
 from m1.errors import UserError
 from m1.hub import checkpoint_folder
-from m1.model.checkpoint import load_config, load_model, load_tokenizer
-from m1.model.configuration import TEACHERS
+from m1.model.checkpoint import load_config, load_model, load_tokenizer, one_line
+from m1.model.configuration import TEACHERS, check_sizes
 from m1.model.tokenizer import byte_tokenizer
 from m1.options import check_keys
 from m1.recipe import SFTStage, TaughtStage
@@ -119,12 +118,13 @@ def new_transformer(init: dict[str, Any], **options: Any) -> tuple[PreTrainedMod
 def new_config(init: dict[str, Any]) -> tuple[LlamaConfig, PreTrainedTokenizerBase]:
     """The LlamaConfig of an `[init]` table, and the byte tokenizer. Raises UserError if it isn't a LlamaConfig."""
     check_keys(init, LlamaConfig.__dataclass_fields__, "[init]")
-    tokenizer = byte_tokenizer(init.get("max_position_embeddings", 2048))
-    tokens = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
-    try:
-        return LlamaConfig(**({"vocab_size": len(tokenizer)} | tokens | init)), tokenizer
-    except (TypeError, ValueError, StrictDataclassError) as error:
-        raise UserError(f"[init]: {error.__cause__ or error}") from None
+    with one_line("[init]"):
+        check_sizes(init)
+        tokenizer = byte_tokenizer(init.get("max_position_embeddings", 2048))
+        tokens = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+        config = LlamaConfig(**({"vocab_size": len(tokenizer)} | tokens | init))
+        check_sizes(config)
+    return config, tokenizer
 
 
 def arguments_of(stage: SFTStage | TaughtStage) -> SFTConfig:

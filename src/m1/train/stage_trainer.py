@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel, Trainer
 
 from m1.errors import UserError
+from m1.model.checkpoint import one_line
 from m1.model.mixer import Mixer
 
 UNDECAYED = ("A_log", "D")  # as in the mamba_ssm package; transformers itself leaves out biases and norms
@@ -59,10 +60,16 @@ class StageTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """Makes the optimizer. With a `mixer_lr_scale`, each of its groups is split into mixers and the rest."""
         is_new = self.optimizer is None
-        optimizer = super().create_optimizer(model)
+        with one_line("[trainer]: its optimizer can't be made"):
+            optimizer = super().create_optimizer(model)
         if is_new and self.mixer_lr_scale != 1:
             optimizer.param_groups[:] = self._split(optimizer, self.model if model is None else model)
         return optimizer
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's schedule of learning rates. Raises UserError for arguments that it doesn't take."""
+        with one_line("[trainer]: its learning rates can't be scheduled"):
+            return super().create_scheduler(*args, **kwargs)
 
     @property
     def group_sizes(self) -> list[dict[str, float]]:

@@ -6,6 +6,7 @@ OUT/               the trained model and tokenizer, and the run's own files (run
 """
 
 import dataclasses
+import errno
 import functools
 import hashlib
 import json
@@ -16,24 +17,25 @@ import shutil
 import signal
 import time
 import typing
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
 import torch
 from datasets import Dataset
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from m1.errors import UserError
 from m1.history import METRICS, SAMPLES
 from m1.jsonl import to_jsonl, write_text
 from m1.machine import describe_machine, gemm_rate, process_bytes
-from m1.model.checkpoint import saved_dtype
-from m1.options import check_keys, fitted
-from m1.recipe import INT64_MAX, TrainedStage
+from m1.model.checkpoint import reason, saved_dtype
+from m1.options import check_keys, fitted, shown
+from m1.recipe import INT32_MAX, INT64_MAX, TrainedStage
 from m1.runs import Run, sha256
 from m1.secrets import redact_settings
 from m1.train.checkpoints import last_checkpoint, seal
@@ -47,6 +49,16 @@ RANGES: dict[str, tuple[float, float]] = {  # of trainers' arguments that transf
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), (1, INT64_MAX)),
     **dict.fromkeys(("gradient_accumulation_steps", "save_total_limit", "dataset_num_proc"), (1, INT64_MAX)),
     **dict.fromkeys(("max_completion_length", "num_iterations", "steps_per_generation"), (1, INT64_MAX)),
+    **dict.fromkeys(("pad_to_multiple_of", "max_length", "torch_empty_cache_steps"), (1, INT32_MAX)),
+    **dict.fromkeys(("num_generations", "num_generations_eval", "generation_batch_size"), (1, INT32_MAX)),
+    **dict.fromkeys(("ref_model_sync_steps", "eval_accumulation_steps", "ddp_bucket_cap_mb"), (1, INT32_MAX)),
+    **dict.fromkeys(("dataloader_prefetch_factor", "ddp_timeout"), (1, INT32_MAX)),
+    **dict.fromkeys(("warmup_steps", "eval_delay", "neftune_noise_alpha", "router_aux_loss_coef"), (0, INT32_MAX)),
+    **dict.fromkeys(("num_completions_to_print", "max_tool_calling_iterations"), (0, INT32_MAX)),
+    **dict.fromkeys(("label_smoothing_factor", "top_entropy_quantile", "ref_model_mixup_alpha"), (0, 1)),
+    **dict.fromkeys(("sapo_temperature_neg", "sapo_temperature_pos"), (TINY, INT32_MAX)),
+    "dataloader_num_workers": (0, 1024),
+    "data_seed": (0, 2**32 - 1),
     **dict.fromkeys(("num_train_epochs", "logging_steps", "save_steps", "eval_steps"), (TINY, INT64_MAX)),
     **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm"), (0, INT64_MAX)),
     **dict.fromkeys(("beta", "epsilon", "epsilon_high", "entropy_coef"), (0, INT64_MAX)),
@@ -75,12 +87,13 @@ def trainer_arguments(cls: type[Arguments], out: str | Path, given: dict[str, An
     """
     known = {f.name for f in dataclasses.fields(cls) if f.init} - {"output_dir", "resume_from_checkpoint"}
     check_keys(given, known, "[trainer]")
-    hints = typing.get_type_hints(cls) | {"model_init_kwargs": dict[str, Any]}
+    hints = typing.get_type_hints(cls)
+    hints |= {key: dict[str, Any] for key in hints if key.endswith("_kwargs")}  # not JSON in a text, as TRL's say
     given = {key: fitted(value, hints[key], f"[trainer]: {key}") for key, value in given.items()}
     for key, value in given.items():
         low, high = RANGES.get(key, (-INT64_MAX, INT64_MAX))
         if isinstance(value, int | float) and not low <= value <= high:
-            raise UserError(f"[trainer]: {key} = {value} is out of range: must be {low:.3g} to {high:.3g}")
+            raise UserError(f"[trainer]: {key} = {shown(value)} is out of range: must be {low:.3g} to {high:.3g}")
     if "trust_remote_code" in {*given, *given.get("model_init_kwargs", {})}:
         raise UserError("[trainer]: trust_remote_code: M1 never runs code that comes with a checkpoint; remove the key")
     common = {
@@ -98,8 +111,8 @@ def trainer_arguments(cls: type[Arguments], out: str | Path, given: dict[str, An
     given = {key: value for key, value in given.items() if key != "model_init_kwargs"}  # see model_options
     try:
         return cls(**(common | defaults | given))
-    except (TypeError, ValueError, ArithmeticError, ImportError, OSError) as error:
-        raise UserError(f"[trainer]: {' '.join(str(error).split())}") from None
+    except Exception as error:
+        raise UserError(f"[trainer]: {' '.join(str(error).split()) or type(error).__name__}") from None
 
 
 def refuse_ignored(given: dict[str, Any], ignored: Iterable[str], why: str) -> None:
@@ -185,16 +198,17 @@ def run_training(
         trainer.add_callback(MetricsCallback(run, trainer))
         trainer.add_callback(_TrainedCallback())
         trainer.add_callback(_SafetyCallback(trainer))  # the last: what it checks, the trainer then saves
-        with interrupt:
-            try:
-                trainer.train(resume_from_checkpoint=last)
-            except _Trained:
-                if arguments.load_best_model_at_end:
-                    trainer._load_best_model()
-        if interrupt.requested:
-            raise KeyboardInterrupt
-        trainer.check_finite()
-        _save(trainer, run, dtype)
+        with _written(run), _without_bar(trainer):
+            with interrupt:
+                try:
+                    trainer.train(resume_from_checkpoint=last)
+                except _Trained:
+                    if arguments.load_best_model_at_end:
+                        trainer._load_best_model()
+            if interrupt.requested:
+                raise KeyboardInterrupt
+            trainer.check_finite()
+            _save(trainer, run, dtype)
         if run.writes:
             run.finish(**provenance(trainer, run.folder))
         if run.writes:
@@ -206,8 +220,30 @@ def _made(make_trainer: Callable[[S, Any], StageTrainer], stage: S, arguments: T
         return make_trainer(stage, arguments)
     except UserError:
         raise
-    except (ValueError, ImportError) as error:  # what TRL checks itself: choices, combinations, missing packages
+    except (ValueError, TypeError, ImportError) as error:  # what TRL checks itself: choices, combinations, packages
         raise UserError(f"[trainer]: {' '.join(str(error).split())}") from error
+
+
+@contextmanager
+def _written(run: Run) -> Iterator[None]:
+    """Turns what libraries raise on a full or failing disk into the OSError that it was."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+            raise
+        raise OSError(errno.EIO, reason(error), str(run.folder)) from error
+
+
+@contextmanager
+def _without_bar(trainer: StageTrainer) -> Iterator[None]:
+    """Ends the line of the trainer's progress bar, so that an error has its own."""
+    try:
+        yield
+    finally:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, ProgressCallback) and callback.training_bar:
+                callback.training_bar.close()
 
 
 def _save(trainer: StageTrainer, run: Run, dtype: torch.dtype) -> None:
@@ -285,13 +321,13 @@ class MetricsCallback(TrainerCallback):
                 "{parameters:,} parameters: learning rate {learning_rate:g}, decay {weight_decay:g}".format(**group)
             )
         for name in self.trainer.files:
-            self._kept(name, state.global_step, "step")
-        rows = self._kept(METRICS, state.global_step, "step", "seconds")
+            self._kept(name, state.global_step, step=int)
+        rows = self._kept(METRICS, state.global_step, step=int, seconds=float)
         self.seconds_before = rows[-1]["seconds"] if rows else 0.0
 
-    def _kept(self, name: str, step: int, *keys: str) -> list[dict[str, Any]]:
+    def _kept(self, name: str, last: int, **types: type) -> list[dict[str, Any]]:
         """Drops the rows of a file that are of later steps. Returns the others."""
-        rows = [row for row in self.run.read(name, *keys) if row["step"] <= step]
+        rows = [row for row in self.run.read(name, types) if row["step"] <= last]
         if (self.run.folder / name).exists() or rows:
             write_text(self.run.folder / name, to_jsonl(rows))
         return rows
