@@ -25,7 +25,7 @@ class Running:
         self.loop, self.grader = EngineLoop(llm, self.options.max_waiting), Grader()
         app = make_app({"small": self.loop}, self.options, keys, self.grader)
         listening = socket.create_server(("127.0.0.1", 0))
-        self.url = "http://127.0.0.1:%d" % listening.getsockname()[1]
+        self.url = f"http://127.0.0.1:{listening.getsockname()[1]}"
         self.server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
         self.thread = threading.Thread(target=self.server.run, args=([listening],))
         self.thread.start()

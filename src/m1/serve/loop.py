@@ -125,12 +125,12 @@ class EngineLoop:
         if not news:
             return
         self.jobs = [job for job in self.jobs if not job.done]
+        ended = sum(job.weight for job in news if job.done)
 
         def tell() -> None:
+            self._load -= ended
             for job in news:
                 job.changed.set()
-                if job.done:
-                    self._load -= job.weight
 
         assert self._tasks is not None
         self._tasks.call_soon_threadsafe(tell)
