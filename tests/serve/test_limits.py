@@ -103,7 +103,7 @@ def test_overload_is_a_429(serve):
 def test_a_vote_leaves_room_for_a_chat(server):
     """A vote of many long samples is running, and a chat is answered before it ends."""
     with ThreadPoolExecutor(1) as pool:
-        vote = pool.submit(post, server, json=LONG | {"max_tokens": 100, "vote": {"n": 24, "rule": "none"}})
+        vote = pool.submit(post, server, json=LONG | {"max_tokens": 100, "vote": {"n": 24, "rule": "none"}}, timeout=60)
         while len(server.loop.engine.running) < 6:
             time.sleep(0.01)
         assert len(server.loop.engine.running) == 6  # two of eight slots are kept
