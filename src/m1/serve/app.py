@@ -342,9 +342,12 @@ async def vote_events(
 
 
 def voted(llm: LLM, solution: Solution, prompt: int, envelope: Envelope) -> dict[str, Any]:
-    """A vote as a chat completion. Its text is the first sample that gave the winning answer; empty if none did."""
+    """A vote as a chat completion. Its text is that of the first sample with the winning answer.
+
+    If no sample has an answer, it is the first sample's; if none has finished, it is empty.
+    """
     winners = (s for s in solution.samples if s.answer is not None and normalize(s.answer) == solution.answer)
-    winner = next(winners, None)
+    winner = next(winners, next(iter(solution.samples), None))
     text, reason = (winner.text, winner.finish_reason) if winner else ("", "length")
     thought, reply = Thoughts(False).split(text, done=True)  # a sample's text has the <think> that its prompt opened
     made = {"role": "assistant", **message(thought, reply), "refusal": None}
