@@ -10,6 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from m1.engine import LLM, SamplingParams
 from m1.engine.llm import TextSequence
 from m1.engine.sequence import Request, Sequence
+from m1.grading.spelling import normalize
 from m1.reasoning.solution import Solution
 from m1.serve.thoughts import Thoughts
 
@@ -337,6 +338,21 @@ def vote_of(solution: Solution) -> dict[str, Any]:
     """The vote so far: as `m1 solve --json`, without the samples, and with the leader's confidence."""
     known = solution.as_json()
     return {name: known[name] for name in known if name != "samples"} | {"confidence": solution.vote.confidence()}
+
+
+def voted(llm: LLM, solution: Solution, prompt: int, envelope: Envelope) -> dict[str, Any]:
+    """A vote as a chat completion. Its text is that of the first sample with the winning answer.
+
+    If no sample has an answer, it is the first sample's; if none has finished, it is empty.
+    """
+    winners = (s for s in solution.samples if s.answer is not None and normalize(s.answer) == solution.answer)
+    winner = next(winners, next(iter(solution.samples), None))
+    text, reason = (winner.text, winner.finish_reason) if winner else ("", "length")
+    thought, reply = Thoughts(False).split(text, done=True)  # a sample's text has the <think> that its prompt opened
+    made = {"role": "assistant", **message(thought, reply), "refusal": None}
+    choice = {"index": 0, "message": made, "finish_reason": reason, "logprobs": None}
+    counts = usage_of(llm, prompt, solution.tokens, 0, [thought])
+    return envelope("chat.completion", [choice], usage=counts, vote=vote_of(solution))
 
 
 def event(data: dict[str, Any]) -> str:
