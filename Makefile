@@ -82,10 +82,10 @@ HASH := $(LOCKS)/uv pip compile --quiet --no-deps --generate-hashes --python-ver
 LOCK_ENV := $(PYTHON) -m venv --clear .venv-locks/env && $(LOCKS)/pip install --quiet uv -r requirements/torch.txt
 locks:
 	rm -rf .venv-locks && $(LOCK_ENV)
-	$(LOCKS)/pip install --quiet '.[dev,test]' && $(FREEZE) > .venv-locks/with-test
+	$(LOCKS)/pip install --quiet '.[serve,dev,test]' && $(FREEZE) > .venv-locks/with-test
 	$(LOCK_ENV)
-	$(LOCKS)/pip install --quiet -c .venv-locks/with-test . && $(FREEZE) | grep -v '^nvidia\|^triton' > .venv-locks/users
-	$(LOCKS)/pip install --quiet -c .venv-locks/with-test '.[dev]' && $(FREEZE) > .venv-locks/with-dev
+	$(LOCKS)/pip install --quiet -c .venv-locks/with-test '.[serve]' && $(FREEZE) | grep -v '^nvidia\|^triton' > .venv-locks/users
+	$(LOCKS)/pip install --quiet -c .venv-locks/with-test '.[serve,dev]' && $(FREEZE) > .venv-locks/with-dev
 	grep -vxFf .venv-locks/users .venv-locks/with-dev | grep -v '^nvidia\|^triton' > .venv-locks/dev
 	grep -vxFf .venv-locks/with-dev .venv-locks/with-test > .venv-locks/test
 	$(HASH) .venv-locks/users -o requirements/lock.txt

@@ -69,6 +69,11 @@ class LLM:
         """The text of a sequence's tokens, without special tokens and stop tokens."""
         return decode_text(self.tokenizer, token_ids, self.stop_token_ids)
 
+    def text_of(self, sequence: Sequence) -> "TextSequence":
+        """The sequence as text, which grows as you `read` it after each step."""
+        skip = frozenset([*self.stop_token_ids, *sequence.request.params.stop_token_ids])
+        return TextSequence(sequence, self.tokenizer, skip)
+
     def length_for(self, prompts: Iterable[list[int]], max_tokens: int) -> int:
         """The max_model_len these prompts need: the longest one and its sequence, at most the model's context."""
         return min(max(map(len, prompts), default=0) + max_tokens, self.model.config.max_position_embeddings)
@@ -149,7 +154,7 @@ class LLM:
                 running = [s for s in engine.running if s.request in mine and (s.request.params.stop or not ends_only)]
                 read = []
                 for sequence in [*ended, *running]:
-                    sample = texts.pop(sequence, None) or self._text_of(sequence)
+                    sample = texts.pop(sequence, None) or self.text_of(sequence)
                     length = len(sample.text)
                     if sample.read():
                         engine.finish(sequence, "stop")
@@ -158,10 +163,6 @@ class LLM:
                     if sequence.done or len(sample.text) != length:
                         read.append(sample)
                 yield read
-
-    def _text_of(self, sequence: Sequence) -> "TextSequence":
-        skip = frozenset([*self.stop_token_ids, *sequence.request.params.stop_token_ids])
-        return TextSequence(sequence, self.tokenizer, skip)
 
     def _with_special_stops(self, params: SamplingParams) -> SamplingParams:
         """Makes stop strings that are special tokens into stop tokens, since texts don't have them."""

@@ -492,7 +492,7 @@ class Scheduler:
         if entry:
             self.cached.remove(entry)
             self.cached.append(entry)
-            request.computed = len(entry.tokens)
+            request.computed = request.cached = len(entry.tokens)
             copy, pages = self._copied(entry.slot, request.slot, entry.pages, request.computed)
             self._plan.restore.append(copy)
             self._place(request.slot, request.pages, pages)

@@ -26,6 +26,7 @@ class Request:
 
     Attributes:
         sequences: the samples, which the engine fills.
+        cached: number of prompt tokens that were found in the prefix cache.
         done: whether all of them have ended.
     """
 
@@ -35,6 +36,7 @@ class Request:
     indices: tuple[int, ...] | None = None
     resumable: bool = False
     sequences: list["Sequence"] = field(init=False)
+    cached: int = field(default=0, init=False)
     # The scheduler's own fields.
     stop: frozenset[int] = frozenset()  # tokens that end a sequence
     started: int = 0  # number of sequences that have, or had, a slot

@@ -36,7 +36,12 @@ NOT_UNITS = re.compile(r"\b(?:times|more|less|than|of|plus|minus|not|that|this|i
 
 def with_thought(prompt: str, text: str) -> str:
     """The generated text with the <think> that its prompt ended with: some chat templates open the thought."""
-    return f"<think>{text}" if prompt.rstrip().endswith("<think>") else text
+    return f"<think>{text}" if opens_thought(prompt) else text
+
+
+def opens_thought(prompt: str) -> bool:
+    """Whether a prompt's text ends with an open <think>."""
+    return prompt.rstrip().endswith("<think>")
 
 
 def extract_answer(text: str) -> str | None:

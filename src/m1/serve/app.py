@@ -1,0 +1,177 @@
+"""The routes of `m1 serve`."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from importlib.metadata import version as version_of
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import JSONResponse, Response
+
+from m1.engine import Request as Prompt
+from m1.engine.sequence import requests_for
+from m1.errors import UserError
+from m1.grading import Grader, opens_thought
+from m1.reasoning.budget import Budget
+from m1.serve.errors import UnknownModel, answer_errors
+from m1.serve.gate import Gate
+from m1.serve.jobs import Ballot, Generation, Job
+from m1.serve.loop import EngineLoop
+from m1.serve.metrics import Metrics
+from m1.serve.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    Envelope,
+    TokenizeRequest,
+    chat_choice,
+    completion_logprobs,
+    finish_reason,
+    usage,
+    voted,
+)
+from m1.serve.run import Run
+from m1.serve.settings import ServeOptions
+from m1.serve.streams import chat_events, completion_events, streamed, vote_events
+
+VERSION = version_of("m1-reasoning")
+DEFAULT_VOTE_SAMPLES = 16
+logger = logging.getLogger(__name__)
+
+
+def make_app(loops: dict[str, EngineLoop], options: ServeOptions, keys: list[str], grader: Grader) -> FastAPI:
+    """The application.
+
+    Args:
+        loops: by model name. The first one is the default.
+        options: limits.
+        keys: any of them opens; everyone gets in if there are none.
+        grader: compares the answers of votes.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        for loop in loops.values():
+            loop.begin()
+        yield
+        for loop in loops.values():
+            await loop.stop()
+
+    app = FastAPI(title="M1", version=VERSION, docs_url=None, redoc_url=None, lifespan=lifespan)
+    graders = ThreadPoolExecutor(4, thread_name_prefix="votes")
+    metrics = Metrics(loops)
+    started = int(time.time())
+
+    def chosen(name: str | None) -> tuple[str, EngineLoop]:
+        name = next(iter(loops)) if name is None else name
+        if name not in loops:
+            raise UnknownModel(f"the model {name!r} does not exist; there are: {', '.join(loops)}")
+        return name, loops[name]
+
+    def limited(samples: int) -> None:
+        if samples > options.max_n:
+            raise UserError(f"n={samples}: this server draws at most {options.max_n} samples per request")
+
+    def run(loop: EngineLoop, job: Job, request: Request) -> Run:
+        loop.submit(job)
+        return Run(loop, job, request, options.timeout, metrics)
+
+    @app.post("/v1/chat/completions")
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        name, loop = chosen(body.model)
+        tokens = await asyncio.to_thread(loop.llm.encode, body.plain_messages())
+        envelope = Envelope("chatcmpl", name)
+        params = body.params(loop.engine.max_model_len - len(tokens))
+        opened = opens_thought(loop.llm.decode(tokens[-16:]))
+        if body.vote:
+            n, seconds = body.vote.n, body.vote.seconds
+            limited(n or 1)
+            budget = Budget(DEFAULT_VOTE_SAMPLES if n is None and seconds is None else n, seconds, body.vote.rule)
+            problem = body.plain_messages()[-1]["content"]
+            loop.engine.check(Prompt(tokens, params))
+            ballot = Ballot(loop.llm, problem, tokens, params, budget, body.vote.weights, grader, graders, loop.wake)
+            running = run(loop, ballot, request)
+            if body.stream:
+                return streamed(vote_events(running, loop.llm, ballot, body, envelope))
+            await running.end()
+            return JSONResponse(voted(loop.llm, ballot.solution, len(tokens), envelope))
+        limited(params.n)
+        job = Generation(loop.llm, [Prompt(tokens, params)], body.stream)
+        running = run(loop, job, request)
+        if body.stream:
+            return streamed(chat_events(running, loop.llm, job, body, envelope, opened))
+        await running.end()
+        made = [chat_choice(loop.llm, i, sample, opened, body.logprobs) for i, sample in enumerate(job.samples)]
+        thoughts = [thought for _, thought in made]
+        counts = usage(loop.llm, job.requests, thoughts)
+        return JSONResponse(envelope("chat.completion", [choice for choice, _ in made], usage=counts))
+
+    @app.post("/v1/completions")
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        name, loop = chosen(body.model)
+        prompts = await asyncio.to_thread(body.prompts, loop.llm)
+        limited(body.n * len(prompts))
+        longest = max(map(len, prompts), default=0)
+        requests = requests_for(prompts, body.params(loop.engine.max_model_len - longest))
+        job = Generation(loop.llm, requests, body.stream)
+        envelope = Envelope("cmpl", name)
+        running = run(loop, job, request)
+        if body.stream:
+            return streamed(completion_events(running, loop.llm, job, body, envelope))
+        await running.end()
+        choices = []
+        for i, sample in enumerate(job.samples):
+            sequence = sample.sequence
+            choice = {"index": i, "text": sample.text, "finish_reason": finish_reason(sequence), "logprobs": None}
+            if body.logprobs is not None:
+                choice["logprobs"] = completion_logprobs(loop.llm, sequence, 0, len(sequence.token_ids), 0)
+            choices.append(choice)
+        return JSONResponse(envelope("text_completion", choices, usage=usage(loop.llm, job.requests)))
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        rows = [
+            {"id": name, "object": "model", "created": started, "owned_by": "m1"}
+            | {"max_model_len": loop.engine.max_model_len}
+            for name, loop in loops.items()
+        ]
+        return {"object": "list", "data": rows}
+
+    @app.post("/tokenize")
+    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+        _, loop = chosen(body.model)
+        prompt = [part.plain() for part in body.messages] if body.messages else body.prompt or ""
+        tokens = await asyncio.to_thread(loop.llm.encode, prompt)
+        pieces = loop.llm.tokenizer.convert_ids_to_tokens(tokens) if body.return_token_strs else None
+        room = loop.engine.max_model_len
+        return {"count": len(tokens), "max_model_len": room, "tokens": tokens, "token_strs": pieces}
+
+    @app.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
+        _, loop = chosen(body.model)
+        if wrong := [token for token in body.tokens if token >= loop.engine.vocab_size]:
+            raise UserError(f"tokens has {wrong[0]}; the vocabulary is 0 to {loop.engine.vocab_size - 1}")
+        return {"prompt": await asyncio.to_thread(loop.llm.tokenizer.decode, body.tokens)}
+
+    @app.get("/health")
+    async def health() -> Response:
+        return Response()
+
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        return {"version": VERSION}
+
+    @app.get("/metrics")
+    async def show_metrics() -> Response:
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4")
+
+    app.add_middleware(Gate, keys=keys, max_body=options.max_body)
+    if options.cors_origin:
+        app.add_middleware(CORSMiddleware, allow_origins=options.cors_origin, allow_methods=["*"], allow_headers=["*"])
+    answer_errors(app)
+    return app

@@ -1,0 +1,123 @@
+"""OpenAI's own client against the server."""
+
+import openai
+import pytest
+from openai import OpenAI
+
+from m1.engine import SamplingParams
+
+QUESTION = [{"role": "user", "content": "7+5*3 mod 10"}]
+
+
+def direct(llm, messages, **options):
+    """What the engine itself gives."""
+    return llm.generate([messages], SamplingParams(**options))
+
+
+def test_chat_equals_the_engine(server, llm):
+    answer = server.client().chat.completions.create(
+        model="small", messages=QUESTION, n=3, seed=5, max_tokens=20, logprobs=True, top_logprobs=2
+    )
+    expected = llm.encode(QUESTION)
+    assert answer.usage.prompt_tokens == len(expected) and answer.object == "chat.completion"
+    assert [choice.index for choice in answer.choices] == [0, 1, 2]
+    for choice in answer.choices:
+        assert choice.finish_reason in ("length", "stop") and choice.message.role == "assistant"
+        assert all(len(token.top_logprobs) == 2 for token in choice.logprobs.content)
+    assert answer.usage.completion_tokens == sum(len(choice.logprobs.content) for choice in answer.choices)
+    again = server.client().chat.completions.create(model="small", messages=QUESTION, n=3, seed=5, max_tokens=20)
+    assert [c.message.content for c in again.choices] == [c.message.content for c in answer.choices]
+    assert len({choice.message.content for choice in again.choices}) > 1
+
+
+def test_a_stream_is_the_answer(server):
+    options = dict(model="small", messages=QUESTION, n=2, seed=5, max_tokens=20, logprobs=True)
+    whole = server.client().chat.completions.create(**options)
+    chunks = list(
+        server.client().chat.completions.create(**options, stream=True, stream_options={"include_usage": True})
+    )
+    assert [chunk.choices[0].delta.role for chunk in chunks[:2]] == ["assistant", "assistant"]
+    assert chunks[-1].choices == [] and chunks[-1].usage == whole.usage
+    for i, choice in enumerate(whole.choices):
+        mine = [chunk.choices[0] for chunk in chunks[:-1] if chunk.choices[0].index == i]
+        assert "".join(part.delta.content or "" for part in mine) == choice.message.content
+        assert [part.finish_reason for part in mine if part.finish_reason] == [choice.finish_reason]
+        sent = [token.logprob for part in mine if part.logprobs for token in part.logprobs.content]
+        assert sent == [token.logprob for token in choice.logprobs.content]
+
+
+def test_plain_completions(server, llm):
+    tokens = llm.encode("7+5")
+    answer = server.client().completions.create(
+        model="small", prompt=["7+5", "1+1"], n=2, temperature=0, max_tokens=8, logprobs=1
+    )
+    texts = [choice.text for choice in answer.choices]
+    assert texts[0] == texts[1] == direct(llm, "7+5", temperature=0, max_tokens=8)[0].text
+    assert len(texts) == 4 and answer.usage.prompt_tokens == 2 * len(tokens)
+    by_tokens = server.client().completions.create(model="small", prompt=tokens, temperature=0, max_tokens=8)
+    assert by_tokens.choices[0].text == texts[0]
+    stream = server.client().completions.create(model="small", prompt=tokens, temperature=0, max_tokens=8, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in stream) == texts[0]
+
+
+def test_a_stop_string_ends_a_sample(server, llm):
+    text = direct(llm, "7+5", temperature=0, max_tokens=30)[0].text
+    stop = text[5:7]
+    answer = server.client().completions.create(model="small", prompt="7+5", temperature=0, max_tokens=30, stop=[stop])
+    assert answer.choices[0].text == text[: text.index(stop)] and answer.choices[0].finish_reason == "stop"
+
+
+def test_a_vote(server):
+    vote = {"n": 12, "rule": "none"}
+    options = dict(model="small", messages=QUESTION, seed=3, max_tokens=12)
+    answer = server.client().chat.completions.create(**options, extra_body={"vote": vote})
+    assert answer.vote["finished"] == 12 and answer.vote["reason"] == "all"
+    assert sum(row["votes"] for row in answer.vote["tally"]) + answer.vote["abstained"] == 12
+    chunks = list(server.client().chat.completions.create(**options, extra_body={"vote": vote}, stream=True))
+    assert chunks[-2].vote["tally"] == answer.vote["tally"]
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == answer.choices[0].message.content
+    assert server.idle()
+
+
+def test_a_vote_ends_with_its_seconds(server):
+    vote = {"seconds": 0.5}
+    answer = server.client().chat.completions.create(
+        model="small", messages=QUESTION, max_tokens=400, extra_body={"vote": vote}
+    )
+    assert answer.vote["reason"] == "seconds" and answer.vote["seconds"] >= 0.5 and server.idle()
+
+
+@pytest.mark.parametrize(
+    ("options", "param", "words"),
+    [
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "tools is not supported"),
+        ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
+        ({"temperature": -1}, "temperature", "greater than or equal to 0"),
+        ({"n": 1000}, "n", "at most 256"),
+        ({"messages": [{"role": "user", "content": "7" * 600}]}, None, "leaves no room"),
+        ({"messages": [{"role": "tool", "content": "7"}]}, "messages", "system"),
+        ({"messages": []}, "messages", "at least 1"),
+        ({"top_logprobs": 3}, None, "logprobs = true"),
+        ({"logit_bias": {"100000": 1}}, None, "logit_bias of token 100000"),
+        ({"extra_body": {"vote": {"samples": 3}}}, "vote", "samples"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(server, options, param, words):
+    with pytest.raises(openai.BadRequestError, match=words) as caught:
+        server.client().chat.completions.create(**{"model": "small", "messages": QUESTION} | options)
+    assert caught.value.body["param"] == param and caught.value.body["code"] == 400
+    assert server.idle()
+
+
+def test_an_unknown_model_and_a_wrong_key(server):
+    with pytest.raises(openai.NotFoundError, match="there are: small"):
+        server.client().chat.completions.create(model="large", messages=QUESTION)
+    with pytest.raises(openai.AuthenticationError):
+        server.client("sk-wrong").models.list()
+    assert [model.id for model in server.client().models.list()] == ["small"]
+
+
+def test_unknown_fields_are_ignored(server):
+    body = {"store": False, "metadata": {"a": "b"}, "whatever": 1}
+    client: OpenAI = server.client()
+    assert client.chat.completions.create(model="small", messages=QUESTION, max_tokens=2, extra_body=body).choices
