@@ -20,6 +20,7 @@ from m1.reasoning.solve import solve
 from m1.tasks.prompts import MATH
 
 SECRET = "sk-a-long-secret-of-the-tests"
+HEADERS = {"Authorization": f"Bearer {SECRET}"}
 MAIN = "from m1.cli import main; main()"
 
 
@@ -44,11 +45,10 @@ def process(hybrid_dir):
 
 
 def ask(url, **body):
-    headers = {"Authorization": f"Bearer {SECRET}"}
     body = {"model": "small", "messages": [{"role": "user", "content": "7+5"}]} | body
     for _ in range(100):
         try:
-            return httpx2.post(f"{url}/v1/chat/completions", headers=headers, json=body, timeout=60)
+            return httpx2.post(f"{url}/v1/chat/completions", headers=HEADERS, json=body, timeout=60)
         except httpx2.ConnectError:
             time.sleep(0.05)
     raise AssertionError("the server doesn't answer")
@@ -60,7 +60,8 @@ def test_a_server_drains_after_sigterm(process):
     answers = []
     asking = threading.Thread(target=lambda: answers.append(ask(url, max_tokens=450, ignore_eos=True)))
     asking.start()
-    time.sleep(0.3)
+    while 'running{model_name="small"} 1' not in httpx2.get(f"{url}/metrics", headers=HEADERS).text:
+        time.sleep(0.02)
     server.send_signal(signal.SIGTERM)
     asking.join()
     assert answers[0].json()["usage"]["completion_tokens"] == 450

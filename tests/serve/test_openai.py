@@ -1,5 +1,6 @@
 """OpenAI's own client against the server."""
 
+import httpx2
 import openai
 import pytest
 from openai import OpenAI
@@ -121,3 +122,24 @@ def test_unknown_fields_are_ignored(server):
     body = {"store": False, "metadata": {"a": "b"}, "whatever": 1}
     client: OpenAI = server.client()
     assert client.chat.completions.create(model="small", messages=QUESTION, max_tokens=2, extra_body=body).choices
+
+
+def test_a_vote_shows_its_samples(server):
+    """Their texts arrive piece by piece, and together are those that voted."""
+    vote = {"n": 6, "rule": "none", "show_samples": True}
+    options = dict(model="small", messages=QUESTION, seed=3, max_tokens=30, extra_body={"vote": vote})
+    texts, answers = {}, {}
+    for chunk in server.client().chat.completions.create(**options, stream=True):
+        for sample in (getattr(chunk, "vote", None) or {}).get("samples", ()):
+            assert sample["index"] not in answers
+            texts[sample["index"]] = texts.get(sample["index"], "") + sample["text"]
+            if sample["done"]:
+                answers[sample["index"]] = sample["answer"]
+    assert sorted(answers) == sorted(texts) == list(range(6))
+    assert len(set(texts.values())) > 1 and server.idle()
+
+
+def test_the_page_is_there_without_a_key(server):
+    page = httpx2.get(server.url + "/")
+    assert page.status_code == 200 and "connect-src 'self'" in page.headers["content-security-policy"]
+    assert "http://" not in page.text and "https://" not in page.text  # nothing is loaded from elsewhere

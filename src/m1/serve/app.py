@@ -7,11 +7,12 @@ from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from importlib.metadata import version as version_of
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 
 from m1.engine import Request as Prompt
 from m1.engine.sequence import requests_for
@@ -41,6 +42,8 @@ from m1.serve.streams import chat_events, completion_events, streamed, vote_even
 
 VERSION = version_of("m1-reasoning")
 DEFAULT_VOTE_SAMPLES = 16
+PAGE = Path(__file__).with_name("page.html")
+PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
 logger = logging.getLogger(__name__)
 
 
@@ -94,10 +97,21 @@ def make_app(loops: dict[str, EngineLoop], options: ServeOptions, keys: list[str
             budget = Budget(DEFAULT_VOTE_SAMPLES if n is None and seconds is None else n, seconds, body.vote.rule)
             problem = body.plain_messages()[-1]["content"]
             loop.engine.check(Prompt(tokens, params))
-            ballot = Ballot(loop.llm, problem, tokens, params, budget, body.vote.weights, grader, graders, loop.wake)
+            ballot = Ballot(
+                loop.llm,
+                problem,
+                tokens,
+                params,
+                budget,
+                body.vote.weights,
+                grader,
+                graders,
+                loop.wake,
+                body.vote.show_samples,
+            )
             running = run(loop, ballot, request)
             if body.stream:
-                return streamed(vote_events(running, loop.llm, ballot, body, envelope))
+                return streamed(vote_events(running, loop.llm, ballot, body, envelope, opened))
             await running.end()
             return JSONResponse(voted(loop.llm, ballot.solution, len(tokens), envelope))
         limited(params.n)
@@ -157,6 +171,10 @@ def make_app(loops: dict[str, EngineLoop], options: ServeOptions, keys: list[str
         if wrong := [token for token in body.tokens if token >= loop.engine.vocab_size]:
             raise UserError(f"tokens has {wrong[0]}; the vocabulary is 0 to {loop.engine.vocab_size - 1}")
         return {"prompt": await asyncio.to_thread(loop.llm.tokenizer.decode, body.tokens)}
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers={"content-security-policy": PAGE_POLICY})
 
     @app.get("/health")
     async def health() -> Response:

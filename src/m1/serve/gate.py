@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 BODY_SECONDS = 60.0  # for a body to arrive
-OPEN_PATHS = ("/health",)
+OPEN_PATHS = ("/", "/health")  # the page holds no data; what it asks for needs the key
 
 
 def error_body(status: int, text: str, kind: str, param: str | None = None) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 
 from m1.engine import LLM, Engine, Request, SamplingParams, Sequence
+from m1.engine.llm import TextSequence
 from m1.grading import Grader
 from m1.reasoning.budget import Budget
 from m1.reasoning.solution import Solution
@@ -111,6 +112,11 @@ class Ballot(Job):
         grader: compares answers.
         graders: runs the comparisons, which may take seconds.
         wake: makes the engine's thread go on when a comparison is done.
+        shown: whether the samples' texts are read as they grow.
+
+    Attributes:
+        samples: the texts of all samples so far, if they are shown.
+        complete: the places in `samples` of those whose text is complete.
     """
 
     def __init__(
@@ -124,11 +130,14 @@ class Ballot(Job):
         grader: Grader,
         graders: Executor,
         wake: Callable[[], None],
+        shown: bool = False,
     ):
         super().__init__(1)  # it takes slots that are free, and makes nobody wait
         self.voting = SelfConsistency(problem, tokens, llm, grader, params, budget, weights)
         self.requests = self.voting.requests
-        self._graders, self._wake = graders, wake
+        self.samples: list[TextSequence] = []
+        self.complete: set[int] = set()
+        self._llm, self._graders, self._wake, self._shown = llm, graders, wake, shown
         self._lock = threading.Lock()
         self._ended: list[Sequence] = []  # not counted yet
         self._counting = False
@@ -157,6 +166,8 @@ class Ballot(Job):
                 self._graders.submit(self._count)
             news, self._news = self._news, False
             idle = not self._counting
+        if self._shown:
+            news = self._read() or news
         if self.error:
             self.end(engine)
         elif self.voting.over:
@@ -167,6 +178,20 @@ class Ballot(Job):
                 self.voting.finish()
                 self.end(engine)
         return news or self.done
+
+    def _read(self) -> bool:
+        """Reads the new text of all samples. Returns whether there is any."""
+        new = self.solution.sequences[len(self.samples) :]
+        self.samples += [self._llm.text_of(sequence) for sequence in new]
+        grown = False
+        for place, sample in enumerate(self.samples):
+            if place not in self.complete:
+                length = len(sample.text)
+                sample.read()
+                grown = grown or len(sample.text) > length or sample.sequence.done
+                if sample.sequence.done:
+                    self.complete.add(place)
+        return grown
 
     def _count(self) -> None:
         try:

@@ -77,6 +77,7 @@ class VoteOptions(BaseModel):
     seconds: Finite | None = Field(None, gt=0)
     rule: Literal["none", "decided", "confident"] = "decided"
     weights: Literal["uniform", "logprob"] = "uniform"
+    show_samples: bool = False  # a stream then also has the samples' texts, as they grow
 
 
 class SamplingFields(BaseModel):

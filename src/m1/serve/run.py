@@ -31,11 +31,12 @@ class Run:
 
     async def updates(self) -> AsyncIterator[None]:
         """Yields whenever the job has something new to read, at last at its end. Raises what went wrong."""
-        begun = False
+        begun = done = False
         try:
-            while not self.job.done:
+            while not done:
                 await self.job.changed.wait()
                 self.job.changed.clear()
+                done = self.job.done  # before anything is read: what ends later is read at the next turn
                 if not begun:
                     self.metrics.first(self._submitted)
                 begun = True

@@ -1,11 +1,13 @@
 """Answers as server-sent events: chats, plain completions and votes as they grow."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi.responses import StreamingResponse
 
 from m1.engine import LLM, Sequence
+from m1.grading import extract_answer
 from m1.serve.errors import ClientGone, answer_of
 from m1.serve.jobs import Ballot, Generation
 from m1.serve.protocol import (
@@ -23,6 +25,8 @@ from m1.serve.protocol import (
 )
 from m1.serve.run import Run
 from m1.serve.thoughts import Thoughts
+
+SHOW_SECONDS = 0.1  # between two chunks of a vote that shows its samples
 
 
 def streamed(events: AsyncIterator[str]) -> StreamingResponse:
@@ -112,12 +116,34 @@ async def completion_events(
 
 
 async def vote_events(
-    running: Run, llm: LLM, ballot: Ballot, body: ChatRequest, envelope: Envelope
+    running: Run, llm: LLM, ballot: Ballot, body: ChatRequest, envelope: Envelope, opened: bool
 ) -> AsyncIterator[str]:
-    """The chunks of a vote: its tally whenever it changes, then the winner's text, and the usage."""
+    """The chunks of a vote: its tally whenever it changes, then the winner's text, and the usage.
+
+    With `show_samples`, the tally's `samples` have what is new of each sample.
+    """
+    sent: list[int] = []
+    closed: set[int] = set()
+
+    def news() -> dict[str, Any]:
+        complete = set(ballot.complete)  # before the texts are read
+        sent.extend([0] * (len(ballot.samples) - len(sent)))
+        rows = []
+        for i, sample in enumerate(ballot.samples):
+            if i in closed or (len(sample.text) == sent[i] and i not in complete):
+                continue
+            row = {"index": i, "text": sample.text[sent[i] :], "done": i in complete}
+            sent[i] = len(sample.text)
+            if i in complete:
+                closed.add(i)
+                row["answer"] = extract_answer("<think>" * opened + sample.text)
+            rows.append(row)
+        return {"samples": rows} if rows else {}
+
     async for _ in running.updates():
-        if not ballot.done:
-            yield event(envelope("chat.completion.chunk", [], vote=vote_of(ballot.solution)))
+        yield event(envelope("chat.completion.chunk", [], vote=vote_of(ballot.solution) | news()))
+        if ballot.samples:
+            await asyncio.sleep(SHOW_SECONDS)
     whole = voted(llm, ballot.solution, len(ballot.voting.tokens), envelope)
     (choice,) = whole["choices"]
     delta = {"index": 0, "delta": choice["message"], "logprobs": None, "finish_reason": None}
