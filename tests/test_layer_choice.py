@@ -42,9 +42,9 @@ def test_ranked_layers(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             choose_layers(layers, f"@{path}:{count}", None)
-    for ranking in ([0, 1, 2, 2], [0, "a", 1, 2]):
+    for ranking, message in (([0, 1, 2, 2], "ranks the layers"), ([0, "a", 1, 2], "no finished ranking")):
         path.write_text(json.dumps({"ranking": ranking}))
-        with pytest.raises(UserError, match="ranks the layers"):
+        with pytest.raises(UserError, match=message):
             choose_layers(4, f"@{path}:2", None)
     path.write_text(json.dumps({"kl": {"0": 0.5}}))
     with pytest.raises(UserError, match="no finished ranking"):

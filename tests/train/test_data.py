@@ -213,7 +213,7 @@ def test_an_end_token_that_does_not_stop_generation(tmp_path, caplog):
     ("trainer", "options", "message"),
     [
         ({"truncation_mode": "keep_end"}, {}, "truncation_mode: M1 prepares the rows itself"),
-        ({"max_length": 0}, {}, "max_length = 0: need at least 1"),
+        ({"max_length": 0}, {}, "max_length = 0 is out of range"),
         ({}, {"streaming": True}, "streaming needs max_steps"),
     ],
 )

@@ -138,8 +138,6 @@ def arguments_of(stage: SFTStage | TaughtStage) -> SFTConfig:
     if stage.data.streaming:
         defaults["dataloader_num_workers"] = 0  # each worker would read the stream
     arguments = trainer_arguments(SFTConfig, stage.out, stage.trainer, **defaults)
-    if arguments.max_length is not None and arguments.max_length < 1:
-        raise UserError(f"[trainer] max_length = {arguments.max_length}: need at least 1")
     if stage.data.streaming and arguments.max_steps < 1:
         raise UserError("[data] streaming needs max_steps in [trainer]: a stream's length isn't known")
     if stage.data.streaming and stage.eval_rows:
