@@ -215,7 +215,7 @@ def test_interrupted_while_the_server_hangs(serve, tmp_path):
     def answer(body, number):
         if number >= 2:
             asked.set()
-            hang.wait(30)
+            hang.wait(120)
         return echo(body, number)
 
     server = serve(answer)
@@ -230,7 +230,7 @@ def test_interrupted_while_the_server_hangs(serve, tmp_path):
         while not samples.exists() or len(samples.read_text().splitlines()) < 2:
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
-        _, stderr = process.communicate(timeout=10)
+        _, stderr = process.communicate(timeout=60)
     finally:
         hang.set()
         process.kill()
