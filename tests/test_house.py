@@ -160,7 +160,7 @@ def test_help_needs_neither_torch_nor_transformers():
 PROBED = "import m1, importlib.util; assert importlib.util.find_spec('transformers'); import transformers"
 
 
-@pytest.mark.parametrize("order", [PROBED, "import transformers, m1"])
+@pytest.mark.parametrize("order", [PROBED, pytest.param("import transformers, m1", marks=pytest.mark.long)])
 def test_import_m1_registers_it_with_transformers(order):
     """Whichever comes first; and `import m1` alone imports neither torch nor transformers."""
     code = (

@@ -34,6 +34,7 @@ def test_rows_of_every_engine_here(tmp_path):
         assert ("share_of_floor" in row) == (row["name"] in ("ours-hybrid", "ours-transformer"))
 
 
+@pytest.mark.long
 def test_steps_at_some_contexts(tmp_path):
     command = ["bench", "decode", "--shape", "tiny", "--cells", "3x200,3x400,2x400", "--prompt", "4", "--contexts", "2"]
     command += ["--engines", "ours-hybrid,ours-transformer", "--device", "cpu", "--repeats", "1"]

@@ -42,6 +42,7 @@ def interrupt_after(count):
     return on_progress
 
 
+@pytest.mark.long
 def test_a_file_begun_on_one_device_is_completed_on_two(llm, parallel, tmp_path):
     prompts, out, whole = (tmp_path / name for name in ("in.jsonl", "out.jsonl", "whole.jsonl"))
     prompts.write_text("".join(json.dumps({"prompt": "ab" * i}) + "\n" for i in range(1, 7)))

@@ -194,6 +194,7 @@ def test_other_settings_are_not_mixed_in(models, tmp_path):
     assert isinstance(out.exception, UserError) and "seeds=0" in str(out.exception)
 
 
+@pytest.mark.long
 def test_unlike_dtypes_are_refused_unless_told(tmp_path):
     """A float32 model beside a bfloat16 one is slower for that alone."""
     models = []

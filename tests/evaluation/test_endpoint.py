@@ -208,6 +208,7 @@ def test_bad_numbers(options):
         EndpointSampler("http://host/v1", "m", **options)
 
 
+@pytest.mark.long
 def test_interrupted_while_the_server_hangs(serve, tmp_path):
     """Ctrl-C doesn't wait for requests under way, and what was finished is there when it goes on."""
     hang, asked = threading.Event(), threading.Event()

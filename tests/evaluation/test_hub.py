@@ -60,6 +60,7 @@ def test_a_configuration_and_split(evaluate, tmp_path):
     assert [(p["text"], p["answers"]) for p in problems] == [("1+1", ["2"]), ("600*2", ["1200"])]
 
 
+@pytest.mark.long
 def test_what_is_not_there_is_one_line(evaluate):
     done = evaluate("org/name/main:validation")
     lines = [line for line in done.stderr.splitlines() if line.startswith("m1: ")]

@@ -206,10 +206,8 @@ def with_foreign_files(folder):
     return folder
 
 
-@pytest.mark.parametrize(
-    ("name", "begun"),
-    [("convert", ".o.part/config.json"), pytest.param("generate", "o.jsonl", marks=pytest.mark.long)],
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("name", "begun"), [("convert", ".o.part/config.json"), ("generate", "o.jsonl")])
 def test_killed_once_begun(inputs, tmp_path, name, begun):
     folder, undisturbed = with_foreign_files(tmp_path / "killed"), tmp_path / "undisturbed"
     process = start(*arguments(name, inputs, folder))

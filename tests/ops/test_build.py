@@ -14,6 +14,7 @@ from m1.ops import build, state_update
 CAPABILITIES = ["default", "avx2", "avx512"]  # torch's names, each containing those before it
 
 
+@pytest.mark.long
 def test_two_processes_compile_once(tmp_path):
     compiler = tmp_path / "compiler"  # counts its calls
     compiler.write_text(f'#!/bin/sh\necho >> {tmp_path}/calls\nexec g++ "$@"\n')
@@ -28,9 +29,8 @@ def test_two_processes_compile_once(tmp_path):
     assert sorted("compiling M1's CPU kernels" in message for message in messages) == [False, True]
 
 
-@pytest.mark.parametrize(
-    "capability", [c if c == "default" else pytest.param(c, marks=pytest.mark.long) for c in CAPABILITIES]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_every_instruction_set_equals_the_reference(capability):
     """The other tests run on the widest this processor has; here each narrower one, chosen as for torch."""
     if CAPABILITIES.index(capability) > CAPABILITIES.index(torch.backends.cpu.get_cpu_capability().lower()):

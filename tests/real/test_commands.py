@@ -10,7 +10,7 @@ from m1.jsonl import read_json, read_jsonl
 
 DTYPES = ("float32", "bfloat16", "float16")
 # The rest are equal in kind: `make test-long` runs them.
-SHORT = {("teacher", "float16"), ("mamba", "float32"), ("mamba2", "bfloat16")}
+SHORT = {("teacher", "float16"), ("mamba", "float32")}
 
 
 @pytest.fixture(

@@ -54,6 +54,7 @@ def ask(url, **body):
     raise AssertionError("the server doesn't answer")
 
 
+@pytest.mark.long
 def test_a_server_drains_after_sigterm(process):
     server, url, printed = process
     assert ask(url, max_tokens=2).status_code == 200

@@ -3,9 +3,11 @@
 import httpx2
 import openai
 import pytest
+from commands import m1
 from openai import OpenAI
 
 from m1.engine import SamplingParams
+from m1.jsonl import read_jsonl
 
 QUESTION = [{"role": "user", "content": "7+5*3 mod 10"}]
 
@@ -66,6 +68,15 @@ def test_a_stop_string_ends_a_sample(server, llm):
     stop = text[5:7]
     answer = server.client().completions.create(model="small", prompt="7+5", temperature=0, max_tokens=30, stop=[stop])
     assert answer.choices[0].text == text[: text.index(stop)] and answer.choices[0].finish_reason == "stop"
+
+
+def test_a_special_token_ends_a_sample(server, llm):
+    """A stop string that no text has, since it is a special token."""
+    token = llm.tokenizer.convert_tokens_to_ids("<|user|>")
+    answer = server.client().completions.create(
+        model="small", prompt="7+5", max_tokens=30, stop="<|user|>", logit_bias={str(token): 100}
+    )
+    assert answer.choices[0].finish_reason == "stop" and answer.usage.completion_tokens == 1
 
 
 def test_a_vote(server):
@@ -143,3 +154,12 @@ def test_the_page_is_there_without_a_key(server):
     page = httpx2.get(server.url + "/")
     assert page.status_code == 200 and "connect-src 'self'" in page.headers["content-security-policy"]
     assert "http://" not in page.text and "https://" not in page.text  # nothing is loaded from elsewhere
+
+
+def test_m1_eval_as_the_client(server, tmp_path, monkeypatch):
+    """`m1 eval --endpoint` gets from the server what it needs: texts, tokens and log-probabilities."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-the-tests")
+    command = ["eval", "--endpoint", f"{server.url}/v1", "--model", "small", "--task", "chain", "--limit", 3, "--n", 2]
+    assert m1(*command, "--max-new-tokens", 12, "--out", tmp_path / "out") == 0
+    rows = list(read_jsonl(tmp_path / "out" / "samples.jsonl"))
+    assert len(rows) == 6 and all(1 <= row["tokens"] <= 12 and row["logprob"] < 0 for row in rows)

@@ -201,7 +201,7 @@ def test_the_correction_can_be_switched_off(stage, monkeypatch):
 # Resuming
 
 
-@pytest.mark.parametrize("how", ["Ctrl-C", "killed"])
+@pytest.mark.parametrize("how", ["killed", pytest.param("Ctrl-C", marks=pytest.mark.long)])
 @pytest.mark.parametrize("step", [1, 2, 3])
 def test_a_resume_is_exact_at_any_step(stage, monkeypatch, how, step):
     """Two updates per generation: after odd steps half of one is left. It was drawn again, with newer weights."""

@@ -65,9 +65,10 @@ def step(model, inputs, dtype=torch.float32):
     ("kind", "checkpointing"),
     [
         ("packed", False),
-        ("padded", True),
-        pytest.param("packed", True, marks=pytest.mark.long),
-        pytest.param("padded", False, marks=pytest.mark.long),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in (("padded", True), ("packed", True), ("padded", False))
+        ),
     ],
 )
 def test_compiled_steps_equal_eager_ones(checkpoint, kind, checkpointing):

@@ -68,6 +68,7 @@ class Generation(Job):
 
     def __init__(self, llm: LLM, requests: list[Request], streamed: bool):
         super().__init__(sum(len(request.sequences) for request in requests))
+        llm.prepare(requests)
         self.requests = requests
         self.samples = [llm.text_of(sequence) for request in requests for sequence in request.sequences]
         self.complete: set[int] = set()
