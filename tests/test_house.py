@@ -137,6 +137,7 @@ def python(code, *arguments):
     return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
 
 
+@pytest.mark.long
 def test_the_package_imports_without_the_trainers():
     done = python(
         "import sys; sys.modules['trl'] = sys.modules['datasets'] = None;"

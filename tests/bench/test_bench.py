@@ -40,7 +40,12 @@ def bench(monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     "arguments",
-    [SCAN + FLOAT32, STATE + BFLOAT16, (*STATE, "--mixer", "mamba2", *FLOAT32), ATTENTION + BFLOAT16],
+    [
+        pytest.param(SCAN + FLOAT32, marks=pytest.mark.long),
+        STATE + BFLOAT16,
+        (*STATE, "--mixer", "mamba2", *FLOAT32),
+        ATTENTION + BFLOAT16,
+    ],
     ids=["scan", "state", "state-mamba2", "attention"],
 )
 def test_last_line_has_all_figures_of_all_rows(bench, arguments):

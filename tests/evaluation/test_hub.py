@@ -53,6 +53,7 @@ def evaluate(hybrid_dir, tmp_path):
     return run
 
 
+@pytest.mark.long
 def test_a_configuration_and_split(evaluate, tmp_path):
     done = evaluate("org/name/main:test")
     assert done.returncode == 0, done.stderr

@@ -174,7 +174,8 @@ def test_compiled_decoding(hybrid, tokens):
     assert hasattr(hybrid, "_compiled_call")
 
 
-@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("strict", [False, True])
 def test_export(hybrid, tokens, strict):
     """One graph for every length from 2, with padding; the parameters need gradients, as they do after loading."""
     length = torch.export.Dim("T", min=2, max=500)

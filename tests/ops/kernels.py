@@ -20,7 +20,12 @@ def cases():
     """(backend, length, packed)."""
     every = [(backend, length, packed) for backend in BACKENDS for length in LENGTHS for packed in (False, True)]
     left_out = [(15, False), (15, True), (16, False), (16, True), (500, False), (1025, False), (1025, True)]
-    return [case for case in every if not (interpreted(case[0]) and case[1:] in left_out)]
+    slow = [pytest.mark.long]
+    return [
+        pytest.param(*case, marks=slow if interpreted(case[0]) and case[1] == 500 else ())
+        for case in every
+        if not (interpreted(case[0]) and case[1:] in left_out)
+    ]
 
 
 def to_backend(backend, *tensors):

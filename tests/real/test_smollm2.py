@@ -144,7 +144,7 @@ def test_characters_of_many_tokens_stream_whole(llm, line):
     assert len(set(texts)) > 3
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.long)])
 @torch.no_grad()
 def test_all_attention_is_the_teacher(smol, saved_in, tmp_path, dtype):
     hybrid = convert(saved_in(dtype), tmp_path / "all", keep_attention=range(30)).eval()
