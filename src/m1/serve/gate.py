@@ -38,19 +38,20 @@ class Gate:
             return await _refuse(send, 401, text, "AuthenticationError")
         if _number(headers.get(b"content-length", b"0")) > self.max_body:
             return await self._too_large(send)
-        body, more = b"", True
+        body, more = bytearray(), True
         try:
             async with asyncio.timeout(BODY_SECONDS):
                 while more:
                     part = await receive()
                     if part["type"] == "http.disconnect":
                         return None
-                    body, more = body + part.get("body", b""), part.get("more_body", False)
+                    body += part.get("body", b"")
+                    more = part.get("more_body", False)
                     if len(body) > self.max_body:
                         return await self._too_large(send)
         except TimeoutError:
             return await _refuse(send, 408, f"the body took over {BODY_SECONDS:g} seconds", "RequestTimeoutError")
-        parts = [{"type": "http.request", "body": body, "more_body": False}]
+        parts = [{"type": "http.request", "body": bytes(body), "more_body": False}]
 
         async def next_part() -> Any:
             return parts.pop() if parts else await receive()
