@@ -36,9 +36,9 @@ from m1.serve.protocol import (
     usage,
     voted,
 )
-from m1.serve.run import Run
 from m1.serve.settings import ServeOptions
 from m1.serve.streams import chat_events, completion_events, streamed, vote_events
+from m1.serve.submission import Submission
 
 VERSION = version_of("m1-reasoning")
 DEFAULT_VOTE_SAMPLES = 16
@@ -80,14 +80,15 @@ def make_app(loops: dict[str, EngineLoop], options: ServeOptions, keys: list[str
         if samples > options.max_n:
             raise UserError(f"n={samples}: this server draws at most {options.max_n} samples per request")
 
-    def run(loop: EngineLoop, job: Job, request: Request) -> Run:
+    def submit(loop: EngineLoop, job: Job, request: Request) -> Submission:
         loop.submit(job)
-        return Run(loop, job, request, options.timeout, metrics)
+        return Submission(loop, job, request, options.timeout, metrics)
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
         name, loop = chosen(body.model)
-        tokens = await asyncio.to_thread(loop.llm.encode, body.plain_messages())
+        messages = body.plain_messages()
+        tokens = await asyncio.to_thread(loop.llm.encode, messages)
         envelope = Envelope("chatcmpl", name)
         params = body.params(loop.engine.max_model_len - len(tokens))
         opened = opens_thought(loop.llm.decode(tokens[-16:]))
@@ -95,11 +96,10 @@ def make_app(loops: dict[str, EngineLoop], options: ServeOptions, keys: list[str
             n, seconds = body.vote.n, body.vote.seconds
             limited(n or 1)
             budget = Budget(DEFAULT_VOTE_SAMPLES if n is None and seconds is None else n, seconds, body.vote.rule)
-            problem = body.plain_messages()[-1]["content"]
             loop.engine.check(Prompt(tokens, params))
             ballot = Ballot(
                 loop.llm,
-                problem,
+                messages[-1]["content"],
                 tokens,
                 params,
                 budget,
@@ -109,14 +109,14 @@ def make_app(loops: dict[str, EngineLoop], options: ServeOptions, keys: list[str
                 loop.wake,
                 body.vote.show_samples,
             )
-            running = run(loop, ballot, request)
+            running = submit(loop, ballot, request)
             if body.stream:
                 return streamed(vote_events(running, loop.llm, ballot, body, envelope, opened))
             await running.end()
             return JSONResponse(voted(loop.llm, ballot.solution, len(tokens), envelope))
         limited(params.n)
         job = Generation(loop.llm, [Prompt(tokens, params)], body.stream)
-        running = run(loop, job, request)
+        running = submit(loop, job, request)
         if body.stream:
             return streamed(chat_events(running, loop.llm, job, body, envelope, opened))
         await running.end()
@@ -134,7 +134,7 @@ def make_app(loops: dict[str, EngineLoop], options: ServeOptions, keys: list[str
         requests = requests_for(prompts, body.params(loop.engine.max_model_len - longest))
         job = Generation(loop.llm, requests, body.stream)
         envelope = Envelope("cmpl", name)
-        running = run(loop, job, request)
+        running = submit(loop, job, request)
         if body.stream:
             return streamed(completion_events(running, loop.llm, job, body, envelope))
         await running.end()

@@ -42,9 +42,7 @@ def answer_of(error: Exception) -> tuple[int, dict[str, Any]]:
             first = error.errors()[0]
             where = [str(part) for part in first["loc"][1:]]
             text = ".".join(where) + ": " * bool(where) + first["msg"].removeprefix("Value error, ")
-            param = where[0] if where else None
-            if param is None and text.endswith("leave it out"):
-                param = text.split()[0]
+            param = where[0] if where else first.get("ctx", {}).get("field")
             return 400, error_body(400, text, "BadRequestError", param)
         case TimedOut():
             return 504, error_body(504, str(error), "TimeoutError")

@@ -25,6 +25,8 @@ class Job(ABC):
     Attributes:
         requests: the engine's requests so far.
         weight: number of samples it may run or queue at the same time.
+        samples: the texts of sequences, if the job reads any.
+        complete: the places in `samples` of those whose text is complete.
         done: whether it has ended.
         error: what went wrong; None if nothing did.
         changed: set whenever there is something new to read.
@@ -36,6 +38,9 @@ class Job(ABC):
         self.done = False
         self.error: BaseException | None = None
         self.changed = asyncio.Event()
+        self.samples: list[TextSequence] = []
+        self.complete: set[int] = set()
+        self._open: dict[Sequence, int] = {}  # the places of the others
 
     @abstractmethod
     def start(self, engine: Engine, share: int) -> None:
@@ -52,6 +57,30 @@ class Job(ABC):
                 engine.abort(request)
         self.done, self.error = True, self.error or error
 
+    def _show(self, llm: LLM, sequences: list[Sequence]) -> None:
+        """Adds texts of sequences, which `_read` makes grow."""
+        for sequence in sequences:
+            self._open[sequence] = len(self.samples)
+            self.samples.append(llm.text_of(sequence))
+
+    def _read(self, engine: Engine, sequences: list[Sequence]) -> bool:
+        """Reads the new text of sequences that aren't complete. A stop string ends its sequence.
+
+        Returns whether a text has grown or become complete.
+        """
+        news = False
+        for sequence in sequences:
+            place = self._open[sequence]
+            sample = self.samples[place]
+            length = len(sample.text)
+            if sample.read():
+                engine.finish(sequence, "stop")
+            if sequence.done:
+                del self._open[sequence]
+                self.complete.add(place)
+            news = news or sequence.done or len(sample.text) > length
+        return news
+
 
 class Generation(Job):
     """Samples of one or more prompts.
@@ -60,20 +89,14 @@ class Generation(Job):
         llm: makes texts of the sequences.
         requests: one per prompt.
         streamed: whether texts are read as they grow, and not only at their ends.
-
-    Attributes:
-        samples: the texts, in the order of the prompts and of their samples.
-        complete: the places in `samples` of those whose text is complete.
     """
 
     def __init__(self, llm: LLM, requests: list[Request], streamed: bool):
         super().__init__(sum(len(request.sequences) for request in requests))
         llm.prepare(requests)
         self.requests = requests
-        self.samples = [llm.text_of(sequence) for request in requests for sequence in request.sequences]
-        self.complete: set[int] = set()
+        self._show(llm, [sequence for request in requests for sequence in request.sequences])
         self._reading = streamed or any(request.params.stop for request in requests)
-        self._open = {sample.sequence: place for place, sample in enumerate(self.samples)}
         self._submitted = False
 
     def start(self, engine: Engine, share: int) -> None:
@@ -84,20 +107,10 @@ class Generation(Job):
                 engine.submit(request)
 
     def take(self, engine: Engine, ended: list[Sequence]) -> bool:
-        """Reads the new text. A stop string ends its sample."""
-        grown = False
-        for sequence in list(self._open) if self._reading else ended:
-            place = self._open[sequence]
-            sample = self.samples[place]
-            length = len(sample.text)
-            if sample.read():
-                engine.finish(sequence, "stop")
-            grown = grown or len(sample.text) > length
-            if sequence.done:
-                del self._open[sequence]
-                self.complete.add(place)
+        """Reads the new text of its samples."""
+        news = self._read(engine, list(self._open) if self._reading else ended)
         self.done = not self._open
-        return self.done or grown
+        return news
 
 
 class Ballot(Job):
@@ -114,10 +127,6 @@ class Ballot(Job):
         graders: runs the comparisons, which may take seconds.
         wake: makes the engine's thread go on when a comparison is done.
         shown: whether the samples' texts are read as they grow.
-
-    Attributes:
-        samples: the texts of all samples so far, if they are shown.
-        complete: the places in `samples` of those whose text is complete.
     """
 
     def __init__(
@@ -136,8 +145,6 @@ class Ballot(Job):
         super().__init__(1)  # it takes slots that are free, and makes nobody wait
         self.voting = SelfConsistency(problem, tokens, llm, grader, params, budget, weights)
         self.requests = self.voting.requests
-        self.samples: list[TextSequence] = []
-        self.complete: set[int] = set()
         self._llm, self._graders, self._wake, self._shown = llm, graders, wake, shown
         self._lock = threading.Lock()
         self._ended: list[Sequence] = []  # not counted yet
@@ -168,7 +175,8 @@ class Ballot(Job):
             news, self._news = self._news, False
             idle = not self._counting
         if self._shown:
-            news = self._read() or news
+            self._show(self._llm, self.solution.sequences[len(self.samples) :])
+            news = self._read(engine, list(self._open)) or news
         if self.error:
             self.end(engine)
         elif self.voting.over:
@@ -179,20 +187,6 @@ class Ballot(Job):
                 self.voting.finish()
                 self.end(engine)
         return news or self.done
-
-    def _read(self) -> bool:
-        """Reads the new text of all samples. Returns whether there is any."""
-        new = self.solution.sequences[len(self.samples) :]
-        self.samples += [self._llm.text_of(sequence) for sequence in new]
-        grown = False
-        for place, sample in enumerate(self.samples):
-            if place not in self.complete:
-                length = len(sample.text)
-                sample.read()
-                grown = grown or len(sample.text) > length or sample.sequence.done
-                if sample.sequence.done:
-                    self.complete.add(place)
-        return grown
 
     def _count(self) -> None:
         try:

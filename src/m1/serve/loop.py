@@ -7,7 +7,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable
 
-from m1.engine import LLM, Engine, Sequence
+from m1.engine import LLM, Engine, Request, Sequence
 from m1.errors import UserError
 from m1.serve.jobs import Ballot, Job
 
@@ -106,12 +106,12 @@ class EngineLoop:
         share = max(1, (self.engine.num_slots - spared) // max(1, votes))
         for job in self.jobs:
             job.start(self.engine, share)
-        ended: defaultdict[int, list[Sequence]] = defaultdict(list)
+        ended: defaultdict[Request, list[Sequence]] = defaultdict(list)
         for sequence in self.engine.step() if self.engine.busy else ():
-            ended[id(sequence.request)].append(sequence)
+            ended[sequence.request].append(sequence)
         news = []
         for job in self.jobs:
-            own = [sequence for request in job.requests for sequence in ended.get(id(request), ())]
+            own = [sequence for request in job.requests for sequence in ended.get(request, ())]
             if job.take(self.engine, own):
                 news.append(job)
         self._tell(news)

@@ -6,6 +6,7 @@ import time
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from m1.engine import LLM, SamplingParams
 from m1.engine.llm import TextSequence
@@ -13,6 +14,7 @@ from m1.engine.sequence import Request, Sequence
 from m1.grading.spelling import normalize
 from m1.reasoning.solution import Solution
 from m1.serve.thoughts import Thoughts
+from m1.text import encodable
 
 MOST_TOP_LOGPROBS = 20
 MOST_STOPS = 16
@@ -44,17 +46,10 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 
 
-class NotSupported(ValueError):
-    """A field that this server can't honour."""
-
-
 def whole_text(text: Any) -> Any:
     """Refuses half a character, which JSON can hold and no tokenizer takes."""
-    if isinstance(text, str):
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise ValueError("the text has half of a character (a lone surrogate)") from None
+    if isinstance(text, str) and not encodable(text):
+        raise ValueError("the text has half of a character (a lone surrogate)")
     return text
 
 
@@ -116,7 +111,8 @@ class SamplingFields(BaseModel):
     def _supported(self) -> "SamplingFields":
         for name, value in (self.model_extra or {}).items():
             if name in UNSUPPORTED and value not in UNSUPPORTED[name]:
-                raise NotSupported(f"{name} is not supported by this server: leave it out")
+                text = "{field} is not supported by this server: leave it out"
+                raise PydanticCustomError("unsupported", text, {"field": name})
         if len(self.stops) > MOST_STOPS:
             raise ValueError(f"stop has {len(self.stops)} strings: at most {MOST_STOPS}")
         return self
@@ -138,9 +134,10 @@ class SamplingFields(BaseModel):
             room: tokens that the prompt leaves, which is the default of max_tokens, and its limit.
         """
         asked = self.max_tokens if self.max_tokens is not None else room
+        longest = max(1, min(asked, room))
         return SamplingParams(
             n=self.n,
-            max_tokens=max(1, min(asked, room)),
+            max_tokens=longest,
             temperature=self.temperature,
             top_k=max(0, self.top_k),
             top_p=self.top_p,
@@ -149,7 +146,7 @@ class SamplingFields(BaseModel):
             stop=tuple(self.stops),
             stop_token_ids=tuple(self.stop_token_ids),
             ignore_eos=self.ignore_eos,
-            min_tokens=min(self.min_tokens, max(1, min(asked, room))),
+            min_tokens=min(self.min_tokens, longest),
             repetition_penalty=self.repetition_penalty,
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
@@ -173,10 +170,9 @@ class Message(BaseModel):
 
     def plain(self) -> dict[str, str]:
         """The message as chat templates read it."""
-        parts = self.content if isinstance(self.content, list) else []
-        text = "".join(part.text for part in parts) if parts else self.content or ""
-        role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": text if isinstance(text, str) else ""}
+        content = self.content or ""
+        text = content if isinstance(content, str) else "".join(part.text for part in content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
 class ChatRequest(SamplingFields):
@@ -288,12 +284,17 @@ def usage_of(llm: LLM, prompt: int, drawn: int, cached: int, thoughts: list[str]
     return counts
 
 
+def finite(logprob: float) -> float:
+    """A log-probability as JSON can hold it."""
+    return max(logprob, LEAST_LOGPROB)
+
+
 def chat_logprobs(llm: LLM, sequence: Sequence, begin: int, end: int) -> dict[str, Any]:
     """Log-probabilities of a chat completion's tokens from `begin` to `end`."""
 
     def entry(token: int, logprob: float) -> dict[str, Any]:
         text = llm.tokenizer.decode([token])
-        return {"token": text, "logprob": max(logprob, LEAST_LOGPROB), "bytes": list(text.encode())}
+        return {"token": text, "logprob": finite(logprob), "bytes": list(text.encode())}
 
     content = []
     for i in range(begin, end):
@@ -310,12 +311,12 @@ def completion_logprobs(llm: LLM, sequence: Sequence, begin: int, end: int, offs
     for text in texts:
         offsets.append(offsets[-1] + len(text))
     top = [
-        {llm.tokenizer.decode([token]): logprob for token, logprob in sequence.top_logprobs[i]}
+        {llm.tokenizer.decode([token]): finite(logprob) for token, logprob in sequence.top_logprobs[i]}
         if sequence.top_logprobs
-        else {texts[i - begin]: sequence.logprobs[i]}
+        else {texts[i - begin]: finite(sequence.logprobs[i])}
         for i in range(begin, end)
     ]
-    chosen = [max(logprob, LEAST_LOGPROB) for logprob in sequence.logprobs[begin:end]]
+    chosen = [finite(logprob) for logprob in sequence.logprobs[begin:end]]
     return {"tokens": texts, "token_logprobs": chosen, "top_logprobs": top, "text_offset": offsets[:-1]}
 
 

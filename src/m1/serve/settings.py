@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from m1.errors import UserError
 from m1.options import option
-from m1.recipe import LoadOptions
+from m1.recipe import LoadOptions, check_range
 
 KEY_VARIABLE = "M1_API_KEY"
 MOST_SECONDS = 86_400.0
@@ -42,8 +42,7 @@ class ServeOptions(LoadOptions):
         for name in ("timeout", "drain"):
             if not 0 < getattr(self, name) <= MOST_SECONDS:
                 raise UserError(f"{name}={getattr(self, name)}: must be above 0, and {MOST_SECONDS:g} at most")
-        if not 0 <= self.port <= 65535:
-            raise UserError(f"port={self.port}: must be 0 to 65535")
+        check_range("port", self.port, 0, 65535)
 
     def check_access(self, keys: list[str]) -> None:
         """Raises UserError if others than this machine could use the server without a key."""

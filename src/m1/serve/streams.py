@@ -1,15 +1,16 @@
 """Answers as server-sent events: chats, plain completions and votes as they grow."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Iterator
+from typing import Any, NamedTuple
 
 from fastapi.responses import StreamingResponse
 
 from m1.engine import LLM, Sequence
+from m1.engine.llm import TextSequence
 from m1.grading import extract_answer
 from m1.serve.errors import ClientGone, answer_of
-from m1.serve.jobs import Ballot, Generation
+from m1.serve.jobs import Ballot, Generation, Job
 from m1.serve.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -23,10 +24,41 @@ from m1.serve.protocol import (
     vote_of,
     voted,
 )
-from m1.serve.run import Run
-from m1.serve.thoughts import Thoughts
+from m1.serve.submission import Submission
+from m1.serve.thoughts import OPEN, Thoughts
 
 SHOW_SECONDS = 0.1  # between two chunks of a vote that shows its samples
+
+
+class Growth(NamedTuple):
+    """What is new of a sample: its text from `begin` on, and whether it is complete."""
+
+    place: int
+    sample: TextSequence
+    text: str
+    begin: int
+    complete: bool
+
+
+class Growths:
+    """Reads a job's samples again and again, each until it is complete."""
+
+    def __init__(self, job: Job):
+        self._job = job
+        self._sent: dict[int, int] = {}  # characters
+        self._closed: set[int] = set()
+
+    def __iter__(self) -> Iterator[Growth]:
+        """The samples that have grown or become complete since the last time."""
+        complete = set(self._job.complete)  # before the texts are read
+        for place, sample in enumerate(self._job.samples):
+            text, begin = sample.text, self._sent.get(place, 0)
+            if place in self._closed or (len(text) == begin and place not in complete):
+                continue
+            self._sent[place] = len(text)
+            if place in complete:
+                self._closed.add(place)
+            yield Growth(place, sample, text, begin, place in complete)
 
 
 def streamed(events: AsyncIterator[str]) -> StreamingResponse:
@@ -47,7 +79,7 @@ def streamed(events: AsyncIterator[str]) -> StreamingResponse:
 
 
 async def chat_events(
-    running: Run, llm: LLM, job: Generation, body: ChatRequest, envelope: Envelope, opened: bool
+    running: Submission, llm: LLM, job: Generation, body: ChatRequest, envelope: Envelope, opened: bool
 ) -> AsyncIterator[str]:
     """The chunks of a chat completion: roles first, then texts as they grow, why each ended, and the usage."""
 
@@ -60,19 +92,14 @@ async def chat_events(
     parts = [Thoughts(opened) for _ in job.samples]
     sent = [("", "")] * len(job.samples)
     told = [0] * len(job.samples)  # tokens whose log-probabilities were sent
-    closed: set[int] = set()
+    growths = Growths(job)
     async for _ in running.updates():
-        complete = set(job.complete)  # before the texts are read
-        for i, sample in enumerate(job.samples):
-            if i in closed:
-                continue
-            thought, reply = parts[i].split(sample.text, i in complete)
-            new_thought, new_reply = thought[len(sent[i][0]) :], reply[len(sent[i][1]) :]
+        for i, sample, text, _, complete in growths:
+            before, sent[i] = sent[i], parts[i].split(text, complete)
+            new_thought, new_reply = (new[len(old) :] for new, old in zip(sent[i], before, strict=True))
             if new_thought or new_reply:
-                sent[i] = thought, reply
                 yield chunk(i, message(new_thought, new_reply), **logprobs_of(llm, sample.sequence, body, told, i))
-            if i in complete:
-                closed.add(i)
+            if complete:
                 rest = logprobs_of(llm, sample.sequence, body, told, i)
                 yield chunk(i, {}, finish_reason=finish_reason(sample.sequence), **rest)
     if body.stream_options and body.stream_options.include_usage:
@@ -90,54 +117,39 @@ def logprobs_of(llm: LLM, sequence: Sequence, body: ChatRequest, told: list[int]
 
 
 async def completion_events(
-    running: Run, llm: LLM, job: Generation, body: CompletionRequest, envelope: Envelope
+    running: Submission, llm: LLM, job: Generation, body: CompletionRequest, envelope: Envelope
 ) -> AsyncIterator[str]:
     """The chunks of plain completions: texts as they grow, why each ended, and the usage."""
-    sent = [0] * len(job.samples)
-    told = [0] * len(job.samples)
-    closed: set[int] = set()
+    told = [0] * len(job.samples)  # tokens whose log-probabilities were sent
+    growths = Growths(job)
     async for _ in running.updates():
-        complete = set(job.complete)
-        for i, sample in enumerate(job.samples):
-            text, sequence = sample.text, sample.sequence
-            if i in closed or (len(text) == sent[i] and i not in complete):
-                continue
-            choice = {"index": i, "text": text[sent[i] :], "logprobs": None, "finish_reason": None}
-            end = len(sequence.logprobs)
+        for i, sample, text, begin, complete in growths:
+            choice = {"index": i, "text": text[begin:], "logprobs": None, "finish_reason": None}
+            end = len(sample.sequence.logprobs)
             if body.logprobs is not None and end > told[i]:
-                choice["logprobs"] = completion_logprobs(llm, sequence, told[i], end, sent[i])
-            if i in complete:
-                closed.add(i)
-                choice["finish_reason"] = finish_reason(sequence)
-            sent[i], told[i] = len(text), end
+                choice["logprobs"] = completion_logprobs(llm, sample.sequence, told[i], end, begin)
+            if complete:
+                choice["finish_reason"] = finish_reason(sample.sequence)
+            told[i] = end
             yield event(envelope("text_completion", [choice]))
     if body.stream_options and body.stream_options.include_usage:
         yield event(envelope("text_completion", [], usage=usage(llm, job.requests)))
 
 
 async def vote_events(
-    running: Run, llm: LLM, ballot: Ballot, body: ChatRequest, envelope: Envelope, opened: bool
+    running: Submission, llm: LLM, ballot: Ballot, body: ChatRequest, envelope: Envelope, opened: bool
 ) -> AsyncIterator[str]:
     """The chunks of a vote: its tally whenever it changes, then the winner's text, and the usage.
 
     With `show_samples`, the tally's `samples` have what is new of each sample.
     """
-    sent: list[int] = []
-    closed: set[int] = set()
+    growths = Growths(ballot)
 
     def news() -> dict[str, Any]:
-        complete = set(ballot.complete)  # before the texts are read
-        sent.extend([0] * (len(ballot.samples) - len(sent)))
         rows = []
-        for i, sample in enumerate(ballot.samples):
-            if i in closed or (len(sample.text) == sent[i] and i not in complete):
-                continue
-            row = {"index": i, "text": sample.text[sent[i] :], "done": i in complete}
-            sent[i] = len(sample.text)
-            if i in complete:
-                closed.add(i)
-                row["answer"] = extract_answer("<think>" * opened + sample.text)
-            rows.append(row)
+        for i, _, text, begin, complete in growths:
+            row = {"index": i, "text": text[begin:], "done": complete}
+            rows.append(row | ({"answer": extract_answer(OPEN * opened + text)} if complete else {}))
         return {"samples": rows} if rows else {}
 
     async for _ in running.updates():

@@ -12,7 +12,7 @@ from m1.serve.loop import EngineLoop
 from m1.serve.metrics import Metrics
 
 
-class Run:
+class Submission:
     """A submitted job, which ends when its client goes away or its time is over."""
 
     def __init__(self, loop: EngineLoop, job: Job, request: Request, timeout: float, metrics: Metrics):
