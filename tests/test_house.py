@@ -41,7 +41,7 @@ ONLY = {
     "bench": {"engine", "peers", "model", "ops", "outputs", "jsonl", "plots", "options", "machine", "errors"},
     "plugins": {"model", "ops", "errors"},
     "peers": {"errors"},
-    "ops": {"errors"},
+    "ops": {"options", "errors"},
 }
 # Libraries that a room does without. Anything that is printed is the command line's.
 WITHOUT = {

@@ -16,6 +16,7 @@ from m1.errors import UserError
 
 T = TypeVar("T")
 MAX_COUNT = 2**53
+Quantization = Literal["int8", "int4"]  # of linear layers' weights (ops/quantize.py)
 MAX_SECONDS = 7 * 24 * 3600.0  # of a time limit: what is longer is a mistake, and no socket takes it
 MAX_SHOWN = 200  # characters of a value in an error message
 

@@ -18,7 +18,7 @@ from m1 import runs
 from m1.errors import UserError
 from m1.hub import checkpoint_folder, hub_commit
 from m1.layer_choice import check_choice, ranking_file
-from m1.options import MAX_SECONDS, build, option, shown
+from m1.options import MAX_SECONDS, Quantization, build, option, shown
 from m1.outputs import refuse_sources
 from m1.progress import Progress, silent
 from m1.tasks.benchmarks import Columns, check_task, load_task
@@ -370,7 +370,7 @@ class LoadOptions:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = option(
         "auto", "Weights and caches in float32, bfloat16 or float16; auto: the checkpoint's own."
     )
-    quantize: Literal["int8"] | None = option(None, "int8: round the weights of linear layers (on a CPU).")
+    quantize: Quantization | None = option(None, "int8 or int4: round the weights of linear layers (on a CPU).")
 
 
 @dataclass(frozen=True, kw_only=True)

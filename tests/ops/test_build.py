@@ -11,6 +11,7 @@ import torch
 
 from m1.ops import build, state_update
 
+OPS = "selective_scan", "state_update", "decode_attention", "linear"
 CAPABILITIES = ["default", "avx2", "avx512"]  # torch's names, each containing those before it
 
 
@@ -30,14 +31,17 @@ def test_two_processes_compile_once(tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("capability", CAPABILITIES)
-def test_every_instruction_set_equals_the_reference(capability):
+@pytest.mark.parametrize(
+    ("capability", "options"), [*((name, "") for name in CAPABILITIES), ("avx512", "-mno-avx512bf16 -mno-avx512vnni")]
+)
+def test_every_instruction_set_equals_the_reference(capability, options):
     """The other tests run on the widest this processor has; here each narrower one, chosen as for torch."""
     if CAPABILITIES.index(capability) > CAPABILITIES.index(torch.backends.cpu.get_cpu_capability().lower()):
         pytest.skip(f"this processor lacks {capability}")
-    tests = [f"{Path(__file__).parent}/test_{op}.py" for op in ("selective_scan", "state_update", "decode_attention")]
-    command = [sys.executable, "-m", "pytest", "-k", "kernel_equals_reference and not triton", *tests]
-    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
+    tests = [f"{Path(__file__).parent}/test_{op}.py" for op in OPS]
+    chosen = "(kernel_equals_reference or kernel_equals_torch or quantized_weights) and not triton"
+    command = [sys.executable, "-m", "pytest", "-k", chosen, *tests]
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability, "M1_CXXFLAGS": options}
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0 and " passed" in result.stdout, result.stdout + result.stderr
 

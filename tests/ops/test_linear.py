@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from kernels import DTYPES, to_backend
 from tolerance import assert_rms_close
 
-from m1.ops import PackedLinear, swiglu
-from m1.ops.cpu import linear as cpu
+from m1.ops import PackedLinear, reference, swiglu
+from m1.ops.cpu.linear import rounds_rows
+from m1.ops.quantize import GROUP, quantize
 
 pytestmark = pytest.mark.filterwarnings("error:no C.. compiler", "error:compiling")
 
@@ -17,15 +18,8 @@ ANY = st.sampled_from(DTYPES)
 # Around a panel (8, 16, 32 outputs), a tile (4, 6, 12 rows), a block (96 rows), and 128, 256, 512 inputs at a time.
 OUTPUTS = st.sampled_from([1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 64, 65, 100, 128, 130])
 INPUTS = st.sampled_from([1, 2, 3, 17, 127, 128, 129, 255, 256, 257, 512, 700])
+QUANTIZATIONS = st.sampled_from(["int8", "int4"])
 ROWS = st.one_of(st.integers(1, 26), st.sampled_from([64, 95, 96, 97, 200]))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_kernel():
-    """Also on processors where torch's bfloat16 products would take its place."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "multiplies_bfloat16", lambda: False)
-        yield
 
 
 def make(rows, inputs, outputs, x_dtype=torch.float32, dtype=torch.float32, seed=0):
@@ -65,19 +59,43 @@ def test_rows_do_not_depend_on_their_batch_mates(rows, inputs, outputs, x_dtype,
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-@settings(max_examples=100, deadline=None)
-@given(ROWS, INPUTS, OUTPUTS, ANY, ANY, st.booleans())
-def test_int8_equals_rounded_weights(rows, inputs, outputs, x_dtype, dtype, biased):
+@settings(max_examples=150, deadline=None)
+@given(ROWS, INPUTS, OUTPUTS, ANY, ANY, st.booleans(), QUANTIZATIONS)
+def test_quantized_weights(rows, inputs, outputs, x_dtype, dtype, biased, kind):
     x, weight, bias = make(rows, inputs, outputs, x_dtype, dtype)
     weight[0] = 0  # has no scale of its own
+    x[0] = 0
     bias = bias if biased else None
-    scale = weight.float().abs().amax(dim=1, keepdim=True) / 127
-    rounded = (weight.float() / scale).nan_to_num().round() * scale
-    layer = PackedLinear(weight, bias, backend="cpu", int8=True)
-    assert_equals_torch(layer, x, rounded, bias)
-    assert torch.equal(layer(x[:1]), layer(x)[:1])
+    layer, quantized = PackedLinear(weight, bias, backend="cpu", quantization=kind), quantize(weight, kind)
+    expected = reference.quantized_linear(x, quantized, bias, rounds_rows())
+    actual = layer(x)
+    assert actual.dtype == x.dtype
+    assert_rms_close([actual], [expected], 3e-6 if x.dtype == torch.float32 else torch.finfo(x.dtype).eps)
+    assert torch.equal(layer(x[:1]), actual[:1]) and torch.equal(layer(x[-1:]), actual[-1:])
     if dtype == torch.float32:
-        assert_equals_torch(PackedLinear(weight, bias, backend="reference", int8=True), x, rounded, bias)
+        rounded = PackedLinear(weight, bias, "reference", quantization=kind)
+        assert_equals_torch(rounded, x, quantized.values(), bias)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_row_that_is_not_finite_stays_so(kind):
+    x, weight, _ = make(3, 64, 40)
+    layer = PackedLinear(weight, quantization=kind)
+    plain = layer(x)
+    for value in (torch.nan, torch.inf, -torch.inf):
+        x[1, 40] = value
+        assert not layer(x)[1].isfinite().any() and torch.equal(layer(x)[::2], plain[::2])
+
+
+@given(st.integers(0, 2**32), QUANTIZATIONS, st.sampled_from([torch.float32, torch.float64]))
+def test_quantized_values_keep_their_codes(seed, kind, dtype):
+    """GGUF's Q8_0 and Q4_1 blocks come out as they went in."""
+    weight = torch.randn(8, 100, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    once = quantize(weight, kind)
+    again = quantize(once.values(), kind)
+    assert torch.equal(once.codes, again.codes) and torch.equal(once.scales, again.scales)
+    step = once.scales.repeat_interleave(GROUP, dim=1)[:, :100]
+    assert ((once.values() - weight).abs() <= step * 0.51 + 2e-3).all()
 
 
 def test_outputs_do_not_depend_on_threads():
@@ -107,15 +125,6 @@ def test_runs_without_a_compiler(monkeypatch, x_dtype, dtype):
     monkeypatch.setattr("m1.ops.backend.load_cpu_kernels", lambda: None)
     x, weight, bias = make(5, 40, 50, x_dtype, dtype)
     assert_equals_torch(PackedLinear(weight, bias), x, weight, bias)
-
-
-@pytest.mark.skipif(not cpu.multiplies_bfloat16(), reason="the processor has no bfloat16 products")
-def test_processors_own_bfloat16(monkeypatch):
-    monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: True)
-    for x_dtype in DTYPES:
-        x, weight, bias = make(70, 257, 100, x_dtype, torch.bfloat16)
-        for addend in (bias, bias.float(), None):
-            assert_equals_torch(PackedLinear(weight, addend), x, weight, addend)
 
 
 @pytest.mark.parametrize("shapes", [((40,), (40,)), ((0, 40), (0,)), ((50, 40), (40,)), ((50, 40), (50, 1))])
@@ -171,7 +180,9 @@ def test_triton_takes_strided_rows_and_new_weights():
 
 def test_triton_takes_no_float32():
     weight = torch.randn(50, 40)
-    with pytest.raises(ValueError, match="PackedLinear: backend 'triton' needs bfloat16 or float16 weights, not int8"):
+    with pytest.raises(
+        ValueError, match="PackedLinear: backend 'triton' needs bfloat16 or float16 weights, not quantized"
+    ):
         PackedLinear(weight, backend="triton")
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from m1.bench.contest import begin
-from m1.bench.decoders import OnRun, TimedRun, ignore, is_hybrid, make_model, measure_engines, start
+from m1.bench.decoders import OnRun, TimedRun, ignore, is_hybrid, make_model, measure_engines, quantization_of, start
 from m1.bench.options import Cell, DecodeOptions
 from m1.bench.roofline import Limits
 from m1.model.cache_layout import layer_bytes
@@ -46,7 +46,7 @@ def rows_of(
         }
         facts |= {"versions": taken[0].versions}
         row |= {key: value for key, value in facts.items() if value is not None}
-        if name.startswith("ours") and not name.endswith("-int8"):
+        if name.startswith("ours") and not quantization_of(name):
             row["share_of_floor"] = floor_seconds(options, name, cell, together, limits) / median
         for peer in ("vllm", "ours-transformer"):
             if peer in medians and name != peer:

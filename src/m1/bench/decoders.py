@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar, get_args
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -20,6 +20,7 @@ from m1.errors import UserError
 from m1.model import M1Config, M1ForCausalLM
 from m1.model.cache_layout import AttentionCache
 from m1.model.configuration import ATTENTION, MAMBA
+from m1.options import Quantization
 from m1.peers.vllm_client import find_python, start_vllm
 
 STEPS, WARMUPS = 24, 4  # timed steps at each context, and untimed steps before them
@@ -158,7 +159,12 @@ def start(name: str, options: DecodeOptions) -> Iterator[Decoder]:
             yield transformers_generate(options)
         case _:
             measure = at_contexts if options.contexts else whole_batches
-            yield measure(options, is_hybrid(name), "int8" if name.endswith("-int8") else None)
+            yield measure(options, is_hybrid(name), quantization_of(name))
+
+
+def quantization_of(name: str) -> Quantization | None:
+    """How an engine of this name rounds the weights."""
+    return next((kind for kind in get_args(Quantization) if name.endswith(f"-{kind}")), None)
 
 
 def is_hybrid(name: str) -> bool:
@@ -166,7 +172,7 @@ def is_hybrid(name: str) -> bool:
     return name.startswith("ours-hybrid")
 
 
-def whole_batches(options: DecodeOptions, hybrid: bool, quantize: str | None = None) -> Decoder:
+def whole_batches(options: DecodeOptions, hybrid: bool, quantize: Quantization | None = None) -> Decoder:
     """A decoder that runs this engine on every token of every sample."""
     model = model_on_device(options, hybrid)
     engine: Engine | None = None
@@ -191,7 +197,7 @@ def whole_batches(options: DecodeOptions, hybrid: bool, quantize: str | None = N
     return run
 
 
-def at_contexts(options: DecodeOptions, hybrid: bool, quantize: str | None = None) -> Decoder:
+def at_contexts(options: DecodeOptions, hybrid: bool, quantize: Quantization | None = None) -> Decoder:
     """A decoder that times a few steps of this engine at some context lengths of the batch, see `estimate`.
 
     Each batch loads its own model, because a second one would take memory.

@@ -22,10 +22,12 @@ from m1.bench.decoders import (
     is_hybrid,
     measure_engines,
     model_on_device,
+    quantization_of,
     random_prompts,
 )  # fmt: skip
 from m1.bench.options import Job, JobsOptions
 from m1.engine import Engine, Request, SamplingParams
+from m1.options import Quantization
 from m1.peers.vllm_client import find_python, start_vllm
 
 
@@ -75,7 +77,7 @@ def rows_of(options: JobsOptions, job: Job, runs: dict[str, list[TimedJob]]) -> 
 def start(name: str, options: JobsOptions) -> Iterator[JobRunner]:
     """Starts an engine. Its processes end with the context."""
     if name != "vllm":
-        yield own_engine(options, is_hybrid(name), "int8" if name.endswith("-int8") else None)
+        yield own_engine(options, is_hybrid(name), quantization_of(name))
         return
     most, python = max(map(options.num_seqs, options.chosen_jobs())), find_python(options.vllm_python, options.device)
     with start_vllm(model_on_device(options, hybrid=False), options.max_model_len, most, python) as ask:
@@ -101,7 +103,7 @@ def start(name: str, options: JobsOptions) -> Iterator[JobRunner]:
         yield run
 
 
-def own_engine(options: JobsOptions, hybrid: bool, quantize: str | None = None) -> JobRunner:
+def own_engine(options: JobsOptions, hybrid: bool, quantize: Quantization | None = None) -> JobRunner:
     """Runs jobs in this engine. Each job has an engine with as many slots, and as long ones, as it needs."""
     model = model_on_device(options, hybrid)
     engine: Engine | None = None

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Dtype = Literal["float32", "bfloat16"]
 LARGEST = 2**31 - 1  # of any size; larger ones never end
 STATE = 16  # states per channel of Mamba-1; a Mamba-2 head has head_dim x head_dim states
-OURS = ("ours-hybrid", "ours-transformer", "ours-hybrid-int8", "ours-transformer-int8")
+OURS = tuple(f"ours-{kind}{bits}" for bits in ("", "-int8", "-int4") for kind in ("hybrid", "transformer"))
 ENGINES = (*OURS, "transformers", "vllm")
 
 # Help texts of options that several benchmarks share, with different defaults.
@@ -223,8 +223,8 @@ class EngineOptions(Options):
     shape: str = option("30m", f"Shape of the model: {', '.join(SHAPES)}.")
     engines: str = option(
         "ours-hybrid,ours-transformer,vllm",
-        "Engines to compare, separated by commas: ours-hybrid, ours-transformer (each also with -int8), vllm, and for "
-        "decode transformers.",
+        "Engines to compare, separated by commas: ours-hybrid, ours-transformer (each also with -int8 or -int4), vllm, "
+        "and for decode transformers.",
     )
     dtype: Dtype = option("float32", "Data type of weights and activations: float32 or bfloat16.")
     repeats: int = option(3, "Timed runs per batch and engine. On a CPU, engines take turns.")

@@ -18,7 +18,7 @@ from m1.engine.scheduler import Plan, Scheduler
 from m1.engine.sequence import Request, Sequence, requests_for, shortened
 from m1.engine.slots import PAGE_SIZE
 from m1.errors import UserError
-from m1.options import fitted
+from m1.options import Quantization, fitted
 
 DEFAULT_MAX_MODEL_LEN = 8192
 # Prompt tokens in a chunk, and between two decode steps. Both are 512 on other devices, where tokens take longer.
@@ -57,7 +57,8 @@ class Engine:
         prefix_cache: number of states kept after prompts and their beginnings, for prompts that begin the same way.
         page_size: tokens per page of keys and values, a power of two from 16. A sequence takes pages as it grows. When
             they run out, the youngest sequence waits with its state in the host's memory.
-        quantize: "int8" rounds the weights of linear layers, for fewer bytes per step (CPU only). None keeps them.
+        quantize: "int8" or "int4" rounds the weights of linear layers, for fewer bytes per step (CPU only). None keeps
+            them.
 
     On a GPU a step is launched before the previous one's tokens are known. So `step` returns a sequence one step after
     it has drawn its last token, and what is done between two steps takes effect with up to two steps in flight.
@@ -82,7 +83,7 @@ class Engine:
         prefill_budget: int | None = None,
         prefix_cache: int = 8,
         page_size: int = PAGE_SIZE,
-        quantize: str | None = None,
+        quantize: Quantization | None = None,
     ):
         self.context: int = getattr(model.config, "max_position_embeddings", None) or DEFAULT_MAX_MODEL_LEN
         self.max_model_len = min(self.context, DEFAULT_MAX_MODEL_LEN) if max_model_len is None else max_model_len
@@ -98,11 +99,11 @@ class Engine:
             raise UserError(f"max_model_len={max_model_len}: the model's context is {self.context} tokens")
         if page_size < 16 or page_size & (page_size - 1):
             raise UserError(f"page_size={page_size}: must be a power of two, at least 16")
-        if quantize not in (None, "int8") or (quantize and device != "cpu"):
-            raise UserError(f"quantize={quantize!r} on {device}: must be 'int8', on a CPU only")
+        if quantize not in (None, "int8", "int4") or (quantize and device != "cpu"):
+            raise UserError(f"quantize={quantize!r} on {device}: must be 'int8' or 'int4', on a CPU only")
         self.vocab_size: int = model.config.vocab_size
         sizing = max_num_seqs, prefix_cache, self.max_model_len, page_size
-        self.executor = Executor(model, sizing, quantize == "int8")
+        self.executor = Executor(model, sizing, quantize)
         capacity = self.executor.capacity
         self.num_slots = capacity.slots
         stop = stop_tokens(model) if stop_token_ids is None else stop_token_ids

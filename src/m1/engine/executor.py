@@ -22,6 +22,7 @@ from m1.engine.slots import LayerState, Slots, capacity_for
 from m1.ops import sample_token
 from m1.ops.inputs import DRAWN, ENDED, MAX_STOPS, MIN_P, STOPS, STREAM, TEMPERATURE, TOP_K, TOP_P
 from m1.ops.registers import advance_registers, read_registers
+from m1.options import Quantization
 
 
 class Drawn(NamedTuple):
@@ -93,7 +94,7 @@ class Executor:
     Args:
         model: the network, on the device that executes.
         sizing: what `capacity_for` takes: max_num_seqs, prefix_cache, max_model_len, page_size.
-        int8: rounds the weights of all linear layers (`PackedLinear`).
+        quantization: rounds the weights of all linear layers (`PackedLinear`).
 
     Attributes:
         capacity: the slots and pages, which the `Scheduler` hands out.
@@ -102,9 +103,9 @@ class Executor:
         UserError: a model that `Runner` can't run.
     """
 
-    def __init__(self, model: PreTrainedModel, sizing: tuple[int, int, int, int], int8: bool):
+    def __init__(self, model: PreTrainedModel, sizing: tuple[int, int, int, int], quantization: Quantization | None):
         self.device = model.device
-        self.runner = Runner(model, int8)
+        self.runner = Runner(model, quantization)
         self.capacity = capacity_for(model.config, *sizing, model.dtype, model.device)
         self.slots = Slots(model.config, self.capacity, model.dtype, model.device)
         self.runner.attach(self.slots)

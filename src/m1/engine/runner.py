@@ -19,6 +19,7 @@ from m1.model.cache_layout import AttentionCache, MambaState
 from m1.model.checkpoint import refuse_quantized_model
 from m1.model.configuration import ATTENTION, layer_kinds
 from m1.ops import PackedLinear, add_rms_norm, decode_attention, prefill_attention, rotate_and_cache
+from m1.options import Quantization
 
 MODELS = ("m1", "llama", "qwen2", "qwen3")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -70,14 +71,14 @@ class Runner:
 
     Args:
         model: the network, whose weights mustn't change afterwards.
-        int8: rounds the weights of all linear layers (`PackedLinear`).
+        quantization: rounds the weights of all linear layers (`PackedLinear`).
 
     Raises:
         UserError: another architecture, another activation than silu, sliding-window attention, or weights that aren't
             plain float32, bfloat16 or float16: quantized ones, or adapters.
     """
 
-    def __init__(self, model: PreTrainedModel, int8: bool = False):
+    def __init__(self, model: PreTrainedModel, quantization: Quantization | None = None):
         config: Any = model.config
         network: Any = model.model
         if config.model_type not in MODELS:
@@ -95,7 +96,7 @@ class Runner:
         self.eps = config.rms_norm_eps
         self.embedding: Tensor = network.embed_tokens.weight
         self.model = model
-        pack = Packer(int8)
+        pack = Packer(quantization)
         self._pack = pack
         self.layers: list[AttentionLayer | MambaLayer] = [
             AttentionLayer(layer, config, pack) if kind == ATTENTION else MambaLayer(layer, pack)
@@ -256,11 +257,11 @@ class Packer:
     """Packs linear layers that share an input into one, whose outputs are theirs in order.
 
     Args:
-        int8: rounds the weights (`PackedLinear`).
+        quantization: rounds the weights (`PackedLinear`).
     """
 
-    def __init__(self, int8: bool):
-        self.int8 = int8
+    def __init__(self, quantization: Quantization | None):
+        self.quantization = quantization
         self._packed: list[tuple[PackedLinear, tuple[nn.Linear, ...]]] = []
 
     def __call__(self, *linears: nn.Linear) -> PackedLinear:
@@ -268,7 +269,7 @@ class Packer:
         for linear in linears:
             if type(linear) is not nn.Linear:
                 raise _other_weights(type(linear).__name__)
-        layer = PackedLinear(*_joined(linears), int8=self.int8)
+        layer = PackedLinear(*_joined(linears), quantization=self.quantization)
         self._packed.append((layer, linears))
         return layer
 

@@ -30,6 +30,7 @@ from m1.grading import with_thought
 from m1.model.cache_layout import slot_bytes
 from m1.model.checkpoint import weights_hash
 from m1.model.tokenizer import decode_text, encode_chat
+from m1.options import Quantization
 from m1.tasks.prompts import Messages
 
 CONTEXT_FOR_CACHE = 4096
@@ -98,7 +99,7 @@ class LocalSampler:
         model: the network.
         tokenizer: its tokenizer, with a chat template.
         max_num_seqs: maximum number of samples decoded in parallel.
-        quantize: "int8" to round the weights of linear layers, where the sampler can.
+        quantize: "int8" or "int4" to round the weights of linear layers, where the sampler can.
     """
 
     kind: str  # in results
@@ -108,7 +109,7 @@ class LocalSampler:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         max_num_seqs: int = 256,
-        quantize: str | None = None,
+        quantize: Quantization | None = None,
     ):
         self.model, self.tokenizer, self.max_num_seqs, self.quantize = model, tokenizer, max_num_seqs, quantize
 

@@ -28,6 +28,10 @@ from torch import Tensor
 SOURCES = Path(__file__).parent / "cpu"
 FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-fopenmp", "-Wno-psabi"]
 ARCHITECTURES = {"AVX512": "x86-64-v4", "AVX2": "x86-64-v3"}  # by torch's name for the instruction set
+PRODUCTS = {  # of bfloat16 and of bytes, which not every processor with AVX-512 has
+    "-mavx512bf16": torch.cpu._is_avx512_bf16_supported,
+    "-mavx512vnni": torch.cpu._is_vnni_supported,
+}
 
 
 def cache_dir() -> Path:
@@ -48,6 +52,8 @@ def flags() -> list[str]:
     """The compiler's options for this processor, followed by those in `$M1_CXXFLAGS` (for example, a sanitizer)."""
     capability = torch.backends.cpu.get_cpu_capability()
     march = [f"-march={ARCHITECTURES[capability]}"] if capability in ARCHITECTURES else []
+    if capability == "AVX512":
+        march += [flag for flag, supported in PRODUCTS.items() if supported()]
     return [*FLAGS, *march, *shlex.split(os.environ.get("M1_CXXFLAGS", ""))]
 
 

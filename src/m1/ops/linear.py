@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from m1.ops import reference
 from m1.ops.backend import Backend, choose, kernels
 from m1.ops.elementwise import swiglu
+from m1.ops.quantize import quantize
 from m1.ops.shapes import KERNEL_FLOATS, Shapes
+from m1.options import Quantization
 
 CHECK = Shapes(
     "PackedLinear", where={"weight must not be empty": lambda outputs, inputs: outputs * inputs > 0},
@@ -22,8 +23,7 @@ class PackedLinear(nn.Module):
     """A linear layer for inference, y = x weight^T + bias, that is fast for the few rows of a decode step.
 
     Sums are in float32. Not differentiable. The CPU kernel's results are batch-invariant and don't depend on the number
-    of threads. torch's own matrix product, without these guarantees, is used in three cases: where no kernel can run,
-    for bfloat16 rows and weights on a processor with bfloat16 products, which the kernel doesn't use, and for more rows
+    of threads. torch's own matrix product, without these guarantees, is used where no kernel can run, and for more rows
     than the GPU's kernel is made for.
 
     Attributes:
@@ -33,15 +33,22 @@ class PackedLinear(nn.Module):
         device: device of the weight, on which the rows must be.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, backend: Backend = "auto", int8: bool = False):
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        backend: Backend = "auto",
+        quantization: Quantization | None = None,
+    ):
         """Packs the weights in their own dtype. `load` takes new ones.
 
         Args:
             weight: [out, in] float32, bfloat16 or float16.
             bias: [out], or None.
             backend: "cpu", "triton" or "reference" (torch's matrix product); "auto" picks the device's if it can run.
-            int8: rounds each output's weights to integers from -127 to 127, with one scale per output. A product of few
-                rows then reads a quarter of the bytes of float32. Activations are not rounded.
+            quantization: rounds the weights to 8 or 4 bits (ops/quantize.py), so that a product of few rows reads fewer
+                bytes. The CPU kernel then rounds the rows, too, if the processor multiplies bytes: to -127..127, with
+                one scale per 32 inputs.
 
         Raises:
             ValueError: a tensor that doesn't fit, or a backend that can't run this.
@@ -49,8 +56,8 @@ class PackedLinear(nn.Module):
         super().__init__()
         CHECK(weight, bias)
         self.out_features, self.in_features = weight.shape
-        self.dtype, self.device, self.int8 = weight.dtype, weight.device, int8
-        limits = {"bfloat16 or float16 weights, not int8": self.dtype != torch.float32 and not int8}
+        self.dtype, self.device, self.quantization = weight.dtype, weight.device, quantization
+        limits = {"bfloat16 or float16 weights, not quantized": self.dtype != torch.float32 and not quantization}
         own = self.device.type == "cuda" or backend == "triton"
         self.backend = choose("PackedLinear", backend, weight, limits if own else {})
         self._multiply: Callable[[Tensor], Tensor]
@@ -60,13 +67,11 @@ class PackedLinear(nn.Module):
     def load(self, weight: Tensor, bias: Tensor | None = None) -> None:
         """Takes other weights of the same shapes and dtype. CUDA graphs that use the layer go on with them."""
         weight, bias = weight.detach(), None if bias is None else bias.detach()
-        scale = None
-        if self.int8:
-            weight, scale = reference.quantize_outputs(weight)
+        quantized = quantize(weight, self.quantization) if self.quantization else None
         if self.backend == "cpu":
-            self._multiply = kernels("cpu", "linear").pack(weight, bias, scale)
+            self._multiply = kernels("cpu", "linear").Panels(quantized or weight, bias)
             return
-        weight = weight if scale is None else (weight * scale[:, None]).to(self.dtype)
+        weight = quantized.values().to(self.dtype) if quantized else weight
         if self._used is None:
             self._used = weight, bias
             self._multiply = partial(

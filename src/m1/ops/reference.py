@@ -15,6 +15,7 @@ from torch import Tensor
 from m1.ops import inputs as columns
 from m1.ops.chunks import bounds
 from m1.ops.inputs import PrefillInputs, ScanInputs, SSDPrefillInputs, SSDStepInputs, StepInputs
+from m1.ops.quantize import GROUP, Quantized
 from m1.ops.random_bits import uniforms
 
 
@@ -230,10 +231,21 @@ def sample_token(logits: Tensor, uniform: Tensor, temperature: Tensor) -> tuple[
     return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
 
 
-def quantize_outputs(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Rounds weight [out, in] to int8 in -127..127, with a float32 scale [out] per output: weight ~ int8 * scale."""
-    scale = weight.float().abs().amax(dim=1).clamp(min=1e-30) / 127
-    return (weight.float() / scale[:, None]).round().to(torch.int8), scale
+def quantized_linear(x: Tensor, weight: Quantized, bias: Tensor | None, rounds_rows: bool) -> Tensor:
+    """x weight^T + bias in float32.
+
+    Args:
+        x: [rows, in].
+        weight: [out, in].
+        bias: [out], or None.
+        rounds_rows: whether rows are rounded to -127..127 first, with one scale per GROUP inputs.
+    """
+    x, inputs = x.float(), x.shape[1]
+    if rounds_rows:
+        groups = F.pad(x, (0, -inputs % GROUP)).unflatten(1, (-1, GROUP))
+        scales = groups.abs().amax(2, keepdim=True) / 127
+        x = ((groups / scales).nan_to_num().round() * scales).flatten(1)[:, :inputs]
+    return F.linear(x, weight.values(), None if bias is None else bias.float())
 
 
 def rotate_and_cache(

@@ -1,25 +1,14 @@
-"""Packs a linear layer's weights for linear.cpp or oneDNN. Tensors and dtypes are those of ops/linear.py."""
-
-import ctypes
-import functools
-from typing import Any
+"""Packs a linear layer's weights for linear.cpp. Tensors and dtypes are those of ops/linear.py."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from m1.ops.build import load_cpu_kernels
+from m1.ops.build import call
 from m1.ops.cpu import ELEMENTS
+from m1.ops.quantize import GROUP, Quantized
 
-Layer, Rows = ctypes.c_int64 * 6, ctypes.c_int64 * 5  # the C++ structs of these names
-KINDS = ELEMENTS | {torch.int8: 3}
-
-
-@functools.cache
-def multiplies_bfloat16() -> bool:
-    """Whether the processor has bfloat16 products and oneDNN can use them."""
-    has = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return has and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+Q8, Q4 = 3, 4  # kinds of weight beside those in `ELEMENTS`
 
 
 class Panels:
@@ -28,27 +17,29 @@ class Panels:
     Call it with rows [rows, in] of a dtype in `ELEMENTS`; it returns [rows, out] in the same dtype.
 
     Args:
-        weight: [out, in] of a dtype in `ELEMENTS`, or int8.
+        weight: [out, in] of a dtype in `ELEMENTS`, or quantized.
         bias: [out], or None.
-        scale: [out] float32, for int8 weights, which stand for weight * scale[:, None].
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> None:
-        kernels: Any = load_cpu_kernels()
-        outputs, inputs = weight.shape
-        width = kernels.m1_linear_width()
-        missing = -outputs % width
-        padded = F.pad(weight, (0, 0, 0, missing)) if missing else weight
-        side_by_side = 2 if weight.dtype == torch.bfloat16 else 1  # pairs of outputs i and width / 2 + i
-        panels = padded.reshape(-1, side_by_side, width // side_by_side, inputs).permute(0, 3, 2, 1).contiguous()
-        bias = weight.new_zeros(outputs, dtype=torch.float32) if bias is None else bias.float()
-        scale = torch.ones(outputs) if scale is None else scale
-        # the kernel starts its sums with the bias and scales them at the end
-        bias, scale = (F.pad(t, (0, missing)).contiguous() for t in (bias / scale, scale))
-        self._outputs = outputs
-        self._kernel = kernels.m1_linear
-        self._tensors = panels, bias, scale  # keeps alive what the struct points to
-        self._layer = Layer(inputs, outputs, KINDS[weight.dtype], *(t.data_ptr() for t in self._tensors))
+    def __init__(self, weight: Tensor | Quantized, bias: Tensor | None) -> None:
+        width = call("m1_linear_width")
+        scales = minima = None
+        if isinstance(weight, Quantized):
+            codes, scales, minima = weight
+            outputs, inputs = codes.shape
+            codes = F.pad(codes, (0, -inputs % GROUP))
+            kind = Q8 if minima is None else Q4
+            words = _bytes_to_words(codes + 128) if minima is None else _halves_to_words(codes)
+            scales, minima = (None if t is None else _panels(t.half(), width) for t in (scales, minima))
+        else:
+            outputs, inputs = weight.shape
+            kind = ELEMENTS[weight.dtype]
+            words = F.pad(weight, (0, inputs % 2)) if kind else weight  # two inputs of 16 bits in each word
+            words = words.contiguous().view(torch.int32)
+        bias = torch.zeros(outputs) if bias is None else bias.float()
+        bias = F.pad(bias, (0, -outputs % width)).contiguous()
+        self._outputs, self._tensors = outputs, (_panels(words, width), bias, scales, minima)
+        self._fields = inputs, outputs, kind, *self._tensors
 
     def __call__(self, x: Tensor) -> Tensor:
         count = x.shape[0]  # takes a third of the time of len(x); calls are frequent
@@ -57,39 +48,27 @@ class Panels:
             x = x.contiguous()
             stride = x.stride(0)
         out = x.new_empty(count, self._outputs)
-        self._kernel(self._layer, Rows(count, stride, ELEMENTS[x.dtype], x.data_ptr(), out.data_ptr()))
+        call("m1_linear", *self._fields, count, stride, ELEMENTS[x.dtype], x, out)
         return out
 
 
-class OneDNN:
-    """A linear layer whose bfloat16 weights are packed for oneDNN's bfloat16 product.
-
-    Call it with rows [rows, in] of a dtype in `ELEMENTS`; it returns [rows, out] in the same dtype. Rows of another
-    dtype than bfloat16 use `Panels`, packed on the first such call.
-
-    Args:
-        weight: [out, in] bfloat16.
-        bias: [out], or None.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self._weight, self._bias = weight, bias
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
-        self._packed_bias = None if bias is None else bias.to(torch.bfloat16)
-
-    @functools.cached_property
-    def _panels(self) -> Panels:
-        return Panels(self._weight, self._bias)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if x.dtype != torch.bfloat16:
-            return self._panels(x)
-        return torch.ops.mkldnn._linear_pointwise(x, self._packed, self._packed_bias, "none", [], "")
+def rounds_rows() -> bool:
+    """Whether rows are rounded to bytes for quantized weights, as the processor multiplies bytes."""
+    return bool(call("m1_linear_rounds_rows"))
 
 
-def pack(weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> Panels | OneDNN:
-    """Packs the weights for the faster of the two on this processor. Arguments as for `Panels`."""
-    if scale is not None:
-        return Panels(weight, bias, scale)
-    native = weight.dtype == torch.bfloat16 and multiplies_bfloat16()
-    return OneDNN(weight, bias) if native else Panels(weight, bias)
+def _panels(values: Tensor, width: int) -> Tensor:
+    """[out, n] -> [panels, n, width]."""
+    padded = F.pad(values, (0, 0, 0, -len(values) % width))
+    return padded.unflatten(0, (-1, width)).transpose(1, 2).contiguous()
+
+
+def _bytes_to_words(codes: Tensor) -> Tensor:
+    """Codes [out, in] from 0 to 255 -> int32 [out, in / 4]."""
+    return codes.to(torch.uint8).contiguous().view(torch.int32)
+
+
+def _halves_to_words(codes: Tensor) -> Tensor:
+    """Codes [out, in] from 0 to 15 -> int32 [out, in / 8]. A byte has the codes i and i + GROUP / 2 of its group."""
+    low, high = codes.unflatten(1, (-1, 2, GROUP // 2)).unbind(2)
+    return _bytes_to_words((low + 16 * high).flatten(1))

@@ -26,6 +26,7 @@ constexpr int BLOCKS = N / W;  // vectors per group
 
 typedef float vec __attribute__((vector_size(W * sizeof(float))));
 typedef uint32_t uvec __attribute__((vector_size(W * sizeof(uint32_t))));
+typedef int32_t ivec __attribute__((vector_size(W * sizeof(int32_t))));
 typedef uint16_t halves __attribute__((vector_size(W * sizeof(uint16_t))));
 
 inline vec splat(float x) { return vec{} + x; }
@@ -58,9 +59,7 @@ inline void store(bf16* p, vec v) {
 
 // float16 has no vector type, so processors without the instruction shift its bits into a float's. A power of 2 then
 // corrects the exponent, for subnormal numbers too; infinity and NaN get the float's own.
-inline vec load(const f16* p) {
-  halves h;
-  std::memcpy(&h, p, sizeof h);
+inline vec widen(halves h) {
 #if defined(__AVX512F__)
   return (vec)_mm512_cvtph_ps((__m256i)h);
 #elif defined(__F16C__)
@@ -70,6 +69,12 @@ inline vec load(const f16* p) {
   const uvec size = (uvec)((vec)((bits & 0x7fffu) << 13) * 0x1p112f);
   return (vec)(size | ((bits & 0x7c00u) == 0x7c00u ? uvec{} + 0x7f800000u : uvec{}) | (bits & 0x8000u) << 16);
 #endif
+}
+
+inline vec load(const f16* p) {
+  halves h;
+  std::memcpy(&h, p, sizeof h);
+  return widen(h);
 }
 
 // Rounds to nearest, ties to even; beyond 65519 to infinity. NaN stays NaN.
