@@ -159,15 +159,16 @@ def test_a_sequence_ends_with_the_context_and_says_so_once(model):
     assert room.token_ids[:15] == whole.token_ids and len(room.token_ids) == 50
 
 
-def test_int8_weights_are_near_the_models(hybrid):
+@pytest.mark.parametrize(("bits", "distance"), [("int8", 0.1), ("int4", 0.5)])
+def test_rounded_weights_are_near_the_models(hybrid, bits, distance):
     params = SamplingParams(max_tokens=12, temperature=0)
     plain, rounded = (
-        Engine(hybrid, [], max_model_len=64, quantize=q).generate([[3, 1, 4, 1, 5]], params)[0] for q in (None, "int8")
+        Engine(hybrid, [], max_model_len=64, quantize=q).generate([[3, 1, 4, 1, 5]], params)[0] for q in (None, bits)
     )
     assert rounded.token_ids[0] == plain.token_ids[0] and rounded.logprobs != plain.logprobs
-    assert abs(rounded.logprobs[0] - plain.logprobs[0]) < 0.1
-    with pytest.raises(UserError, match="int4"):
-        Engine(hybrid, quantize="int4")
+    assert abs(rounded.logprobs[0] - plain.logprobs[0]) < distance
+    with pytest.raises(UserError, match="int3"):
+        Engine(hybrid, quantize="int3")
 
 
 @pytest.mark.parametrize("part", ["prefill", "decode"])
@@ -191,7 +192,7 @@ def test_an_interrupted_step_leaves_nothing_behind(model, monkeypatch, part):
     assert [s.token_ids for s in again] == [s.token_ids for s in fresh]
 
 
-@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
 def test_loaded_weights_are_a_new_engines(model, quantize):
     """Into a model of its own, and of the model itself after training in place. Nothing of the old weights is left."""
     prompts, options = [[1, 2, 3], [1, 2, 3, 4, 5]], {"max_model_len": 64, "quantize": quantize}

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from m1.engine import Engine, Request, SamplingParams
+from m1.engine.graphs import Graphs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -15,7 +16,8 @@ def model(model):
 
 def generate(model, graphs, count, **options):
     engine = Engine(model, [], max_num_seqs=11, max_model_len=64)
-    engine.executor.use_graphs(graphs)
+    spare = engine.executor.slots.spare
+    engine.executor.use(lambda step: Graphs(step, spare, model.device) if graphs else step)
     prompts = [[1 + i] * (1 + 3 * i) for i in range(count)]
     requests = [Request(p, SamplingParams(max_tokens=5 + i, **options), i) for i, p in enumerate(prompts)]
     for _ in engine.run(requests):

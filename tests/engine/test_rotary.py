@@ -6,6 +6,7 @@ from checkpoints import FAMILIES, LLAMA3_ROPE, save_checkpoint, scramble, tiny_t
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from m1.engine import Engine, Request, SamplingParams
+from m1.engine.graphs import Graphs
 from m1.model.convert import convert
 
 SWITCH = 32  # tokens beyond which longrope takes its long factors
@@ -93,7 +94,7 @@ def test_chunks_forks_and_the_prefix_cache_keep_longropes_frequencies(order):
 def test_padded_graph_batches_keep_longropes_frequencies():
     model = teacher("llama", "longrope")
     engine = Engine(model, [], max_model_len=128)
-    engine.executor.use_graphs(True)
+    engine.executor.use(lambda step: Graphs(step, engine.executor.slots.spare, model.device))
     requests = [Request(prompt, GREEDY, i) for i, prompt in enumerate(PROMPTS)]
     for _ in engine.run(requests):
         pass

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernels import DTYPES, to_backend
+from kernels import BACKENDS, DTYPES, to_backend
 from tolerance import assert_rms_close
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
@@ -26,12 +26,13 @@ def arguments(rows, heads, kv_heads, head_dim, dtype):
 
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("sizes", [(1, 4, 2, 16), (5, 9, 3, 64), (17, 3, 1, 20), (3, 8, 8, 128), (0, 4, 2, 16)])
-def test_the_kernel_equals_the_reference(sizes, dtype):
+def test_the_kernels_equal_the_reference(sizes, dtype, backend):
     expected = arguments(*sizes, dtype)
     queries = rotate_and_cache(*expected, backend="reference")
-    actual = to_backend("triton", *arguments(*sizes, dtype))
-    found = rotate_and_cache(*actual, backend="triton")
+    actual = to_backend(backend, *arguments(*sizes, dtype))
+    found = rotate_and_cache(*actual, backend=backend)
     tolerance = 1e-6 if dtype == torch.float32 else 2e-3
     assert_rms_close([t.cpu() for t in (found, *actual[3:5])], [queries, *expected[3:5]], tolerance)
 
@@ -50,3 +51,18 @@ def test_the_reference_equals_transformers():
             torch.testing.assert_close(keys[page, :, place], k[0, :, row])
             torch.testing.assert_close(values[page, :, place], v[0, :, row])
     assert written.sum() == 8 and (keys.transpose(1, 2)[~written] == 7).all()
+
+
+@pytest.mark.parametrize(
+    ("changed", "value"), [("slots", S), ("positions", -1), ("positions", M * PAGE), ("page", PAGES)]
+)
+def test_places_that_do_not_exist_are_refused(changed, value):
+    *rest, table, slots, positions = arguments(5, 4, 2, 16, torch.float32)
+    before = rest[3].clone()
+    if changed == "page":
+        table[slots[4], positions[4] // PAGE] = value
+    else:
+        {"slots": slots, "positions": positions}[changed][4] = value
+    with pytest.raises(IndexError, match=r"row \d has slot"):
+        rotate_and_cache(*rest, table, slots, positions, backend="cpu")
+    assert torch.equal(rest[3], before)

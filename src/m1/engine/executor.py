@@ -4,6 +4,7 @@ A step's inputs stay on the device between steps, and each step makes the inputs
 token's value: a sequence that draws a stop token ends on the device, and later steps leave its slot as it is.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -12,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from m1.engine.graphs import Graphs
+from m1.engine.graphs import Graphs, Step
 from m1.engine.logits_processors import LogitsProcessors, TokenCounts
+from m1.engine.recordings import Recordings
 from m1.engine.runner import DecodeBatch, PrefillBatch, Runner
 from m1.engine.sampling import SamplingBatch, SamplingParams
 from m1.engine.scheduler import Chunk, Fork, Plan, Swap
@@ -67,8 +69,8 @@ class Registers(NamedTuple):
 
     def rows(self, slots: Tensor) -> tuple[DecodeBatch, Tensor, Tensor]:
         """The input of the next step of these slots, and the random number and temperature of its draw, [b] each."""
-        tokens, active, lengths, uniform, temperature = read_registers(self.integers, self.floats, slots)
-        return DecodeBatch(tokens, active, lengths), uniform, temperature
+        *batch, uniform, temperature = read_registers(self.integers, self.floats, slots)
+        return DecodeBatch(*batch), uniform, temperature
 
     def sampling(self, slots: Tensor, params: dict[int, SamplingParams]) -> SamplingBatch:
         """The sampling settings of these slots. `params`, by row, are those that aren't plain."""
@@ -117,12 +119,13 @@ class Executor:
         # what was decoded last: the slots, the same on the device, and how they are sampled if not all are plain
         self._batch: tuple[list[int], Tensor, tuple[SamplingBatch, LogitsProcessors | None] | None]
         self._batch = [], self._tensor([]), None
-        self.use_graphs(self.device.type == "cuda")
+        on_gpu = self.device.type == "cuda"
+        self.use(lambda step: Graphs(step, self.slots.spare, self.device) if on_gpu else Recordings(step))
 
-    def use_graphs(self, graphs: bool) -> None:
-        """Whether decode steps run under CUDA graphs. On a CPU the same code pads the batches."""
-        steps = self._step, lambda slots: (self.runner.decode(self.registers.rows(slots)[0]),)
-        self.step, self.network = (Graphs(s, self.slots.spare, self.device) if graphs else s for s in steps)
+    def use(self, repeated: Callable[[Step], Step]) -> None:
+        """How decode steps are repeated: `Graphs`, `Recordings`, or as they are."""
+        self.step = repeated(self._step)
+        self.network = repeated(lambda slots: (self.runner.decode(self.registers.rows(slots)[0]),))
 
     def execute(self, plan: Plan) -> Drawn:
         """Executes a plan. Returns the tokens drawn by its forks, then by its decodes."""

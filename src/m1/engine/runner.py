@@ -8,7 +8,6 @@ import copy
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -18,7 +17,7 @@ from m1.errors import UserError
 from m1.model.cache_layout import AttentionCache, MambaState
 from m1.model.checkpoint import refuse_quantized_model
 from m1.model.configuration import ATTENTION, layer_kinds
-from m1.ops import PackedLinear, add_rms_norm, decode_attention, prefill_attention, rotate_and_cache
+from m1.ops import PackedLinear, add_rms_norm, decode_attention, embedding, prefill_attention, rotate_and_cache
 from m1.options import Quantization
 
 MODELS = ("m1", "llama", "qwen2", "qwen3")
@@ -32,11 +31,13 @@ class DecodeBatch(NamedTuple):
         tokens: [b] int64, the tokens to run.
         slots: [b] int64, the slots of their sequences; -1 leaves every slot as it is.
         lengths: [b] int64, how many tokens the slots have seen, which is the position of the new ones.
+        keys: [b] int64, lengths + 1, how many keys the new ones see.
     """
 
     tokens: Tensor
     slots: Tensor
     lengths: Tensor
+    keys: Tensor
 
 
 class PrefillBatch(NamedTuple):
@@ -133,13 +134,13 @@ class Runner:
 
     def decode(self, rows: DecodeBatch) -> Tensor:
         """Runs one token per row. Returns the logits [b, V] after it."""
-        rotation = self.rotary(rows.lengths, rows.lengths + 1)
+        rotation = self.rotary(rows.lengths, rows.keys)
         hidden = self._stack(rows.tokens, lambda layer, hidden: layer.decode(hidden, *rotation, rows))
         return self.head(hidden)
 
     def _stack(self, tokens: Tensor, mix: Any) -> Tensor:
         """Runs all layers and the final norm on tokens [rows]. Returns hidden states [rows, H]."""
-        hidden = F.embedding(tokens, self.embedding)
+        hidden = embedding(self.embedding, tokens)
         update = None
         for layer in self.layers:
             update = mix(layer, add_rms_norm(hidden, update, layer.mixer_norm, self.eps))
@@ -206,7 +207,7 @@ class AttentionLayer(DecoderLayer):
     def decode(self, hidden: Tensor, cos: Tensor, sin: Tensor, rows: DecodeBatch) -> Tensor:
         """Runs one token per row, hidden [b, H]. Returns [b, H]."""
         q = self.queries(hidden, cos, sin, rows.slots, rows.lengths)
-        return self.out(decode_attention(q, *self.cache, rows.lengths + 1, self.page_table, rows.slots).flatten(1))
+        return self.out(decode_attention(q, *self.cache, rows.keys, self.page_table, rows.slots).flatten(1))
 
     def queries(self, hidden: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
         """hidden [rows, H] -> rotated queries [rows, heads, head_dim]. Keys and values go into the cache."""

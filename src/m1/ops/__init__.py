@@ -3,6 +3,7 @@
 from m1.ops.causal_conv import causal_conv
 from m1.ops.decode_attention import decode_attention
 from m1.ops.elementwise import add_rms_norm, swiglu
+from m1.ops.embedding import embedding
 from m1.ops.linear import PackedLinear
 from m1.ops.prefill_attention import prefill_attention
 from m1.ops.prefill_scan import prefill_scan, prefill_ssd
@@ -18,6 +19,7 @@ __all__ = [
     "add_rms_norm",
     "causal_conv",
     "decode_attention",
+    "embedding",
     "prefill_attention",
     "prefill_scan",
     "prefill_ssd",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from m1.ops.build import load_cpu_kernels
+from m1.ops.calls import made, watched
 
 Backend = Literal["auto", "cpu", "triton", "reference"]
 
@@ -104,9 +105,12 @@ def inference_operator(
 
     def run(*arguments: Any) -> Any:
         given = (bundle(*arguments[:-1]),) if bundle else arguments[:-1]
-        results = outputs(*given)
-        filled = (results,) if isinstance(results, Tensor) else results or ()
-        getattr(kernels(arguments[-1], module), name)(*given, *filled)
+        with watched():
+            results = outputs(*given)
+            filled = (results,) if isinstance(results, Tensor) else results or ()
+            for result in filled:
+                made(result)
+            getattr(kernels(arguments[-1], module), name)(*given, *filled)
         return results
 
     def allocate(*arguments: Any) -> Any:

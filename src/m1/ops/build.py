@@ -23,7 +23,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 SOURCES = Path(__file__).parent / "cpu"
 FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-fopenmp", "-Wno-psabi"]
@@ -128,9 +127,3 @@ def _compile(command: list[str], library: Path) -> None:
             _hash_file(built).write_text(digest)
             built.replace(library)
             _hash_file(built).replace(_hash_file(library))
-
-
-def call(name: str, *arguments: Tensor | int | None) -> int:
-    """Calls a kernel with one struct of 8-byte fields: data pointers of tensors, null for None, int64 for integers."""
-    fields = [a.data_ptr() if isinstance(a, Tensor) else a or 0 for a in arguments]
-    return getattr(load_cpu_kernels(), name)((ctypes.c_int64 * len(fields))(*fields))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -61,15 +62,20 @@ class PackedLinear(nn.Module):
         own = self.device.type == "cuda" or backend == "triton"
         self.backend = choose("PackedLinear", backend, weight, limits if own else {})
         self._multiply: Callable[[Tensor], Tensor]
+        self._panels: Any = None
         self._used: tuple[Tensor, Tensor | None] | None = None  # the weights that torch multiplies with
         self.load(weight, bias)
 
     def load(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        """Takes other weights of the same shapes and dtype. CUDA graphs that use the layer go on with them."""
+        """Takes other weights of the same shapes and dtype. CUDA graphs and recordings use them from then on."""
         weight, bias = weight.detach(), None if bias is None else bias.detach()
         quantized = quantize(weight, self.quantization) if self.quantization else None
         if self.backend == "cpu":
-            self._multiply = kernels("cpu", "linear").Panels(quantized or weight, bias)
+            panels = kernels("cpu", "linear").Panels(quantized or weight, bias)
+            if self._panels is None:
+                self._multiply = self._panels = panels
+            else:
+                self._panels.copy_(panels)
             return
         weight = quantized.values().to(self.dtype) if quantized else weight
         if self._used is None:

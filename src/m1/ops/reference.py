@@ -270,13 +270,13 @@ def rotate_and_cache(
     return queries
 
 
-def read_registers(integers: Tensor, floats: Tensor, slots: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The specification of ops/registers.py: tokens, active, lengths, uniform, temperature."""
+def read_registers(integers: Tensor, floats: Tensor, slots: Tensor) -> tuple[Tensor, ...]:
+    """The specification of ops/registers.py: tokens, active, lengths, keys, uniform, temperature."""
     rows = integers[slots]
     tokens, lengths = rows[:, columns.TOKEN].contiguous(), rows[:, columns.LENGTH].contiguous()
     active = torch.where(rows[:, columns.ENDED] > 0, -1, slots)
     uniform = uniforms(rows[:, columns.STREAM], rows[:, columns.DRAWN])
-    return tokens, active, lengths, uniform, floats[slots, columns.TEMPERATURE]
+    return tokens, active, lengths, lengths + 1, uniform, floats[slots, columns.TEMPERATURE]
 
 
 def advance_registers(integers: Tensor, slots: Tensor, tokens: Tensor) -> None:

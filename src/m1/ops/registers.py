@@ -13,9 +13,7 @@ CHECK = Shapes("read_registers", integers=INTEGERS, floats=FLOATS, slots="b: int
 CHECK_ADVANCE = Shapes("advance_registers", integers=INTEGERS, slots="b: int64", tokens="b: int64")
 
 
-def read_registers(
-    integers: Tensor, floats: Tensor, slots: Tensor, backend: Backend = "auto"
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def read_registers(integers: Tensor, floats: Tensor, slots: Tensor, backend: Backend = "auto") -> tuple[Tensor, ...]:
     """The inputs of the next step of these slots.
 
     Args:
@@ -25,12 +23,14 @@ def read_registers(
     Returns:
         tokens: [b] int64, the last token of each sequence.
         active: [b] int64, the slots; -1 for sequences that have ended.
-        lengths: [b] int64, the number of tokens that the slots have seen.
+        lengths: [b] int64, the number of tokens that the slots have seen, which is the position of the next.
+        keys: [b] int64, lengths + 1, the number of keys that the next token sees.
         uniform: [b] float64, the random numbers in [0, 1) of the next draw: a function of its stream and number.
         temperature: [b] float32.
 
     Raises:
         ValueError: a tensor that doesn't fit, or a backend that can't run this.
+        IndexError: on a CPU, a slot that doesn't exist.
     """
     CHECK(integers, floats, slots)
     backend = _chosen("read_registers", backend, integers, floats)
@@ -45,6 +45,7 @@ def advance_registers(integers: Tensor, slots: Tensor, tokens: Tensor, backend: 
 
     Raises:
         ValueError: a tensor that doesn't fit, or a backend that can't run this.
+        IndexError: on a CPU, a slot that doesn't exist.
     """
     CHECK_ADVANCE(integers, slots, tokens)
     backend = _chosen("advance_registers", backend, integers)
@@ -56,20 +57,15 @@ def advance_registers(integers: Tensor, slots: Tensor, tokens: Tensor, backend: 
 
 
 def _chosen(name: str, backend: Backend, *registers: Tensor) -> Backend:
-    if backend == "auto" and registers[0].device.type == "cpu":
-        return "reference"
-    limits = {"a C++ kernel, and there is none": backend != "cpu"}
-    return choose(
-        name, backend, registers[0], limits | {"contiguous registers": all(map(Tensor.is_contiguous, registers))}
-    )
+    return choose(name, backend, registers[0], {"contiguous registers": all(map(Tensor.is_contiguous, registers))})
 
 
 def _new_inputs(integers: Tensor, floats: Tensor, slots: Tensor) -> tuple[Tensor, ...]:
-    tokens, active, lengths = (torch.empty_like(slots) for _ in range(3))
-    return tokens, active, lengths, slots.new_empty(len(slots), dtype=torch.float64), floats.new_empty(len(slots))
+    integers_of_rows = [torch.empty_like(slots) for _ in range(4)]
+    return *integers_of_rows, slots.new_empty(len(slots), dtype=torch.float64), floats.new_empty(len(slots))
 
 
 READ, ADVANCE = "Tensor integers, Tensor floats, Tensor slots", "Tensor(a!) integers, Tensor slots, Tensor tokens"
-INPUTS = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
+INPUTS = f"({', '.join(['Tensor'] * 6)})"
 _read_registers = inference_operator("read_registers", "registers", READ, _new_inputs, returns=INPUTS)
 _advance_registers = inference_operator("advance_registers", "registers", ADVANCE, lambda *rest: None, returns="()")

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from m1.ops import reference
-from m1.ops.backend import Backend, choose, inference_operator, own_backend
+from m1.ops.backend import Backend, choose, inference_operator
 from m1.ops.shapes import KERNEL_FLOATS, Rule, Shapes
 
 RULES: dict[str, Rule] = {
@@ -43,11 +43,10 @@ def rotate_and_cache(
 
     Raises:
         ValueError: a tensor that doesn't fit, or a backend that can't run this.
+        IndexError: on a CPU, a slot, a position or a page that doesn't exist.
     """
     CHECK(qkv, cos, sin, k_cache, v_cache, page_table, slots, positions)
-    own = own_backend(qkv.device.type) if backend == "auto" else backend
     limits = {
-        "a C++ kernel, and there is none: choose 'auto'": own != "cpu",
         "float32, bfloat16 or float16": qkv.dtype in KERNEL_FLOATS,
         "contiguous channels": qkv.stride(2) == k_cache.stride(3) == v_cache.stride(3) == 1,
     }

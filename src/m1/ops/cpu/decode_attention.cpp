@@ -25,9 +25,10 @@ struct Cache {  // element (page, head, token, i) is at page * page_stride + hea
 
 struct Attention {
   int64_t rows, slot_count, slot_pages, page_count, page, heads, kv_heads, head_dim, dtype;
+  double scale;                    // of the scores, times log2(e)
   const int64_t *slots, *lengths;  // [rows]
   const int32_t* page_table;       // [slot_count, slot_pages]
-  const float* q;                  // [rows, heads, head_dim], scaled by log2(e) and the softmax scale
+  const void* q;                   // [rows, heads, head_dim]
   Cache k, v;
   void* out;                       // [rows, heads, head_dim]
 };
@@ -154,8 +155,12 @@ void decode(const Attention& p) {
   {
 #pragma omp for schedule(static)
     for (int64_t head = 0; head < p.rows * p.heads; ++head)
-      for (int64_t c = 0; c < p.head_dim; ++c)
-        queries[head * p.head_dim + place<T>(c)] = p.q[head * p.head_dim + c];
+      for (int64_t c = 0; c < p.head_dim; c += N) {
+        float scaled[N];
+        for (int i = 0; i < N; i += W)
+          store(scaled + i, load((const T*)p.q + head * p.head_dim + c + i) * (float)p.scale);
+        for (int i = 0; i < N; ++i) queries[head * p.head_dim + place<T>(c + i)] = scaled[i];
+      }
 #pragma omp for schedule(dynamic, 4)
     for (size_t index = 0; index < parts.size(); ++index) {
       const Part& part = parts[index];

@@ -69,10 +69,10 @@ void swiglu(const Gate& p) {
 
 extern "C" int64_t m1_add_rms_norm(const Norm* p) {
   with_type(p->dtype, [&](auto t) { add_rms_norm<decltype(t)>(*p); });
-  return 0;
+  return -1;
 }
 
 extern "C" int64_t m1_swiglu(const Gate* p) {
   with_type(p->dtype, [&](auto t) { swiglu<decltype(t)>(*p); });
-  return 0;
+  return -1;
 }

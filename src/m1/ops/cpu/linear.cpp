@@ -210,14 +210,6 @@ struct Tile {
   }
 };
 
-template <class O>
-void write(const float* sums, O* out, int64_t count) {
-  O all[WIDTH];
-  O* to = count < WIDTH ? all : out;
-  for (int i = 0; i < WIDTH; i += W) store(to + i, load(sums + i));
-  if (count < WIDTH) std::memcpy(out, all, count * sizeof(O));
-}
-
 // Rows as the kernel takes them.
 template <class X>
 struct Rows {
@@ -252,19 +244,8 @@ void block(const Linear& p, const Rows<X>& rows, int64_t row, int64_t count, int
     for (int i = 0; i < PANELS; ++i) {
       const int64_t column = (panel + i) * WIDTH, at = (row + r) * p.outputs + column;
       const int64_t some = std::min<int64_t>(WIDTH, p.outputs - column);
-      with_type(p.dtype, [&](auto t) { write(sums + (r * PANELS + i) * WIDTH, (decltype(t)*)p.out + at, some); });
+      with_type(p.dtype, [&](auto t) { from_float(sums + (r * PANELS + i) * WIDTH, (decltype(t)*)p.out + at, some); });
     }
-}
-
-template <class T>
-void to_float(const T* from, float* to, int64_t count) {
-  int64_t i = 0;
-  for (; i + W <= count; i += W) store(to + i, load(from + i));
-  if (i == count) return;
-  T rest[W] = {};
-  std::memcpy(rest, from + i, (count - i) * sizeof(T));
-  const vec v = load(rest);
-  std::memcpy(to + i, &v, (count - i) * sizeof(float));
 }
 
 inline float sum(vec v) {
@@ -376,5 +357,5 @@ extern "C" int64_t m1_linear(const Linear* p) {
     case Q8: linear<Q8, Bytes>(*p); break;
     case Q4: linear<Q4, Bytes>(*p); break;
   }
-  return 0;
+  return -1;
 }

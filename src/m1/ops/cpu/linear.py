@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from m1.ops.build import call
+from m1.ops.calls import call, made
 from m1.ops.cpu import ELEMENTS
 from m1.ops.quantize import GROUP, Quantized
 
@@ -38,8 +38,14 @@ class Panels:
             words = words.contiguous().view(torch.int32)
         bias = torch.zeros(outputs) if bias is None else bias.float()
         bias = F.pad(bias, (0, -outputs % width)).contiguous()
-        self._outputs, self._tensors = outputs, (_panels(words, width), bias, scales, minima)
-        self._fields = inputs, outputs, kind, *self._tensors
+        self._outputs = outputs
+        self._fields = inputs, outputs, kind, _panels(words, width), bias, scales, minima
+
+    def copy_(self, other: "Panels") -> None:
+        """Takes over the weights of a layer of the same shapes and kind, in place: recorded calls read them there."""
+        for own, new in zip(self._fields[3:], other._fields[3:], strict=True):
+            if isinstance(own, Tensor) and isinstance(new, Tensor):
+                own.copy_(new)
 
     def __call__(self, x: Tensor) -> Tensor:
         count = x.shape[0]  # takes a third of the time of len(x); calls are frequent
@@ -47,7 +53,7 @@ class Panels:
         if step != 1:
             x = x.contiguous()
             stride = x.stride(0)
-        out = x.new_empty(count, self._outputs)
+        out = made(x.new_empty(count, self._outputs))
         call("m1_linear", *self._fields, count, stride, ELEMENTS[x.dtype], x, out)
         return out
 

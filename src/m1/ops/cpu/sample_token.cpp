@@ -117,5 +117,5 @@ void sample(const Sample& p) {
 
 extern "C" int64_t m1_sample_token(const Sample* p) {
   with_type(p->dtype, [&](auto t) { sample<decltype(t)>(*p); });
-  return 0;
+  return -1;
 }

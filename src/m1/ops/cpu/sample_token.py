@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from m1.ops.build import call
+from m1.ops.calls import call
 from m1.ops.cpu import ELEMENTS
 
 

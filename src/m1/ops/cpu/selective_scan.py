@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from m1.ops.build import call
+from m1.ops.calls import call
 from m1.ops.cpu import ELEMENTS
 from m1.ops.inputs import PrefillInputs, ScanGradients, ScanInputs, ScanOutputs
 

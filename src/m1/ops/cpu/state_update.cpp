@@ -19,7 +19,7 @@ constexpr int HELD = TAPS - 1;  // convolution inputs in the conv_state of a cha
 struct Step {
   int64_t rows, slot_count, dtype;
   const int64_t* slots;         // [rows]; a negative slot means none
-  const float *taps, *bias;     // [TAPS, channels of the convolution] oldest first, [channels]
+  const float *taps, *bias;     // [channels of the convolution, TAPS] oldest first, [channels]
   void* conv_state;             // [slots, channels, HELD] oldest first
   float* ssm_state;
 };
@@ -57,11 +57,14 @@ void take_window(T* state, const T* token, float (&window)[TAPS][N]) {
     for (int c = 0; c < N; c += W) store(window[k] + c, load(columns[k] + c));
 }
 
-// silu(conv) of the 16 channels from `channel` on, of `channels` in all.
-void convolve(const Step& p, const float (&window)[TAPS][N], int64_t channel, int64_t channels, float* u) {
+// silu(conv) of the 16 channels from `channel` on.
+void convolve(const Step& p, const float (&window)[TAPS][N], int64_t channel, float* u) {
+  float taps[TAPS][N];
+  for (int c = 0; c < N; ++c)
+    for (int k = 0; k < TAPS; ++k) taps[k][c] = p.taps[(channel + c) * TAPS + k];
   for (int c = 0; c < N; c += W) {
     vec conv = load(p.bias + channel + c);
-    for (int k = 0; k < TAPS; ++k) conv += load(p.taps + k * channels + channel + c) * load(window[k] + c);
+    for (int k = 0; k < TAPS; ++k) conv += load(taps[k] + c) * load(window[k] + c);
     store(u + c, conv * sigmoid(conv));
   }
 }
@@ -85,7 +88,7 @@ void mamba_step(const MambaStep& p) {
       for (int64_t g = kv * rep; g < (kv + 1) * rep; ++g, y += N) {
         const int64_t channel = g * N;
         float* h = p.step.ssm_state + (slot * channels + channel) * N;
-        convolve(p.step, window, channel, channels, u);
+        convolve(p.step, window, channel, u);
         for (int c = 0; c < N; c += W) {
           store(C + c, load((const T*)p.C + i * p.C_stride + channel + c));
           store(dt + c, softplus(load((const T*)p.dt + i * p.dt_stride + channel + c)));
@@ -132,7 +135,7 @@ void ssd_step(const SsdStep& p) {
           float window[TAPS][N];
           T* conv_state = (T*)p.step.conv_state + (slot * channels + channel) * HELD;
           take_window(conv_state, (const T*)p.xBC + i * p.stride + channel, window);
-          convolve(p.step, window, channel, channels, u + channel - first);
+          convolve(p.step, window, channel, u + channel - first);
         }
       };
       activate(g * P, P, x);

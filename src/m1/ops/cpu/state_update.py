@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from m1.ops.build import call
+from m1.ops.calls import call
 from m1.ops.cpu import ELEMENTS
 from m1.ops.inputs import SSDStepInputs, StepInputs
 
@@ -27,8 +27,7 @@ def _step(kernel: str, inputs: StepInputs | SSDStepInputs, y: Tensor, *own: Tens
     rows, slots, ssm_state = inputs[0], inputs.slots, inputs.ssm_state
     conv_state = inputs.conv_state.to(rows.dtype)  # a copy if the dtype isn't the rows'
     sizes = [len(rows), len(ssm_state), ELEMENTS[rows.dtype]]
-    taps = inputs.conv_weight.T.contiguous()
-    bad_row = call(kernel, *sizes, slots, taps, inputs.conv_bias, conv_state, ssm_state, *own, y)
+    bad_row = call(kernel, *sizes, slots, inputs.conv_weight, inputs.conv_bias, conv_state, ssm_state, *own, y)
     if bad_row >= 0:
         raise IndexError(f"row {bad_row} has slot {int(slots[bad_row])}, but there are {len(ssm_state)} slots")
     if conv_state is not inputs.conv_state:

@@ -95,6 +95,30 @@ inline void store(f16* p, vec v) {
   std::memcpy(p, &h, sizeof h);
 }
 
+// Converts `count` numbers.
+template <class T>
+inline void to_float(const T* from, float* to, int64_t count) {
+  int64_t i = 0;
+  for (; i + W <= count; i += W) store(to + i, load(from + i));
+  if (i == count) return;
+  T rest[W] = {};
+  std::memcpy(rest, from + i, (count - i) * sizeof(T));
+  const vec v = load(rest);
+  std::memcpy(to + i, &v, (count - i) * sizeof(float));
+}
+
+template <class T>
+inline void from_float(const float* from, T* to, int64_t count) {
+  int64_t i = 0;
+  for (; i + W <= count; i += W) store(to + i, load(from + i));
+  if (i == count) return;
+  vec v = {};
+  std::memcpy(&v, from + i, (count - i) * sizeof(float));
+  T rest[W];
+  store(rest, v);
+  std::memcpy(to + i, rest, (count - i) * sizeof(T));
+}
+
 // Calls f with a value of the element type that `dtype` names (ops/cpu/__init__.py).
 template <class F>
 inline void with_type(int64_t dtype, F f) {

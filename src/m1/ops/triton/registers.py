@@ -19,14 +19,14 @@ STEP_BITS, FIRST_FACTOR, SECOND_FACTOR = (tl.constexpr(bits) for bits in (STEP, 
 
 
 def read_registers(
-    integers: Tensor, floats: Tensor, slots: Tensor, tokens: Tensor, active: Tensor, lengths: Tensor, uniform: Tensor,
-    temperature: Tensor,
+    integers: Tensor, floats: Tensor, slots: Tensor, tokens: Tensor, active: Tensor, lengths: Tensor, keys: Tensor,
+    uniform: Tensor, temperature: Tensor,
 ) -> None:  # fmt: skip
-    """Fills tokens, active, lengths, uniform and temperature."""
+    """Fills tokens, active, lengths, keys, uniform and temperature."""
     if len(slots):
         _read[(triton.cdiv(len(slots), ROWS),)](
-            integers, floats, slots, tokens, active, lengths, uniform, temperature, len(slots), integers.stride(0),
-            floats.stride(0), ROWS, num_warps=1, **overlap(slots.device),
+            integers, floats, slots, tokens, active, lengths, keys, uniform, temperature, len(slots),
+            integers.stride(0), floats.stride(0), ROWS, num_warps=1, **overlap(slots.device),
         )  # fmt: skip
 
 
@@ -55,7 +55,7 @@ def _uniform(stream, index):
 
 @triton.jit
 def _read(
-    integers, floats, slots, tokens, active, lengths, uniform, temperature, count, width, float_width,
+    integers, floats, slots, tokens, active, lengths, keys, uniform, temperature, count, width, float_width,
     ROWS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     await_previous(EARLY)
@@ -65,7 +65,9 @@ def _read(
     own = integers + slot * width
     tl.store(tokens + row, tl.load(own + TOKEN, mask=exists), mask=exists)
     tl.store(active + row, tl.where(tl.load(own + ENDED, mask=exists) > 0, -1, slot), mask=exists)
-    tl.store(lengths + row, tl.load(own + LENGTH, mask=exists), mask=exists)
+    length = tl.load(own + LENGTH, mask=exists)
+    tl.store(lengths + row, length, mask=exists)
+    tl.store(keys + row, length + 1, mask=exists)
     drawn, stream = tl.load(own + DRAWN, mask=exists), tl.load(own + STREAM, mask=exists)
     tl.store(uniform + row, _uniform(stream, drawn), mask=exists)
     tl.store(temperature + row, tl.load(floats + slot * float_width + TEMPERATURE, mask=exists), mask=exists)
