@@ -114,6 +114,7 @@ OPS = {
         "slots": torch.tensor([2, 1, 2]),
         "positions": torch.tensor([0, 60, 1]),
     },
+    ops.embedding: {"tokens": torch.tensor([2, 0, 3]), "table": normal(9, 5)},
     ops.add_rms_norm: {"hidden": normal(3, 32), "update": normal(3, 32), "weight": normal(32)},
     ops.swiglu: {"gate_up": normal(3, 64)},
     ops.sample_token: {"logits": normal(3, 40), "uniform": torch.rand(3), "temperature": torch.ones(3)},
@@ -146,6 +147,8 @@ VALID = {
     (ops.swiglu, "gate_up", "empty"),
     (ops.swiglu, "gate_up", "meta"),  # the only tensor
     *((op, "page_table", change) for op in PAGED for change in FREE),
+    *((ops.embedding, "tokens", change) for change in ("dimension 0 longer", "dimension 0 shorter", "empty")),
+    *((ops.embedding, "table", change) for change in FREE),
     (ops.sample_token, "logits", "dimension 1 longer"),
     (ops.sample_token, "logits", "dimension 1 shorter"),
     (PackedLinear, "weight", "dimension 1 longer"),
@@ -231,7 +234,7 @@ def test_the_table_of_valid_mutations_holds(op, name, mutation):
     value = dict(mutations(op, name, OPS[op][name]))[mutation]
     result = call(op, {other: t.clone() for other, t in OPS[op].items()} | {name: value})
     outputs = result.out_features if op is PackedLinear else len(result[0] if isinstance(result, tuple) else result)
-    assert outputs == len(next(iter(OPS[op].values())) if name == "page_table" else value)
+    assert outputs == len(next(iter(OPS[op].values())) if name in ("page_table", "table") else value)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int8, torch.uint8], ids=str)

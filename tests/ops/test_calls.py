@@ -17,7 +17,7 @@ def network():
     first, second, head = PackedLinear(up), PackedLinear(down), PackedLinear(table)
 
     def step(tokens):
-        hidden = embedding(table, tokens)
+        hidden = embedding(tokens, table)
         for _ in range(3):
             hidden = add_rms_norm(hidden, second(swiglu(first(hidden))), weight, 1e-5)
         return head(hidden), hidden[:, :16]

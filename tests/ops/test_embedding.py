@@ -12,18 +12,18 @@ from m1.ops import embedding
 @pytest.mark.parametrize("rows", [0, 1, 9])
 def test_the_kernel_equals_torch(rows, dtype):
     table, tokens = torch.randn(7, 5).to(dtype), torch.randint(7, (rows,))
-    assert torch.equal(embedding(table, tokens, backend="cpu"), F.embedding(tokens, table))
-    assert torch.equal(embedding(table.T.contiguous().T, tokens), F.embedding(tokens, table))
+    assert torch.equal(embedding(tokens, table, backend="cpu"), F.embedding(tokens, table))
+    assert torch.equal(embedding(tokens, table.T.contiguous().T), F.embedding(tokens, table))
 
 
 @pytest.mark.parametrize("token", [-1, 7])
 def test_tokens_that_do_not_exist_are_refused(token):
     with pytest.raises(IndexError, match=f"row 1 has token {token}, but there are 7"):
-        embedding(torch.randn(7, 5), torch.tensor([0, token]), backend="cpu")
+        embedding(torch.tensor([0, token]), torch.randn(7, 5), backend="cpu")
 
 
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="embedding: tokens has shape"):
-        embedding(torch.randn(7, 5), torch.tensor([0.0]))
+        embedding(torch.tensor([0.0]), torch.randn(7, 5))
     with pytest.raises(ValueError, match="backend 'triton' needs a Triton kernel, and there is none"):
-        embedding(torch.randn(7, 5), torch.tensor([0]), backend="triton")
+        embedding(torch.tensor([0]), torch.randn(7, 5), backend="triton")

@@ -48,9 +48,9 @@ class Rotary:
             positions: [rows] int64, from 0.
             lengths: [rows] int64, number of tokens whose frequencies a row takes.
         """
-        cos, sin = (embedding(values, positions) for values in self._table)
+        cos, sin = (embedding(positions, values) for values in self._table)
         if self.switch is None:
             return cos, sin
         is_long = lengths[:, None] > self.switch
-        long_cos, long_sin = (embedding(values, positions) for values in self._long_table)
+        long_cos, long_sin = (embedding(positions, values) for values in self._long_table)
         return torch.where(is_long, long_cos, cos), torch.where(is_long, long_sin, sin)

@@ -140,7 +140,7 @@ class Runner:
 
     def _stack(self, tokens: Tensor, mix: Any) -> Tensor:
         """Runs all layers and the final norm on tokens [rows]. Returns hidden states [rows, H]."""
-        hidden = embedding(self.embedding, tokens)
+        hidden = embedding(tokens, self.embedding)
         update = None
         for layer in self.layers:
             update = mix(layer, add_rms_norm(hidden, update, layer.mixer_norm, self.eps))

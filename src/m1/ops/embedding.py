@@ -6,15 +6,16 @@ from torch import Tensor
 from m1.ops.backend import Backend, choose, inference_operator, own_backend
 from m1.ops.shapes import Shapes
 
-CHECK = Shapes("embedding", table="V H: float", tokens="rows: int64")
+RULES = {"table must have rows": lambda V: V > 0}
+CHECK = Shapes("embedding", where=RULES, tokens="rows: int", table="V H: float")
 
 
-def embedding(table: Tensor, tokens: Tensor, backend: Backend = "auto") -> Tensor:
+def embedding(tokens: Tensor, table: Tensor, backend: Backend = "auto") -> Tensor:
     """table[tokens]. Not differentiable. On a GPU it is torch's.
 
     Args:
+        tokens: [rows] integers, 0 to V - 1.
         table: [V, H].
-        tokens: [rows] int64, 0 to V - 1.
 
     Returns:
         [rows, H] in the table's dtype.
@@ -23,15 +24,16 @@ def embedding(table: Tensor, tokens: Tensor, backend: Backend = "auto") -> Tenso
         ValueError: a tensor that doesn't fit, or a backend that can't run this.
         IndexError: on a CPU, a token that isn't in the table.
     """
-    CHECK(table, tokens)
+    CHECK(tokens, table)
     own = own_backend(table.device.type) if backend == "auto" else backend
     limits = {"a Triton kernel, and there is none": own != "triton", "contiguous rows": table.is_contiguous()}
     backend = choose("embedding", backend, table, limits)
-    return F.embedding(tokens, table) if backend == "reference" else _embedding(table, tokens.contiguous(), backend)
+    tokens = tokens.long().contiguous()
+    return F.embedding(tokens, table) if backend == "reference" else _embedding(tokens, table, backend)
 
 
-def _new_rows(table: Tensor, tokens: Tensor) -> Tensor:
+def _new_rows(tokens: Tensor, table: Tensor) -> Tensor:
     return table.new_empty(len(tokens), table.shape[1])
 
 
-_embedding = inference_operator("embedding", "embedding", "Tensor table, Tensor tokens", _new_rows)
+_embedding = inference_operator("embedding", "embedding", "Tensor tokens, Tensor table", _new_rows)

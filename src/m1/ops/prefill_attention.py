@@ -46,6 +46,7 @@ def prefill_attention(
     backend = choose("prefill_attention", backend, q, page_limits(k_cache, v_cache, page_table))
     if backend != "triton":
         check_chunks("prefill_attention", cu_seqlens, slots, len(page_table), max_length, q=q)
+    if backend == "reference":
         _check_pages(k_cache, starts, cu_seqlens, page_table, slots)
     chunks = (starts.long().contiguous(), cu_seqlens.long().contiguous())
     table, slots = page_table.int().contiguous(), slots.long().contiguous()

@@ -131,7 +131,8 @@ class Shapes:
             if not fits or tensor.dtype not in dtypes or tensor.device != device:
                 actual = f"shape {tuple(tensor.shape)} and dtype {_words(tensor.dtype)} on {tensor.device}"
                 shape = text if len(expected) < len(declared) else f"{text} = {tuple(expected)}"
-                rule = ", ".join([shape, f"{_words(dtypes[0])} as {like}" if like else dtype, f"on {device}", *known])
+                place = f"on {device}" if tensor.device == device else f"on {device} as {next(iter(given))}"
+                rule = ", ".join([shape, f"{_words(dtypes[0])} as {like}" if like else dtype, place, *known])
                 raise ValueError(f"{self.op}: {name} has {actual}, but must be {rule}")
         for relation, holds, names in self.rules:
             if not holds(*(sizes[size] for size in names)):

@@ -5,7 +5,7 @@ from torch import Tensor
 from m1.ops.calls import call
 
 
-def embedding(table: Tensor, tokens: Tensor, out: Tensor) -> None:
+def embedding(tokens: Tensor, table: Tensor, out: Tensor) -> None:
     """Fills out. Raises IndexError if a token isn't in the table."""
     count, width = table.shape
     bad_row = call("m1_embedding", len(tokens), count, width * table.element_size(), table, tokens, out)

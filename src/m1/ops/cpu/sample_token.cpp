@@ -34,12 +34,6 @@ vec load_some(const T* logits, int64_t i, int64_t count) {
   return v;
 }
 
-inline float sum(vec v) {
-  float total = 0;
-  for (int lane = 0; lane < W; ++lane) total += v[lane];
-  return total;
-}
-
 template <class T>
 struct Row {
   const T* logits;

@@ -48,12 +48,16 @@ inline vec load(const bf16* p) {
   return (vec)(__builtin_convertvector(h, uvec) << 16);
 }
 
-// Rounds to nearest, ties to even. NaN stays NaN.
+// Rounds to nearest, ties to even. NaN stays NaN. The instruction takes numbers below 2^-126 as zero.
 inline void store(bf16* p, vec v) {
+#if defined(__AVX512BF16__)
+  const __m256bh h = _mm512_cvtneps_pbh((__m512)v);
+#else
   const uvec bits = (uvec)v;
   uvec rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   rounded = v == v ? rounded : uvec{} + 0x7fc0u;
   const halves h = __builtin_convertvector(rounded, halves);
+#endif
   std::memcpy(p, &h, sizeof h);
 }
 
@@ -93,6 +97,12 @@ inline void store(f16* p, vec v) {
   const halves h = __builtin_convertvector(rounded | (bits >> 16 & 0x8000u), halves);
 #endif
   std::memcpy(p, &h, sizeof h);
+}
+
+inline float sum(vec v) {
+  float total = 0;
+  for (int lane = 0; lane < W; ++lane) total += v[lane];
+  return total;
 }
 
 // Converts `count` numbers.
@@ -137,6 +147,16 @@ inline vec max(vec a, vec b) { return (vec)_mm256_max_ps((__m256)a, (__m256)b); 
 #else
 inline vec max(vec a, vec b) { return a > b ? a : b; }
 #endif
+inline float highest(vec v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)v);
+#else
+  float most = v[0];
+  for (int lane = 1; lane < W; ++lane) most = v[lane] > most ? v[lane] : most;
+  return most;
+#endif
+}
+
 inline vec abs(vec x) { return (vec)((uvec)x & 0x7fffffffu); }
 
 // 2^x for x <= 0, with relative error 1e-7, exact at 0. It is 2^k 2^r with k the nearest integer: a polynomial in r,
