@@ -188,6 +188,7 @@ def test_no_request_starves(hybrid):
 
 def test_nan_logits_end_a_sequence_and_the_others_go_on(hybrid, monkeypatch):
     engine = Engine(hybrid, [], max_model_len=64)
+    engine.executor.use(lambda step: step)
     params = SamplingParams(max_tokens=8, temperature=0)
     expected = engine.generate([[1, 2], [5]], params)
     plain = engine.executor.runner.decode

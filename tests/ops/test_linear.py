@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from kernels import DTYPES, to_backend
 from tolerance import assert_rms_close
 
-from m1.ops import PackedLinear, reference, swiglu
+from m1.ops import PackedLinear, reference
 from m1.ops.cpu.linear import rounds_rows
 from m1.ops.quantize import GROUP, quantize
 
@@ -165,7 +165,8 @@ def test_triton_equals_torch(rows, inputs, outputs, dtype, biased):
     assert_equals_torch(layer, x, weight, bias if biased else None)
     gate, up = F.linear(x.double(), weight.double(), bias.double() if biased else None).chunk(2, dim=1)
     # beyond the kernel's rows, the product is rounded before the gate
-    assert_rms_close([layer.swiglu(x)], [F.silu(gate) * up], torch.finfo(dtype).eps * (1 if rows <= 64 else 2))
+    mlp = PackedLinear(weight, bias if biased else None, backend="triton", gated=True)
+    assert_rms_close([mlp(x)], [F.silu(gate) * up], torch.finfo(dtype).eps * (1 if rows <= 64 else 2))
 
 
 def test_triton_takes_strided_rows_and_new_weights():
@@ -186,12 +187,22 @@ def test_triton_takes_no_float32():
         PackedLinear(weight, backend="triton")
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_swiglu_is_that_of_the_outputs(backend):
-    x, weight, bias = make(5, 40, 64)
-    layer = PackedLinear(weight, bias, backend)
-    assert torch.equal(layer.swiglu(x), swiglu(layer(x)))
-    with pytest.raises(ValueError, match="x has shape"):
-        layer.swiglu(x[0])
-    with pytest.raises(ValueError, match="width must be even"):
-        PackedLinear(weight[1:], None, backend).swiglu(x)
+@pytest.mark.usefixtures("poisoned_memory")
+@settings(max_examples=100, deadline=None)
+@given(ROWS, INPUTS, OUTPUTS, ANY, st.booleans(), st.sampled_from([None, "int8", "int4"]))
+def test_gated_outputs(rows, inputs, outputs, dtype, biased, quantization):
+    x, weight, bias = make(rows, inputs, 2 * outputs, torch.float32, dtype)
+    bias = bias if biased else None
+    plain = PackedLinear(weight, bias, "cpu", quantization)
+    gate, up = plain(x).chunk(2, dim=1)
+    gated = PackedLinear(weight, bias, "cpu", quantization, gated=True)
+    assert_rms_close([gated(x)], [F.silu(gate) * up], 1e-6)
+    assert torch.equal(gated(x[:1]), gated(x)[:1])
+    by_torch = PackedLinear(weight, bias, "reference", gated=True)
+    if not quantization:
+        assert_rms_close([gated(x)], [by_torch(x)], 3e-6)
+
+
+def test_an_odd_number_of_gated_outputs_is_refused():
+    with pytest.raises(ValueError, match=r"gated outputs must be even, but weight has shape \(7, 5\)"):
+        PackedLinear(torch.randn(7, 5), gated=True)

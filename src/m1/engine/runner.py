@@ -164,11 +164,12 @@ class DecoderLayer:
     def __init__(self, layer: Any, pack: "Packer"):
         self.mixer_norm: Tensor = layer.input_layernorm.weight
         self.mlp_norm: Tensor = layer.post_attention_layernorm.weight
-        self.gate_up, self.down = pack(layer.mlp.gate_proj, layer.mlp.up_proj), pack(layer.mlp.down_proj)
+        self.gate_up = pack(layer.mlp.gate_proj, layer.mlp.up_proj, gated=True)
+        self.down = pack(layer.mlp.down_proj)
 
     def mlp(self, hidden: Tensor) -> Tensor:
         """The gated MLP: hidden states [..., H] -> [..., H], without norm and residual."""
-        return self.down(self.gate_up.swiglu(hidden))
+        return self.down(self.gate_up(hidden))
 
 
 class AttentionLayer(DecoderLayer):
@@ -265,12 +266,15 @@ class Packer:
         self.quantization = quantization
         self._packed: list[tuple[PackedLinear, tuple[nn.Linear, ...]]] = []
 
-    def __call__(self, *linears: nn.Linear) -> PackedLinear:
-        """Packs these layers. Raises UserError for another kind, such as a quantized one or one with an adapter."""
+    def __call__(self, *linears: nn.Linear, gated: bool = False) -> PackedLinear:
+        """Packs these layers, two of them as a gated one if asked.
+
+        Raises UserError for another kind, such as a quantized one or one with an adapter.
+        """
         for linear in linears:
             if type(linear) is not nn.Linear:
                 raise _other_weights(type(linear).__name__)
-        layer = PackedLinear(*_joined(linears), quantization=self.quantization)
+        layer = PackedLinear(*_joined(linears), quantization=self.quantization, gated=gated)
         self._packed.append((layer, linears))
         return layer
 

@@ -28,7 +28,7 @@ class PackedLinear(nn.Module):
     than the GPU's kernel is made for.
 
     Attributes:
-        out_features: outputs per row.
+        out_features: results per row.
         in_features: inputs per row.
         dtype: dtype of the given weight.
         device: device of the weight, on which the rows must be.
@@ -40,6 +40,7 @@ class PackedLinear(nn.Module):
         bias: Tensor | None = None,
         backend: Backend = "auto",
         quantization: Quantization | None = None,
+        gated: bool = False,
     ):
         """Packs the weights in their own dtype. `load` takes new ones.
 
@@ -50,13 +51,18 @@ class PackedLinear(nn.Module):
             quantization: rounds the weights to 8 or 4 bits (ops/quantize.py), so that a product of few rows reads fewer
                 bytes. The CPU kernel then rounds the rows, too, if the processor multiplies bytes: to -127..127, with
                 one scale per 32 inputs.
+            gated: makes it a gated MLP's first layer. Its results are silu(y[:, :out / 2]) * y[:, out / 2:] (Shazeer
+                2020, SwiGLU).
 
         Raises:
-            ValueError: a tensor that doesn't fit, or a backend that can't run this.
+            ValueError: a tensor that doesn't fit, an odd number of gated outputs, or a backend that can't run this.
         """
         super().__init__()
         CHECK(weight, bias)
-        self.out_features, self.in_features = weight.shape
+        outputs, self.in_features = weight.shape
+        if gated and outputs % 2:
+            raise ValueError(f"PackedLinear: gated outputs must be even, but weight has shape {tuple(weight.shape)}")
+        self.out_features, self.gated = outputs // 2 if gated else outputs, gated
         self.dtype, self.device, self.quantization = weight.dtype, weight.device, quantization
         limits = {"bfloat16 or float16 weights, not quantized": self.dtype != torch.float32 and not quantization}
         own = self.device.type == "cuda" or backend == "triton"
@@ -71,7 +77,7 @@ class PackedLinear(nn.Module):
         weight, bias = weight.detach(), None if bias is None else bias.detach()
         quantized = quantize(weight, self.quantization) if self.quantization else None
         if self.backend == "cpu":
-            panels = kernels("cpu", "linear").Panels(quantized or weight, bias)
+            panels = kernels("cpu", "linear").Panels(quantized or weight, bias, self.gated)
             if self._panels is None:
                 self._multiply = self._panels = panels
             else:
@@ -80,9 +86,8 @@ class PackedLinear(nn.Module):
         weight = quantized.values().to(self.dtype) if quantized else weight
         if self._used is None:
             self._used = weight, bias
-            self._multiply = partial(
-                _multiply_by_triton if self.backend == "triton" else _multiply_by_torch, weight, bias
-            )
+            multiply = _multiply_by_triton if self.backend == "triton" else _multiply_by_torch
+            self._multiply = partial(multiply, weight, bias, self.gated)
         else:  # in place: a graph reads these tensors
             for used, new in zip(self._used, (weight, bias), strict=True):
                 if used is not None and new is not None and used is not new:
@@ -95,7 +100,7 @@ class PackedLinear(nn.Module):
             x: [rows, in] float32, bfloat16 or float16.
 
         Returns:
-            [rows, out] in x's dtype.
+            [rows, out] in x's dtype; [rows, out / 2] if gated.
 
         Raises:
             ValueError: x doesn't fit.
@@ -105,23 +110,6 @@ class PackedLinear(nn.Module):
 
     __call__ = forward  # skips nn.Module's search for hooks, which takes a third of a small product's time
 
-    def swiglu(self, x: Tensor) -> Tensor:
-        """silu(gate) * up of the layer's outputs, which are gate followed by up.
-
-        Args:
-            x: [rows, in] float32, bfloat16 or float16.
-
-        Returns:
-            [rows, out / 2] in x's dtype.
-
-        Raises:
-            ValueError: x doesn't fit, or the number of outputs is odd.
-        """
-        self._check(x)
-        if self.backend == "triton" and self._used and self.out_features % 2 == 0 and _few(x, self._used[0]):
-            return _multiply_by_triton(*self._used, x, gated=True)
-        return swiglu(self(x))
-
     def _check(self, x: Tensor) -> None:
         shape = x.shape
         if len(shape) != 2 or shape[1] != self.in_features or x.dtype not in KERNEL_FLOATS or x.device != self.device:
@@ -129,21 +117,17 @@ class PackedLinear(nn.Module):
             Shapes("PackedLinear", x=f"rows {self.in_features}: float32, bfloat16 or float16")(x, device=self.device)
 
 
-def _multiply_by_torch(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+def _multiply_by_torch(weight: Tensor, bias: Tensor | None, gated: bool, x: Tensor) -> Tensor:
     """F.linear, in float32 if the dtypes of x and weight differ. Returns x's dtype."""
     dtype = torch.promote_types(x.dtype, weight.dtype)
-    return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)).to(x.dtype)
+    y = F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)).to(x.dtype)
+    return swiglu(y) if gated else y
 
 
-def _multiply_by_triton(weight: Tensor, bias: Tensor | None, x: Tensor, gated: bool = False) -> Tensor:
+def _multiply_by_triton(weight: Tensor, bias: Tensor | None, gated: bool, x: Tensor) -> Tensor:
     """The kernel's product where it has been made for x, else torch's."""
-    if not _few(x, weight):
-        return _multiply_by_torch(weight, bias, x)
+    if not 0 < len(x) <= kernels("triton", "linear").MAX_ROWS or x.dtype != weight.dtype:
+        return _multiply_by_torch(weight, bias, gated, x)
     out = x.new_empty(len(x), len(weight) // (1 + gated))
     kernels("triton", "linear").linear(x, weight, bias, out, gated)
     return out
-
-
-def _few(x: Tensor, weight: Tensor) -> bool:
-    """Whether the Triton kernel multiplies x."""
-    return 0 < len(x) <= kernels("triton", "linear").MAX_ROWS and x.dtype == weight.dtype

@@ -22,7 +22,7 @@ constexpr int BLOCK = 96;            // maximum number of rows
 constexpr int64_t SMALL = 1 << 16;   // multiplications up to which one thread is faster
 
 struct Linear {
-  int64_t inputs, outputs, kind;
+  int64_t inputs, outputs, kind, gated;  // outputs: of a row. Gated ones are silu(gate) * up of a panel's two halves
   const uint32_t* weight;             // [panels, steps, WIDTH]; zero where there are no inputs
   const float* bias;                  // [panels, WIDTH]
   const f16 *scales, *minima;         // [panels, groups, WIDTH], for quantized weights; minima for Q4
@@ -66,9 +66,12 @@ void block(const Linear& p, const Rows<X>& rows, int64_t row, int64_t count, int
   }
   for (int64_t r = 0; r < count; ++r)
     for (int i = 0; i < PANELS; ++i) {
-      const int64_t column = (panel + i) * WIDTH, at = (row + r) * p.outputs + column;
-      const int64_t some = std::min<int64_t>(WIDTH, p.outputs - column);
-      with_type(p.dtype, [&](auto t) { from_float(sums + (r * PANELS + i) * WIDTH, (decltype(t)*)p.out + at, some); });
+      const int64_t width = p.gated ? W : WIDTH, column = (panel + i) * width;
+      float* sum = sums + (r * PANELS + i) * WIDTH;
+      if (p.gated) store(sum, load(sum) * sigmoid(load(sum)) * load(sum + W));
+      with_type(p.dtype, [&](auto t) {
+        from_float(sum, (decltype(t)*)p.out + (row + r) * p.outputs + column, std::min(width, p.outputs - column));
+      });
     }
 }
 
@@ -118,7 +121,8 @@ void linear(const Linear& p) {
   X* copied = kept.data();
   RowGroup* of_groups = kept_groups.data();
   const Rows<X> rows{copy ? copied : (const X*)p.x, copy ? inputs : p.stride, groups, of_groups};
-  const int64_t blocks = (p.rows + BLOCK - 1) / BLOCK, panels = (p.outputs + WIDTH - 1) / WIDTH;
+  const int64_t blocks = (p.rows + BLOCK - 1) / BLOCK, width = p.gated ? W : WIDTH;
+  const int64_t panels = (p.outputs + width - 1) / width;
   const int64_t together = panels_for(p.rows), parts = (panels + together - 1) / together;
 #pragma omp parallel if (p.rows * p.inputs * p.outputs > SMALL)
   {

@@ -1,5 +1,7 @@
 """Packs a linear layer's weights for linear.cpp. Tensors and dtypes are those of ops/linear.py."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,10 +21,11 @@ class Panels:
     Args:
         weight: [out, in] of a dtype in `ELEMENTS`, or quantized.
         bias: [out], or None.
+        gated: whether a row's result is silu(first half) * second half of its outputs.
     """
 
-    def __init__(self, weight: Tensor | Quantized, bias: Tensor | None) -> None:
-        width = call("m1_linear_width")
+    def __init__(self, weight: Tensor | Quantized, bias: Tensor | None, gated: bool) -> None:
+        pack = partial(_panels, width=call("m1_linear_width"), gated=gated)
         scales = minima = None
         if isinstance(weight, Quantized):
             codes, scales, minima = weight
@@ -30,20 +33,19 @@ class Panels:
             codes = F.pad(codes, (0, -inputs % GROUP))
             kind = Q8 if minima is None else Q4
             words = _bytes_to_words(codes + 128) if minima is None else _halves_to_words(codes)
-            scales, minima = (None if t is None else _panels(t.half(), width) for t in (scales, minima))
+            scales, minima = (None if t is None else pack(t.half()) for t in (scales, minima))
         else:
             outputs, inputs = weight.shape
             kind = ELEMENTS[weight.dtype]
             words = F.pad(weight, (0, inputs % 2)) if kind else weight  # two inputs of 16 bits in each word
             words = words.contiguous().view(torch.int32)
         bias = torch.zeros(outputs) if bias is None else bias.float()
-        bias = F.pad(bias, (0, -outputs % width)).contiguous()
-        self._outputs = outputs
-        self._fields = inputs, outputs, kind, _panels(words, width), bias, scales, minima
+        self._outputs = outputs // 2 if gated else outputs
+        self._fields = inputs, self._outputs, kind, int(gated), pack(words), pack(bias[:, None]), scales, minima
 
     def copy_(self, other: "Panels") -> None:
         """Takes over the weights of a layer of the same shapes and kind, in place: recorded calls read them there."""
-        for own, new in zip(self._fields[3:], other._fields[3:], strict=True):
+        for own, new in zip(self._fields[4:], other._fields[4:], strict=True):
             if isinstance(own, Tensor) and isinstance(new, Tensor):
                 own.copy_(new)
 
@@ -63,10 +65,13 @@ def rounds_rows() -> bool:
     return bool(call("m1_linear_rounds_rows"))
 
 
-def _panels(values: Tensor, width: int) -> Tensor:
-    """[out, n] -> [panels, n, width]."""
-    padded = F.pad(values, (0, 0, 0, -len(values) % width))
-    return padded.unflatten(0, (-1, width)).transpose(1, 2).contiguous()
+def _panels(values: Tensor, width: int, gated: bool) -> Tensor:
+    """[out, n] -> [panels, n, width]. The halves of a gated layer's panel are from both halves of the outputs."""
+    halves = values.unflatten(0, (2, -1)) if gated else values[None]
+    part = width // len(halves)
+    padded = F.pad(halves, (0, 0, 0, -halves.shape[1] % part))
+    panels = padded.unflatten(1, (-1, part)).transpose(0, 1).flatten(1, 2)
+    return panels.transpose(1, 2).contiguous()
 
 
 def _bytes_to_words(codes: Tensor) -> Tensor:
