@@ -55,14 +55,14 @@ def load_llm(
     """Loads a checkpoint as an `LLM` on one device or as a `DataParallel` on several, which ends with the context.
 
     Args:
-        folder: checkpoint folder or Hub id.
+        folder: checkpoint folder, Hub id, or on one device a GGUF file.
         devices: see `devices_of`.
         dtype: of the weights.
         options: those of `LLM`.
     """
     device, *others = devices_of(devices)
     if not others:
-        yield LLM(*load_model(folder, device, dtype=dtype), **options)
+        yield LLM.from_pretrained(folder, dtype, device, **options)
         return
     parallel = DataParallel(checkpoint_folder(folder), [device, *others], dtype, **options)
     try:

@@ -14,7 +14,9 @@ from m1.engine.engine import Engine, stop_tokens
 from m1.engine.sampling import SamplingParams
 from m1.engine.sequence import Request, Sequence, TopLogprobs, requests_for
 from m1.model.checkpoint import load_model
+from m1.model.gguf import is_gguf, read_gguf, stored_quantization
 from m1.model.tokenizer import decode_text, encode_chat
+from m1.ops.backend import default_device
 
 Prompt = str | list[dict[str, str]]  # plain text without a template, or chat messages, which go through the template
 UNFINISHED = "\ufffd"  # what a tokenizer returns for a character with missing bytes
@@ -49,15 +51,30 @@ class LLM:
         self.engine: Engine | None = None
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, dtype: str | torch.dtype = "auto", **options: Any) -> "LLM":
-        """Loads the model and the tokenizer of a checkpoint folder.
+    def from_pretrained(
+        cls, folder: str | Path, dtype: str | torch.dtype = "auto", device: str | None = None, **options: Any
+    ) -> "LLM":
+        """Loads the model and the tokenizer of a checkpoint.
 
         Args:
-            folder: the checkpoint's folder.
-            dtype: of the weights, e.g. "bfloat16"; "auto" keeps the checkpoint's own.
+            folder: the checkpoint's folder, its id on the Hub, or a GGUF file. On a CPU a file's Q8_0 and Q4_1 weights
+                run as they are, as int8 and int4.
+            dtype: of the weights, e.g. "bfloat16"; "auto" keeps the checkpoint's own. A GGUF file's are then float32,
+                which keeps their values.
+            device: where to put the model; None for the GPU if there is one.
             options: those of `LLM`.
+
+        Raises:
+            UserError: as `load_model` and `read_gguf`.
         """
-        return cls(*load_model(folder, dtype=dtype), **options)
+        if not is_gguf(folder):
+            return cls(*load_model(folder, device, dtype=dtype), **options)
+        exact: Any = "float32" if dtype == "auto" else str(dtype).removeprefix("torch.")
+        model, tokenizer = read_gguf(Path(folder), exact)
+        device = device or default_device()
+        if device == "cpu":
+            options["quantize"] = options.get("quantize") or stored_quantization(Path(folder))
+        return cls(model.to(device), tokenizer, **options)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """A prompt's token ids. Raises UserError if messages have no chat template or the template fails on them."""

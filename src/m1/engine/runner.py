@@ -72,7 +72,7 @@ class Runner:
 
     Args:
         model: the network, whose weights mustn't change afterwards.
-        quantization: rounds the weights of all linear layers (`PackedLinear`).
+        quantization: rounds the weights of all linear layers (`PackedLinear`); the head's to 8 bits at least.
 
     Raises:
         UserError: another architecture, another activation than silu, sliding-window attention, or weights that aren't
@@ -104,7 +104,7 @@ class Runner:
             for layer, kind in zip(network.layers, layer_kinds(config), strict=True)
         ]
         self.norm: Tensor = network.norm.weight
-        self.head = pack(model.get_output_embeddings())
+        self.head = pack(model.get_output_embeddings(), bits=8)
 
     def attach(self, slots: Slots) -> None:
         """Makes `prefill` and `decode` read and update the caches in these slots."""
@@ -266,15 +266,22 @@ class Packer:
         self.quantization = quantization
         self._packed: list[tuple[PackedLinear, tuple[nn.Linear, ...]]] = []
 
-    def __call__(self, *linears: nn.Linear, gated: bool = False) -> PackedLinear:
-        """Packs these layers, two of them as a gated one if asked.
+    def __call__(self, *linears: nn.Linear, gated: bool = False, bits: int = 4) -> PackedLinear:
+        """Packs these layers.
 
-        Raises UserError for another kind, such as a quantized one or one with an adapter.
+        Args:
+            linears: those that share an input.
+            gated: makes a gated layer of two.
+            bits: the fewest to which weights are rounded.
+
+        Raises:
+            UserError: another kind of layer, such as a quantized one or one with an adapter.
         """
         for linear in linears:
             if type(linear) is not nn.Linear:
                 raise _other_weights(type(linear).__name__)
-        layer = PackedLinear(*_joined(linears), quantization=self.quantization, gated=gated)
+        quantization: Quantization | None = "int8" if self.quantization and bits > 4 else self.quantization
+        layer = PackedLinear(*_joined(linears), quantization=quantization, gated=gated)
         self._packed.append((layer, linears))
         return layer
 

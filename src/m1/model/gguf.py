@@ -11,6 +11,7 @@ transformers reads the weights and the configuration. What it reads wrongly or d
 """
 
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +35,7 @@ from m1.errors import UserError
 from m1.hub import checkpoint_folder
 from m1.model.checkpoint import model_without_weights, reason
 from m1.model.configuration import TEACHERS
+from m1.options import Quantization
 from m1.runs import finished, new_folder, refuse_foreign, sha256
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -95,13 +97,27 @@ def teacher_folder(name: str) -> Iterator[Path]:
     Raises:
         UserError: as `checkpoint_folder` and `import_gguf`.
     """
-    if Path(name).suffix != ".gguf" or Path(name).is_dir():
+    if not is_gguf(name):
         yield checkpoint_folder(name)
         return
     with tempfile.TemporaryDirectory() as folder:
         for part in read_gguf(Path(name), "bfloat16"):
             part.save_pretrained(folder)
         yield Path(folder)
+
+
+def is_gguf(name: str | Path) -> bool:
+    """Whether this names a GGUF file."""
+    return Path(name).suffix == ".gguf" and not Path(name).is_dir()
+
+
+def stored_quantization(file: Path) -> Quantization | None:
+    """How most of the file's weights are rounded, if it is a way of ours: Q8_0 or Q4_1."""
+    from gguf import GGUFReader
+
+    kinds = Counter(tensor.tensor_type.name for tensor in GGUFReader(file).tensors if len(tensor.shape) == 2)
+    names: dict[str, Quantization] = {"Q8_0": "int8", "Q4_1": "int4"}
+    return names.get(kinds.most_common(1)[0][0])
 
 
 def read_gguf(file: Path, dtype: Dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
