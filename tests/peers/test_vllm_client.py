@@ -12,7 +12,7 @@ import pytest
 from checkpoints import tiny_teacher
 
 from m1.errors import UserError
-from m1.peers import vllm_client
+from m1.peers import vllm_client, worker
 from m1.peers.vllm_client import find_python, start_vllm
 
 START = 'import json, sys\nprint(json.dumps({"ready": True, "versions": {"vllm": "0"}, "settings": {}}), flush=True)\n'
@@ -63,7 +63,7 @@ def test_one_that_died_while_idle(stand_in):
 
 
 def test_one_that_does_not_end_is_killed(stand_in, monkeypatch, tmp_path):
-    monkeypatch.setattr(vllm_client, "ENDS_WITHIN", 0.2)
+    monkeypatch.setattr(worker, "ENDS_WITHIN", 0.2)
     stand_in(START + f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\ntime.sleep(600)")
     with start_vllm(tiny_teacher(), 64, 4):
         while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():

@@ -380,3 +380,58 @@ class JobsOptions(EngineOptions):
     def max_model_len(self) -> int:
         """Tokens of the longest prompt and sample together."""
         return max(job.max_model_len for job in self.chosen_jobs())
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatOptions(Options):
+    """The options of `m1 bench chat`: a real model, the numbers of chats, and the engines to compare, on a CPU.
+
+    Attributes:
+        model: a transformer's checkpoint folder, Hub id or GGUF file.
+        hybrid: the checkpoint folder of a hybrid, for the engines whose names begin with ours-hybrid.
+        gguf: the file that llama.cpp runs; `model` when None.
+        chats: numbers of chats at the same time, as text.
+        prompt: tokens per prompt.
+        new_tokens: tokens per answer.
+    """
+
+    name = "chat"
+    known: ClassVar[tuple[str, ...]] = (*OURS, "llama.cpp", "vllm")
+
+    model: str = option("", "Checkpoint folder, Hub id or GGUF file of a transformer.")
+    hybrid: str | None = option(None, "Checkpoint folder of a hybrid, for ours-hybrid.")
+    gguf: str | None = option(None, "GGUF file for llama.cpp. Default: --model.")
+    engines: str = option(
+        "ours-transformer,ours-transformer-int4,llama.cpp,vllm",
+        "Engines to compare, separated by commas: ours-hybrid, ours-transformer (each also with -int8 or -int4), "
+        "llama.cpp, vllm.",
+    )
+    chats: str = option("1,8,32,64", "Numbers of chats at the same time, separated by commas.")
+    prompt: int = option(160, "Tokens per prompt.")
+    new_tokens: int = option(256, "New tokens per answer.")
+    dtype: Dtype = option("bfloat16", "Data type of weights and activations: float32 or bfloat16.")
+    repeats: int = option(5, "Timed runs per row. Engines take turns.")
+    vllm_python: str | None = option(None, "Python of an environment with the peers. Default: that of `make peers`.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.device == "cpu", "device", "this benchmark runs on a CPU")
+        self.require(bool(self.model), "model", "give a checkpoint folder or a GGUF file")
+        self.require(self.new_tokens >= 2, "new_tokens", "must be at least 2: one comes with the prefill")
+        for engine in self.chosen_engines():
+            self.require(engine in self.known, "engines", f"no engine {engine!r}; choose from {', '.join(self.known)}")
+            needs = self.hybrid or not engine.startswith("ours-hybrid")
+            self.require(bool(needs), "engines", f"{engine} needs --hybrid")
+            file = self.gguf or self.model
+            self.require(engine != "llama.cpp" or file.endswith(".gguf"), "engines", "llama.cpp needs --gguf")
+        self.chosen_chats()
+
+    def chosen_engines(self) -> list[str]:
+        """The names of the engines to time."""
+        return self.engines.split(",")
+
+    def chosen_chats(self) -> list[int]:
+        """The numbers of chats. Raises UserError if `chats` isn't positive integers."""
+        numbers = [int(number) for number in self.chats.split(",") if number.isdecimal() and int(number) > 0]
+        self.require(len(numbers) == len(self.chats.split(",")), "chats", "give numbers such as 1,8,64")
+        return numbers

@@ -10,7 +10,15 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from m1.bench.options import AttentionOptions, DecodeOptions, JobsOptions, Options, ScanOptions, StateOptions
+from m1.bench.options import (
+    AttentionOptions,
+    ChatOptions,
+    DecodeOptions,
+    JobsOptions,
+    Options,
+    ScanOptions,
+    StateOptions,
+)
 from m1.bench.results import result_file
 from m1.cli.arguments import Force, options_of
 from m1.jsonl import write_json
@@ -70,6 +78,18 @@ def bench_jobs(out: Out = None, force: Force = False, **values: Any) -> None:
     from m1.bench.jobs import run
 
     measure(run, options_from(JobsOptions, values), out, force, by_run=True)
+
+
+@app.command("chat")
+@options_of(ChatOptions)
+def bench_chat(out: Out = None, force: Force = False, **values: Any) -> None:
+    """Measure one chat and many of a real model on a CPU: first token, tokens per second, memory.
+
+    Of this engine, llama.cpp and vLLM.
+    """
+    from m1.bench.chat import run
+
+    measure(run, options_from(ChatOptions, values), out, force, by_run=True)
 
 
 def options_from(cls: type[OptionsT], values: dict[str, Any]) -> OptionsT:
