@@ -100,6 +100,17 @@ def test_overload_is_a_429(serve):
     assert next(a for a in answers if a.status_code == 429).headers["retry-after"] == "1" and server.idle()
 
 
+def test_a_full_server_reads_no_request(serve):
+    server = serve(max_waiting=1)
+    with ThreadPoolExecutor(9) as pool:
+        running = [pool.submit(post, server, key=None, json=LONG, timeout=60) for _ in range(9)]
+        while server.loop.room:
+            time.sleep(0.01)
+        assert post(server, key=None, content=b"{").status_code == 429
+        assert post(server, "/tokenize", key=None, content=b"{").status_code == 400
+        assert {one.result().status_code for one in running} == {200}
+
+
 def test_a_vote_leaves_room_for_a_chat(server):
     """A vote of many long samples is running, and a chat is answered before it ends."""
     with ThreadPoolExecutor(1) as pool:

@@ -188,7 +188,10 @@ def make_app(loops: dict[str, EngineLoop], options: ServeOptions, keys: list[str
     async def show_metrics() -> Response:
         return Response(metrics.text(), media_type="text/plain; version=0.0.4")
 
-    app.add_middleware(Gate, keys=keys, max_body=options.max_body)
+    def full() -> bool:
+        return all(loop.room < 1 for loop in loops.values())
+
+    app.add_middleware(Gate, keys=keys, max_body=options.max_body, full=full)
     if options.cors_origin:
         app.add_middleware(CORSMiddleware, allow_origins=options.cors_origin, allow_methods=["*"], allow_headers=["*"])
     answer_errors(app)
