@@ -1,13 +1,13 @@
 """Many clients at once against a server of OpenAI's API: `m1 serve`, or another.
 
-python benchmarks/serve_load.py --url http://127.0.0.1:8000/v1 --model NAME [--clients 64] [--requests 256 | --minutes 20]
+python benchmarks/serve_load.py --url http://127.0.0.1:8000/v1 --model NAME [--requests 256 | --minutes 20]
 
 Each client streams one completion after another, greedily, of its own prompt of random tokens. Prints and, with --out,
 writes tokens per second, and percentiles of the time to the first chunk and between two chunks. One request before that
 isn't measured. --pid also notes the resident memory of a server on this machine.
 
---mixed, for `m1 serve`: lengths are random, some requests have 4 samples, aren't streamed or are votes, and some clients
-close the connection at a random moment or read slowly.
+--mixed, for `m1 serve`: lengths are random, some requests have 4 samples, aren't streamed or are votes, and some
+clients close the connection at a random moment or read slowly.
 
 Exit code 1: an answer was torn, had another status than 200 and 429, or took over --patience seconds.
 A key is read from $OPENAI_API_KEY. Needs aiohttp.

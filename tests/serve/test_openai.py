@@ -63,6 +63,22 @@ def test_plain_completions(server, llm):
     assert "".join(chunk.choices[0].text for chunk in stream) == texts[0]
 
 
+def test_the_context_is_the_default_length(server, llm):
+    """A chat may fill it. A plain completion has 16 tokens, or what is left."""
+    options = dict(model="small", extra_body={"ignore_eos": True})
+    chat = server.client().chat.completions.create(messages=QUESTION, **options)
+    assert chat.usage.total_tokens == 512 and chat.choices[0].finish_reason == "length"
+    for prompt, tokens in (("7" * 100, 16), ("7" * 505, 7)):
+        assert server.client().completions.create(prompt=prompt, **options).usage.completion_tokens == tokens
+
+
+@pytest.mark.parametrize("prompt", ["", [], [[]], ["7", ""], [10**9], [-1], "7" * 512])
+def test_a_bad_prompt_is_refused(server, prompt):
+    with pytest.raises(openai.BadRequestError, match="prompt|vocabulary"):
+        server.client().completions.create(model="small", prompt=prompt)
+    assert server.idle()
+
+
 def test_a_stop_string_ends_a_sample(server, llm):
     text = direct(llm, "7+5", temperature=0, max_tokens=30)[0].text
     stop = text[5:7]
@@ -107,6 +123,9 @@ def test_a_vote_ends_with_its_seconds(server):
         ({"temperature": -1}, "temperature", "greater than or equal to 0"),
         ({"n": 1000}, "n", "at most 256"),
         ({"messages": [{"role": "user", "content": "7" * 600}]}, None, "leaves no room"),
+        ({"max_tokens": 500}, "max_tokens", "leaves [0-9]+ in the context of 512"),
+        ({"max_completion_tokens": 10**9}, "max_tokens", "leaves [0-9]+ in the context of 512"),
+        ({"max_tokens": 5, "extra_body": {"min_tokens": 6}}, "min_tokens", "0 to 5"),
         ({"messages": [{"role": "tool", "content": "7"}]}, "messages", "system"),
         ({"messages": []}, "messages", "at least 1"),
         ({"top_logprobs": 3}, None, "logprobs = true"),

@@ -90,7 +90,7 @@ def make_app(loops: dict[str, EngineLoop], options: ServeOptions, keys: list[str
         messages = body.plain_messages()
         tokens = await asyncio.to_thread(loop.llm.encode, messages)
         envelope = Envelope("chatcmpl", name)
-        params = body.params(loop.engine.max_model_len - len(tokens))
+        params = body.params(len(tokens), loop.engine.max_model_len)
         opened = opens_thought(loop.llm.decode(tokens[-16:]))
         if body.vote:
             n, seconds = body.vote.n, body.vote.seconds
@@ -131,7 +131,7 @@ def make_app(loops: dict[str, EngineLoop], options: ServeOptions, keys: list[str
         prompts = await asyncio.to_thread(body.prompts, loop.llm)
         limited(body.n * len(prompts))
         longest = max(map(len, prompts), default=0)
-        requests = requests_for(prompts, body.params(loop.engine.max_model_len - longest))
+        requests = requests_for(prompts, body.params(longest, loop.engine.max_model_len))
         job = Generation(loop.llm, requests, body.stream)
         envelope = Envelope("cmpl", name)
         running = submit(loop, job, request)

@@ -3,7 +3,7 @@
 import json
 import secrets
 import time
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -11,6 +11,7 @@ from pydantic_core import PydanticCustomError
 from m1.engine import LLM, SamplingParams
 from m1.engine.llm import TextSequence
 from m1.engine.sequence import Request, Sequence
+from m1.errors import UserError
 from m1.grading.spelling import normalize
 from m1.reasoning.solution import Solution
 from m1.serve.thoughts import Thoughts
@@ -79,6 +80,7 @@ class SamplingFields(BaseModel):
     """The fields that chat and plain completions share. Unknown fields are ignored, as in vLLM."""
 
     model_config = ConfigDict(extra="allow")
+    usual_tokens: ClassVar[int | None] = None  # the default of max_tokens where the context has room for more
 
     model: Text | None = None
     n: int = Field(1, ge=1)
@@ -127,17 +129,27 @@ class SamplingFields(BaseModel):
         """Number of likeliest tokens to return at each position."""
         return 0
 
-    def params(self, room: int) -> SamplingParams:
-        """The engine's parameters. Raises UserError for a value out of range.
+    def params(self, prompt: int, context: int) -> SamplingParams:
+        """The engine's parameters. Raises UserError for a value out of range, or for tokens beyond the context.
 
         Args:
-            room: tokens that the prompt leaves, which is the default of max_tokens, and its limit.
+            prompt: number of tokens of the longest prompt.
+            context: maximum number of tokens of a prompt and its sample. What a prompt leaves is the default of
+                max_tokens.
         """
-        asked = self.max_tokens if self.max_tokens is not None else room
-        longest = max(1, min(asked, room))
+        room = context - prompt
+        if room < 1:
+            raise UserError(
+                f"the prompt has {prompt} tokens, which leaves no room in the context of {context}: shorten it"
+            )
+        asked = min(room, self.usual_tokens or room) if self.max_tokens is None else self.max_tokens
+        if asked > room:
+            raise UserError(
+                f"max_tokens={asked}: the prompt of {prompt} tokens leaves {room} in the context of {context}"
+            )
         return SamplingParams(
             n=self.n,
-            max_tokens=longest,
+            max_tokens=asked,
             temperature=self.temperature,
             top_k=max(0, self.top_k),
             top_p=self.top_p,
@@ -146,7 +158,7 @@ class SamplingFields(BaseModel):
             stop=tuple(self.stops),
             stop_token_ids=tuple(self.stop_token_ids),
             ignore_eos=self.ignore_eos,
-            min_tokens=min(self.min_tokens, longest),
+            min_tokens=self.min_tokens,
             repetition_penalty=self.repetition_penalty,
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
@@ -207,8 +219,8 @@ class ChatRequest(SamplingFields):
 class CompletionRequest(SamplingFields):
     """The body of /v1/completions."""
 
+    usual_tokens: ClassVar[int | None] = 16
     prompt: Text | list[Text] | list[int] | list[list[int]]
-    max_tokens: int | None = Field(16, ge=1)
     logprobs: int | None = Field(None, ge=0, le=MOST_TOP_LOGPROBS)
 
     @property
@@ -217,7 +229,9 @@ class CompletionRequest(SamplingFields):
         return self.logprobs or 0
 
     def prompts(self, llm: LLM) -> list[list[int]]:
-        """The token ids of each prompt."""
+        """The token ids of each prompt. Raises UserError if there is none."""
+        if self.prompt == []:
+            raise UserError("prompt is an empty list: give at least one")
         if isinstance(self.prompt, str):
             return [llm.encode(self.prompt)]
         if self.prompt and isinstance(self.prompt[0], int):
