@@ -138,11 +138,25 @@ def test_a_failed_step_ends_its_requests_only(server, monkeypatch):
     assert server.client().chat.completions.create(model="small", messages=QUESTION, max_tokens=2).choices
 
 
-def test_metrics(server):
+def values(server):
+    """The metrics, by name."""
     text = httpx2.get(server.url + "/metrics", headers={"Authorization": f"Bearer {KEY}"}).text
-    for name in ("num_requests_running", "num_requests_waiting", "generation_tokens_total", "prompt_tokens_total"):
-        assert f'm1:{name}{{model_name="small"}}' in text
-    assert "m1:time_to_first_token_seconds_bucket" in text and "m1:request_success_total" in text
+    return {line.split()[0]: float(line.split()[1]) for line in text.splitlines() if line[0] != "#"}
+
+
+def test_metrics(server):
+    before = values(server)
+    for more in ({"max_tokens": 5}, {"max_tokens": 300, "stream": True}):
+        post(server, "/v1/completions", json={"prompt": "7" * 50, "ignore_eos": True} | more)
+    after = values(server)
+    grown = {name: value - before[name] for name, value in after.items() if value != before[name]}
+    model = '{model_name="small"}'
+    assert grown[f"m1:generation_tokens_total{model}"] == 305
+    assert grown[f"m1:prefix_cache_queries_total{model}"] == 100
+    assert grown[f"m1:prompt_tokens_total{model}"] == grown[f"m1:prefix_cache_hits_total{model}"] == 50
+    assert grown["m1:time_to_first_token_seconds_count"] == grown["m1:request_success_total"] == 2
+    assert 1 <= grown["m1:inter_token_latency_seconds_count"] < 300
+    assert f"m1:num_requests_running{model}" in after and f"m1:num_requests_waiting{model}" in after
 
 
 def test_tokens_and_back(server):

@@ -74,7 +74,7 @@ def test_the_context_is_the_default_length(server, llm):
 
 @pytest.mark.parametrize("prompt", ["", [], [[]], ["7", ""], [10**9], [-1], "7" * 512])
 def test_a_bad_prompt_is_refused(server, prompt):
-    with pytest.raises(openai.BadRequestError, match="prompt|vocabulary"):
+    with pytest.raises(openai.BadRequestError, match=r"prompt|vocabulary"):
         server.client().completions.create(model="small", prompt=prompt)
     assert server.idle()
 
@@ -123,8 +123,8 @@ def test_a_vote_ends_with_its_seconds(server):
         ({"temperature": -1}, "temperature", "greater than or equal to 0"),
         ({"n": 1000}, "n", "at most 256"),
         ({"messages": [{"role": "user", "content": "7" * 600}]}, None, "leaves no room"),
-        ({"max_tokens": 500}, "max_tokens", "leaves [0-9]+ in the context of 512"),
-        ({"max_completion_tokens": 10**9}, "max_tokens", "leaves [0-9]+ in the context of 512"),
+        ({"max_tokens": 500}, "max_tokens", "in the context of 512"),
+        ({"max_completion_tokens": 10**9}, "max_tokens", "in the context of 512"),
         ({"max_tokens": 5, "extra_body": {"min_tokens": 6}}, "min_tokens", "0 to 5"),
         ({"messages": [{"role": "tool", "content": "7"}]}, "messages", "system"),
         ({"messages": []}, "messages", "at least 1"),

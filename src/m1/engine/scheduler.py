@@ -150,6 +150,7 @@ class Stats:
         steps: decode steps.
         decoded: tokens drawn.
         prefilled: prompt tokens computed.
+        prefix_queries: prompt tokens looked for in the prefix cache.
         prefix_hits: prompt tokens found in the prefix cache.
         forks: sequences that started with a copy of their prompt's slot.
         swaps: times that a sequence was swapped out for want of pages.
@@ -158,6 +159,7 @@ class Stats:
     steps: int = 0
     decoded: int = 0
     prefilled: int = 0
+    prefix_queries: int = 0
     prefix_hits: int = 0
     forks: int = 0
     swaps: int = 0
@@ -489,6 +491,7 @@ class Scheduler:
         if not self.free or not self._room(needed, spared=entry):
             return False
         request.slot, request.pages, request.computed = self.free.pop(), [], 0
+        self.stats.prefix_queries += len(request.tokens)
         if entry:
             self.cached.remove(entry)
             self.cached.append(entry)
