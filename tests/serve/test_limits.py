@@ -1,7 +1,6 @@
 """What a server refuses or cuts short, and that every slot is free afterwards."""
 
 import json
-import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,7 +8,7 @@ import httpx2
 import openai
 import pytest
 
-from m1.serve import gate
+from m1.serve import connection, gate
 
 KEY = "sk-of-the-tests"
 QUESTION = [{"role": "user", "content": "7+5*3 mod 10"}]
@@ -63,16 +62,51 @@ def test_a_body_has_a_limit(serve):
 def test_a_slow_sender_is_refused(serve, monkeypatch):
     monkeypatch.setattr(gate, "BODY_SECONDS", 0.2)
     server = serve()
-    with socket.create_connection(server.url.removeprefix("http://").split(":")) as line:
+    with server.connect() as line:
         line.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
         assert line.recv(1000).startswith(b"HTTP/1.1 408")
+
+
+@pytest.mark.parametrize("before", [b"", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"])
+def test_a_slow_sender_of_headers_is_cut_off(serve, monkeypatch, before):
+    """Also after a request that was answered, and however often it sends something. Nobody else waits."""
+    monkeypatch.setattr(connection, "HEAD_SECONDS", 0.5)
+    server = serve()
+    with server.connect() as line:
+        line.sendall(before)
+        if before:
+            assert line.recv(1000).startswith(b"HTTP/1.1 200")
+        line.sendall(b"GET /health HTTP/1.1\r\n")
+        with pytest.raises(ConnectionError):
+            for i in range(100):
+                line.sendall(f"X-{i}: x\r\n".encode())
+                assert httpx2.get(server.url + "/health").status_code == 200
+                time.sleep(0.05)
+
+
+def test_a_client_that_does_not_read_is_cut_off(serve, monkeypatch):
+    """Its buffers are full. Its slots are free then, and its connection isn't kept."""
+    monkeypatch.setattr(connection, "STALL_SECONDS", 0.5)
+    server = serve()
+    body = json.dumps(LONG | {"n": 8, "stream": True, "logprobs": True, "top_logprobs": 20}).encode()
+    with server.connect() as line:
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        line.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        assert line.recv(12) == b"HTTP/1.1 200"
+        for _ in range(200):
+            if not server.server.server_state.connections:
+                break
+            time.sleep(0.05)
+        else:
+            raise AssertionError("the connection is kept")
+        assert server.idle()
 
 
 def test_a_client_that_leaves_frees_its_slots(server):
     vote = {"n": 1, "vote": {"n": 64, "rule": "none"}}
     for more in ({"n": 8}, {"n": 8, "stream": True}, vote, vote | {"stream": True}):
         headers = {"Authorization": f"Bearer {KEY}"}
-        with socket.create_connection(server.url.removeprefix("http://").split(":")) as line:
+        with server.connect() as line:
             request = httpx2.Request("POST", server.url, headers=headers, json=LONG | more)
             head = "".join(f"{name}: {value}\r\n" for name, value in request.headers.items())
             line.sendall(f"POST /v1/chat/completions HTTP/1.1\r\n{head}\r\n".encode() + request.read())
