@@ -1,4 +1,4 @@
-"""Every answer has the form that OpenAI publishes. Its client's types are made from that, and are read strictly here."""
+"""Every answer has the form that OpenAI publishes: types made from that, those of its client, read it strictly."""
 
 import json
 

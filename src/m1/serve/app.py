@@ -132,18 +132,25 @@ def make_app(loops: dict[str, EngineLoop], options: ServeOptions, keys: list[str
         limited(body.n * len(prompts))
         longest = max(map(len, prompts), default=0)
         requests = requests_for(prompts, body.params(longest, loop.engine.max_model_len))
+        for made in requests:
+            made.prompt_logprobs = body.echo and body.logprobs is not None
         job = Generation(loop.llm, requests, body.stream)
-        envelope = Envelope("cmpl", name)
+        envelope, echoes = Envelope("cmpl", name), body.echoes(loop.llm)
         running = submit(loop, job, request)
         if body.stream:
-            return streamed(completion_events(running, loop.llm, job, body, envelope))
+            return streamed(completion_events(running, loop.llm, job, body, envelope, echoes))
         await running.end()
         choices = []
-        for i, sample in enumerate(job.samples):
+        for i, (echo, sample) in enumerate(zip(echoes, job.samples, strict=True)):
             sequence = sample.sequence
-            choice = {"index": i, "text": sample.text, "finish_reason": finish_reason(sequence), "logprobs": None}
+            choice = {
+                "index": i,
+                "text": echo + sample.text,
+                "finish_reason": finish_reason(sequence),
+                "logprobs": None,
+            }
             if body.logprobs is not None:
-                choice["logprobs"] = completion_logprobs(loop.llm, sequence, 0, len(sequence.token_ids), 0)
+                choice["logprobs"] = completion_logprobs(loop.llm, sequence, 0, len(sequence.token_ids), 0, body.echo)
             choices.append(choice)
         return JSONResponse(envelope("text_completion", choices, usage=usage(loop.llm, job.requests)))
 

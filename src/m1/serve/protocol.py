@@ -1,5 +1,6 @@
 """OpenAI's API as data: the requests that are understood, and the answers. Names and defaults are vLLM's."""
 
+import itertools
 import json
 import secrets
 import time
@@ -222,6 +223,7 @@ class CompletionRequest(SamplingFields):
     usual_tokens: ClassVar[int | None] = 16
     prompt: Text | list[Text] | list[int] | list[list[int]]
     logprobs: int | None = Field(None, ge=0, le=MOST_TOP_LOGPROBS)
+    echo: bool = False  # the prompt is a part of the text, and its tokens have log-probabilities if asked for
 
     @property
     def likeliest(self) -> int:
@@ -230,13 +232,22 @@ class CompletionRequest(SamplingFields):
 
     def prompts(self, llm: LLM) -> list[list[int]]:
         """The token ids of each prompt. Raises UserError if there is none."""
-        if self.prompt == []:
+        if not self._given:
             raise UserError("prompt is an empty list: give at least one")
-        if isinstance(self.prompt, str):
-            return [llm.encode(self.prompt)]
-        if self.prompt and isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]
-        return [llm.encode(prompt) if isinstance(prompt, str) else prompt for prompt in self.prompt]  # type: ignore[misc]
+        return [llm.encode(prompt) if isinstance(prompt, str) else prompt for prompt in self._given]
+
+    def echoes(self, llm: LLM) -> list[str]:
+        """What the text of each sample begins with: its prompt, or nothing."""
+        texts = [
+            (prompt if isinstance(prompt, str) else llm.tokenizer.decode(prompt)) if self.echo else ""
+            for prompt in self._given
+        ]
+        return [text for text in texts for _ in range(self.n)]
+
+    @property
+    def _given(self) -> list[str | list[int]]:
+        one = isinstance(self.prompt, str) or (self.prompt and isinstance(self.prompt[0], int))
+        return [self.prompt] if one else list(self.prompt)  # type: ignore[list-item, arg-type]
 
 
 class TokenizeRequest(BaseModel):
@@ -318,20 +329,28 @@ def chat_logprobs(llm: LLM, sequence: Sequence, begin: int, end: int) -> dict[st
     return {"content": content, "refusal": None}
 
 
-def completion_logprobs(llm: LLM, sequence: Sequence, begin: int, end: int, offset: int) -> dict[str, Any]:
-    """Log-probabilities of a plain completion's tokens from `begin` to `end`. `offset`: of the first one's text."""
-    texts = [llm.tokenizer.decode([token]) for token in sequence.token_ids[begin:end]]
-    offsets = [offset]
-    for text in texts:
-        offsets.append(offsets[-1] + len(text))
+def completion_logprobs(llm: LLM, sequence: Sequence, begin: int, end: int, offset: int, echo: bool) -> dict[str, Any]:
+    """Log-probabilities of a plain completion's tokens from `begin` to `end`.
+
+    With `echo`, the prompt's tokens come before them, the first without a log-probability. `offset`: of the first
+    token's text.
+    """
+    tokens, logprobs = sequence.token_ids[begin:end], sequence.logprobs[begin:end]
+    likeliest = sequence.top_logprobs[begin:end] or [[] for _ in tokens]
+    if echo:
+        request = sequence.request
+        tokens = request.tokens + tokens
+        logprobs = request.logprobs + logprobs
+        likeliest = (request.top_logprobs or [[] for _ in request.logprobs]) + likeliest
+    texts = [llm.tokenizer.decode([token]) for token in tokens]
+    offsets = list(itertools.accumulate(map(len, texts), initial=offset))[:-1]
     top = [
-        {llm.tokenizer.decode([token]): finite(logprob) for token, logprob in sequence.top_logprobs[i]}
-        if sequence.top_logprobs
-        else {texts[i - begin]: finite(sequence.logprobs[i])}
-        for i in range(begin, end)
+        {text: finite(logprob)} | {llm.tokenizer.decode([token]): finite(value) for token, value in pairs}
+        for text, logprob, pairs in zip(texts[echo:], logprobs, likeliest, strict=True)
     ]
-    chosen = [finite(logprob) for logprob in sequence.logprobs[begin:end]]
-    return {"tokens": texts, "token_logprobs": chosen, "top_logprobs": top, "text_offset": offsets[:-1]}
+    first: list[None] = [None] * echo
+    chosen = [*first, *map(finite, logprobs)]
+    return {"tokens": texts, "token_logprobs": chosen, "top_logprobs": [*first, *top], "text_offset": offsets}
 
 
 def message(thought: str, reply: str) -> dict[str, Any]:
