@@ -12,6 +12,12 @@ def llm(hybrid_dir):
 
 
 @pytest.fixture(scope="module")
+def apart(hybrid_dir):
+    """The same model with an engine of its own, which no server's thread steps."""
+    return LLM.from_pretrained(hybrid_dir, max_num_seqs=8, max_model_len=512)
+
+
+@pytest.fixture(scope="module")
 def server(llm):
     made = Running(llm, [KEY])
     yield made

@@ -166,8 +166,7 @@ def make_app(loops: dict[str, EngineLoop], options: ServeOptions, keys: list[str
     @app.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
         _, loop = chosen(body.model)
-        prompt = [part.plain() for part in body.messages] if body.messages else body.prompt or ""
-        tokens = await asyncio.to_thread(loop.llm.encode, prompt)
+        tokens = await asyncio.to_thread(body.encoded, loop.llm)
         pieces = loop.llm.tokenizer.convert_ids_to_tokens(tokens) if body.return_token_strs else None
         room = loop.engine.max_model_len
         return {"count": len(tokens), "max_model_len": room, "tokens": tokens, "token_strs": pieces}

@@ -256,6 +256,7 @@ class TokenizeRequest(BaseModel):
     model: Text | None = None
     prompt: Text | None = None
     messages: list[Message] | None = None
+    add_special_tokens: bool = True  # to a prompt; a conversation has those of its template
     return_token_strs: bool = False
 
     @model_validator(mode="after")
@@ -263,6 +264,12 @@ class TokenizeRequest(BaseModel):
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("give either prompt or messages")
         return self
+
+    def encoded(self, llm: LLM) -> list[int]:
+        """The token ids."""
+        if self.messages is not None:
+            return llm.encode([message.plain() for message in self.messages])
+        return llm.tokenizer(self.prompt, add_special_tokens=self.add_special_tokens).input_ids
 
 
 class DetokenizeRequest(BaseModel):
@@ -344,10 +351,12 @@ def completion_logprobs(llm: LLM, sequence: Sequence, begin: int, end: int, offs
         likeliest = (request.top_logprobs or [[] for _ in request.logprobs]) + likeliest
     texts = [llm.tokenizer.decode([token]) for token in tokens]
     offsets = list(itertools.accumulate(map(len, texts), initial=offset))[:-1]
-    top = [
-        {text: finite(logprob)} | {llm.tokenizer.decode([token]): finite(value) for token, value in pairs}
-        for text, logprob, pairs in zip(texts[echo:], logprobs, likeliest, strict=True)
-    ]
+    top = []
+    for text, logprob, pairs in zip(texts[echo:], logprobs, likeliest, strict=True):
+        row: dict[str, float] = {}
+        for other, value in [*((llm.tokenizer.decode([token]), value) for token, value in pairs), (text, logprob)]:
+            row.setdefault(other, finite(value))  # of tokens with the same text, the likeliest one
+        top.append(row)
     first: list[None] = [None] * echo
     chosen = [*first, *map(finite, logprobs)]
     return {"tokens": texts, "token_logprobs": chosen, "top_logprobs": [*first, *top], "text_offset": offsets}

@@ -124,19 +124,16 @@ async def completion_events(
     The first chunk of each sample has its echo, too, with the log-probabilities of those tokens.
     """
     told = [0] * len(job.samples)  # tokens whose log-probabilities were sent
-    begun: set[int] = set()
+    ends = [0] * len(job.samples)  # of their texts
     growths = Growths(job)
     async for _ in running.updates():
         for i, sample, text, begin, complete in growths:
-            echo, first = echoes[i], i not in begun
-            begun.add(i)
-            new = echo * first + text[begin:]
-            choice = {"index": i, "text": new, "logprobs": None, "finish_reason": None}
+            choice = {"index": i, "text": echoes[i] + text[begin:], "logprobs": None, "finish_reason": None}
             end = len(sample.sequence.logprobs)
             if body.logprobs is not None and end > told[i]:
-                offset = 0 if first else len(echo) + begin
-                echoing = first and body.echo
-                choice["logprobs"] = completion_logprobs(llm, sample.sequence, told[i], end, offset, echoing)
+                own = completion_logprobs(llm, sample.sequence, told[i], end, ends[i], bool(echoes[i]))
+                choice["logprobs"], ends[i] = own, own["text_offset"][-1] + len(own["tokens"][-1])
+            echoes[i] = ""
             if complete:
                 choice["finish_reason"] = finish_reason(sample.sequence)
             told[i] = end
