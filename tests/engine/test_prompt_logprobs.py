@@ -21,11 +21,11 @@ def scored(engine, prompts, **options):
     return requests
 
 
-@pytest.mark.parametrize(("chunk", "budget"), [(512, 512), (16, 20), (7, 1)])
-@pytest.mark.parametrize("n", [1, 6])
-def test_they_are_the_models(hybrid, chunk, budget, n):
-    """With 6 samples and 4 slots some prompts are prefilled more than once. Others begin as those before them."""
-    engine = Engine(hybrid, [], 4, 128, prefill_chunk=chunk, prefill_budget=budget)
+@pytest.mark.parametrize(("chunk", "budget"), [(512, 512), (16, 20), (7, 1), (16, 500)])
+@pytest.mark.parametrize(("slots", "n"), [(4, 1), (4, 6), (1, 2)])
+def test_they_are_the_models(hybrid, chunk, budget, slots, n):
+    """With one slot prompts are prefilled for each sample. Some begin as those before them."""
+    engine = Engine(hybrid, [], slots, 128, prefill_chunk=chunk, prefill_budget=budget)
     prompts = [*PROMPTS, PROMPTS[4], PROMPTS[4][:50]]
     for request in scored(engine, prompts, n=n, logprobs=3):
         of_all = expected(hybrid, request.tokens)

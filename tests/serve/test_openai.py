@@ -1,11 +1,14 @@
 """OpenAI's own client against the server."""
 
+import asyncio
+
 import httpx2
 import openai
 import pytest
 from commands import m1
-from openai import OpenAI
+from openai import AsyncOpenAI, OpenAI
 from openai.types import Completion
+from serving import KEY
 
 from m1.engine import SamplingParams
 from m1.jsonl import read_jsonl
@@ -110,6 +113,19 @@ def answer_of(answer):
                 for i, more in enumerate([logs.tokens, logs.token_logprobs, logs.top_logprobs, logs.text_offset], 1):
                     own[i] += more
     return joined
+
+
+def test_many_at_once(server):
+    """The asynchronous client gets the samples that the other gets one after another."""
+    options = [dict(model="small", messages=QUESTION, seed=seed, max_tokens=20) for seed in range(12)]
+
+    async def ask():
+        async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0) as client:
+            return await asyncio.gather(*(client.chat.completions.create(**one) for one in options))
+
+    texts = [answer.choices[0].message.content for answer in asyncio.run(ask())]
+    expected = [server.client().chat.completions.create(**one).choices[0].message.content for one in options]
+    assert texts == expected and len(set(texts)) > 1
 
 
 def test_a_stop_string_ends_a_sample(server, apart):
