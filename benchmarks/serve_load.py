@@ -9,7 +9,7 @@ isn't measured. --pid also notes the resident memory of a server on this machine
 --mixed, for `m1 serve`: lengths are random, some requests have 4 samples, aren't streamed or are votes, and some
 clients close the connection at a random moment or read slowly.
 
-Exit code 1: an answer was torn, had another status than 200 and 429, or took over --patience seconds.
+Exit code 1: an answer was torn, had another status than 200, 429 and 504, or took over --patience seconds.
 A key is read from $OPENAI_API_KEY. Needs aiohttp.
 """
 
@@ -31,7 +31,7 @@ import torch
 from m1.jsonl import write_json
 from m1.machine import describe_machine
 
-WHOLE, REFUSED, LEFT = "whole", "refused", "left"  # what may come of a request; anything else is a fault
+WHOLE, REFUSED, LEFT, OVER = "whole", "refused", "left", "over time"  # what may come of a request; else it's a fault
 LEAVING, SLOW, VOTING, FORKED, UNSTREAMED = 0.3, 0.02, 0.2, 0.25, 0.4  # shares of mixed requests
 MOST_SECONDS, PAUSE, RETRY = 0.5, 0.2, 0.2  # before a client leaves; after a slow reader's chunk; after a refusal
 MEMORY_SECONDS = 10.0  # between two looks at the memory
@@ -103,7 +103,7 @@ class Load:
         async with http.post(f"{self.options.url}/{path}", json=body) as answer:
             if answer.status != 200:
                 text = await answer.text()
-                return REFUSED if answer.status == 429 else f"status {answer.status}: {text[:100]}"
+                return {429: REFUSED, 504: OVER}.get(answer.status, f"status {answer.status}: {text[:100]}")
             if not body["stream"]:
                 self.tokens += json.loads(await answer.read())["usage"]["completion_tokens"]
                 return WHOLE
@@ -118,7 +118,7 @@ class Load:
             return "torn"
         end = json.loads(last.removeprefix(b"data: "))
         if "error" in end:
-            return f"error {end['error']['code']} in a stream"
+            return OVER if end["error"]["code"] == 504 else f"{end['error']} in a stream"
         times.pop()  # the usage isn't a token
         self.tokens += end["usage"]["completion_tokens"]
         self.first.append(times[1] - times[0])
@@ -191,7 +191,7 @@ def main() -> None:
     if options.out:
         kept = {name: value for name, value in vars(options).items() if name not in ("url", "out", "pid")}
         write_json(options.out, {"machine": describe_machine(torch.device("cpu")), "settings": kept} | seen)
-    if faults := seen["counts"].keys() - {WHOLE, REFUSED, LEFT}:
+    if faults := seen["counts"].keys() - {WHOLE, REFUSED, LEFT, OVER}:
         sys.exit(f"faults: {', '.join(sorted(faults))}")
 
 
