@@ -54,6 +54,32 @@ MUTANTS = [
         "engine/scheduler.py", "request.resumable and length < size", "length < size", SCHEDULER,
         "any request continues the state at a sequence's end",
     ),
+    # log-probabilities of prompts
+    Mutant(
+        "engine/scheduler.py", "None if request.prompt_logprobs else self._find(request)", "self._find(request)",
+        "engine/test_prompt_logprobs.py", "what the prefix cache has isn't scored",
+    ),
+    Mutant(
+        "engine/scheduler.py", " and request.computed > request.scored", "", "engine/test_prompt_logprobs.py",
+        "a prompt that is prefilled again is scored twice",
+    ),
+    Mutant(
+        "engine/executor.py", "[scores[chunk.slot, chunk.start] for chunk in plan.prefill if chunk.scored]",
+        "list(scores.values())", "engine/test_prompt_logprobs.py", "scores of chunks in the order of rounds",
+    ),
+    # the server
+    Mutant(
+        "serve/gate.py", "in SAMPLING_PATHS and self.full()", "in ()", "serve/test_limits.py",
+        "a full server parses what it refuses",
+    ),
+    Mutant(
+        "serve/protocol.py", "if asked > room:", "if asked > context:", "serve/test_openai.py",
+        "a sample is cut at the end of the context",
+    ),
+    Mutant(
+        "serve/connection.py", "if self.conn.their_state is h11.IDLE:", "if False:", "serve/test_limits.py",
+        "a client that sends a header now and then keeps its connection",
+    ),
     # a GPU's decode step
     Mutant("ops/triton/linear.py", "gate = silu(gate) * up", "gate = up * gate", "ops/test_linear.py", "no silu"),
     Mutant(

@@ -14,9 +14,9 @@ from hypothesis import HealthCheck, given, seed, settings
 
 from m1.model.tokenizer import time_limit
 
-sys.path += [str(Path(__file__).parents[1] / room) for room in ("ops", "evaluation")]  # for their helpers
+sys.path += [str(Path(__file__).parents[1] / room) for room in ("ops", "evaluation", "serve")]  # for their helpers
 
-KINDS = 6
+KINDS = 7
 EXAMPLES = 10  # per seed
 LONGEST = 30.0  # seconds of one input; what takes longer hangs
 SECONDS = float(os.environ.get("M1_FUZZ_SECONDS", 20)) / KINDS

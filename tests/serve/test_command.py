@@ -70,11 +70,11 @@ def test_a_server_drains_after_sigterm(process):
     assert SECRET not in "".join(printed) and "Traceback" not in "".join(printed)
 
 
-def test_a_vote_equals_solve(llm, server):
+def test_a_vote_equals_solve(apart, server):
     """The same seeds give the same samples, whichever slots they get."""
     params = SamplingParams(max_tokens=30, seed=4, temperature=1.0)
     with Grader() as grader:
-        expected = solve("7+5", llm, grader, params, Budget(12, rule="none"))
+        expected = solve("7+5", apart, grader, params, Budget(12, rule="none"))
     body = {"messages": MATH.messages("7+5"), "max_tokens": 30, "seed": 4, "vote": {"n": 12, "rule": "none"}}
     headers = {"Authorization": "Bearer sk-of-the-tests"}
     answer = httpx2.post(f"{server.url}/v1/chat/completions", headers=headers, json=body, timeout=60).json()

@@ -1,7 +1,6 @@
 """What a server refuses or cuts short, and that every slot is free afterwards."""
 
 import json
-import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,7 +8,7 @@ import httpx2
 import openai
 import pytest
 
-from m1.serve import gate
+from m1.serve import connection, gate
 
 KEY = "sk-of-the-tests"
 QUESTION = [{"role": "user", "content": "7+5*3 mod 10"}]
@@ -63,16 +62,51 @@ def test_a_body_has_a_limit(serve):
 def test_a_slow_sender_is_refused(serve, monkeypatch):
     monkeypatch.setattr(gate, "BODY_SECONDS", 0.2)
     server = serve()
-    with socket.create_connection(server.url.removeprefix("http://").split(":")) as line:
+    with server.connect() as line:
         line.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
         assert line.recv(1000).startswith(b"HTTP/1.1 408")
+
+
+@pytest.mark.parametrize("before", [b"", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"])
+def test_a_slow_sender_of_headers_is_cut_off(serve, monkeypatch, before):
+    """Also after a request that was answered, and however often it sends something. Nobody else waits."""
+    monkeypatch.setattr(connection, "HEAD_SECONDS", 0.5)
+    server = serve()
+    with server.connect() as line:
+        line.sendall(before)
+        if before:
+            assert line.recv(1000).startswith(b"HTTP/1.1 200")
+        line.sendall(b"GET /health HTTP/1.1\r\n")
+        with pytest.raises(ConnectionError):
+            for i in range(100):
+                line.sendall(f"X-{i}: x\r\n".encode())
+                assert httpx2.get(server.url + "/health").status_code == 200
+                time.sleep(0.05)
+
+
+def test_a_client_that_does_not_read_is_cut_off(serve, monkeypatch):
+    """Its buffers are full. Its slots are free then, and its connection isn't kept."""
+    monkeypatch.setattr(connection, "STALL_SECONDS", 0.5)
+    server = serve()
+    body = json.dumps(LONG | {"n": 8, "stream": True, "logprobs": True, "top_logprobs": 20}).encode()
+    with server.connect() as line:
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        line.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        assert line.recv(12) == b"HTTP/1.1 200"
+        for _ in range(200):
+            if not server.server.server_state.connections:
+                break
+            time.sleep(0.05)
+        else:
+            raise AssertionError("the connection is kept")
+        assert server.idle()
 
 
 def test_a_client_that_leaves_frees_its_slots(server):
     vote = {"n": 1, "vote": {"n": 64, "rule": "none"}}
     for more in ({"n": 8}, {"n": 8, "stream": True}, vote, vote | {"stream": True}):
         headers = {"Authorization": f"Bearer {KEY}"}
-        with socket.create_connection(server.url.removeprefix("http://").split(":")) as line:
+        with server.connect() as line:
             request = httpx2.Request("POST", server.url, headers=headers, json=LONG | more)
             head = "".join(f"{name}: {value}\r\n" for name, value in request.headers.items())
             line.sendall(f"POST /v1/chat/completions HTTP/1.1\r\n{head}\r\n".encode() + request.read())
@@ -98,6 +132,17 @@ def test_overload_is_a_429(serve):
     statuses = [answer.status_code for answer in answers]
     assert set(statuses) == {200, 429} and statuses.count(200) >= 6
     assert next(a for a in answers if a.status_code == 429).headers["retry-after"] == "1" and server.idle()
+
+
+def test_a_full_server_reads_no_request(serve):
+    server = serve(max_waiting=1)
+    with ThreadPoolExecutor(9) as pool:
+        running = [pool.submit(post, server, key=None, json=LONG, timeout=60) for _ in range(9)]
+        while server.loop.room:
+            time.sleep(0.01)
+        assert post(server, key=None, content=b"{").status_code == 429
+        assert post(server, "/tokenize", key=None, content=b"{").status_code == 400
+        assert {one.result().status_code for one in running} == {200}
 
 
 def test_a_vote_leaves_room_for_a_chat(server):
@@ -127,11 +172,25 @@ def test_a_failed_step_ends_its_requests_only(server, monkeypatch):
     assert server.client().chat.completions.create(model="small", messages=QUESTION, max_tokens=2).choices
 
 
-def test_metrics(server):
+def values(server):
+    """The metrics, by name."""
     text = httpx2.get(server.url + "/metrics", headers={"Authorization": f"Bearer {KEY}"}).text
-    for name in ("num_requests_running", "num_requests_waiting", "generation_tokens_total", "prompt_tokens_total"):
-        assert f'm1:{name}{{model_name="small"}}' in text
-    assert "m1:time_to_first_token_seconds_bucket" in text and "m1:request_success_total" in text
+    return {line.split()[0]: float(line.split()[1]) for line in text.splitlines() if line[0] != "#"}
+
+
+def test_metrics(server):
+    before = values(server)
+    for more in ({"max_tokens": 5}, {"max_tokens": 300, "stream": True}):
+        post(server, "/v1/completions", json={"prompt": "7" * 50, "ignore_eos": True} | more)
+    after = values(server)
+    grown = {name: value - before[name] for name, value in after.items() if value != before[name]}
+    model = '{model_name="small"}'
+    assert grown[f"m1:generation_tokens_total{model}"] == 305
+    assert grown[f"m1:prefix_cache_queries_total{model}"] == 100
+    assert grown[f"m1:prompt_tokens_total{model}"] == grown[f"m1:prefix_cache_hits_total{model}"] == 50
+    assert grown["m1:time_to_first_token_seconds_count"] == grown["m1:request_success_total"] == 2
+    assert 1 <= grown["m1:inter_token_latency_seconds_count"] < 300
+    assert f"m1:num_requests_running{model}" in after and f"m1:num_requests_waiting{model}" in after
 
 
 def test_tokens_and_back(server):

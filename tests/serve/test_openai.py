@@ -1,10 +1,14 @@
 """OpenAI's own client against the server."""
 
+import asyncio
+
 import httpx2
 import openai
 import pytest
 from commands import m1
-from openai import OpenAI
+from openai import AsyncOpenAI, OpenAI
+from openai.types import Completion
+from serving import KEY
 
 from m1.engine import SamplingParams
 from m1.jsonl import read_jsonl
@@ -17,11 +21,11 @@ def direct(llm, messages, **options):
     return llm.generate([messages], SamplingParams(**options))
 
 
-def test_chat_equals_the_engine(server, llm):
+def test_chat_equals_the_engine(server, apart):
     answer = server.client().chat.completions.create(
         model="small", messages=QUESTION, n=3, seed=5, max_tokens=20, logprobs=True, top_logprobs=2
     )
-    expected = llm.encode(QUESTION)
+    expected = apart.encode(QUESTION)
     assert answer.usage.prompt_tokens == len(expected) and answer.object == "chat.completion"
     assert [choice.index for choice in answer.choices] == [0, 1, 2]
     for choice in answer.choices:
@@ -49,13 +53,13 @@ def test_a_stream_is_the_answer(server):
         assert sent == [token.logprob for token in choice.logprobs.content]
 
 
-def test_plain_completions(server, llm):
-    tokens = llm.encode("7+5")
+def test_plain_completions(server, apart):
+    tokens = apart.encode("7+5")
     answer = server.client().completions.create(
         model="small", prompt=["7+5", "1+1"], n=2, temperature=0, max_tokens=8, logprobs=1
     )
     texts = [choice.text for choice in answer.choices]
-    assert texts[0] == texts[1] == direct(llm, "7+5", temperature=0, max_tokens=8)[0].text
+    assert texts[0] == texts[1] == direct(apart, "7+5", temperature=0, max_tokens=8)[0].text
     assert len(texts) == 4 and answer.usage.prompt_tokens == 2 * len(tokens)
     by_tokens = server.client().completions.create(model="small", prompt=tokens, temperature=0, max_tokens=8)
     assert by_tokens.choices[0].text == texts[0]
@@ -63,16 +67,77 @@ def test_plain_completions(server, llm):
     assert "".join(chunk.choices[0].text for chunk in stream) == texts[0]
 
 
-def test_a_stop_string_ends_a_sample(server, llm):
-    text = direct(llm, "7+5", temperature=0, max_tokens=30)[0].text
+def test_the_context_is_the_default_length(server, apart):
+    """A chat may fill it. A plain completion has 16 tokens, or what is left."""
+    options = dict(model="small", extra_body={"ignore_eos": True})
+    chat = server.client().chat.completions.create(messages=QUESTION, **options)
+    assert chat.usage.total_tokens == 512 and chat.choices[0].finish_reason == "length"
+    for prompt, tokens in (("7" * 100, 16), ("7" * 505, 7)):
+        assert server.client().completions.create(prompt=prompt, **options).usage.completion_tokens == tokens
+
+
+@pytest.mark.parametrize("prompt", ["", [], [[]], ["7", ""], [10**9], [-1], "7" * 512])
+def test_a_bad_prompt_is_refused(server, prompt):
+    with pytest.raises(openai.BadRequestError, match=r"prompt|vocabulary"):
+        server.client().completions.create(model="small", prompt=prompt)
+    assert server.idle()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("by_tokens", [False, True])
+def test_an_echo(server, apart, stream, by_tokens):
+    """The prompt comes first, with its tokens' log-probabilities; in a stream, in each sample's first chunk."""
+    prompts = ["7+5", "1+1"]
+    options = dict(prompt=[apart.encode(p) for p in prompts] if by_tokens else prompts, n=2, max_tokens=8, seed=3)
+    options |= {"model": "small", "logprobs": 2, "stream": stream}
+    plain, echoed = (answer_of(server.client().completions.create(**options, echo=echo)) for echo in (False, True))
+    for i, prompt in enumerate(["7+5", "7+5", "1+1", "1+1"]):
+        (text, tokens, logprobs, top, offsets), (whole, *others) = plain[i], echoed[i]
+        assert whole == prompt + text
+        assert others[0] == [*prompt, *tokens] and others[1][0] is others[2][0] is None
+        assert others[1][3:] == logprobs and others[2][3:] == top
+        assert all(value <= 0 for value in others[1][1:3]) and all(1 <= len(row) <= 3 for row in others[2][1:])
+        assert others[3] == [0, 1, 2, *(3 + offset for offset in offsets)]
+    bare = server.client().completions.create(model="small", prompt="7+5", max_tokens=2, echo=True)
+    assert bare.choices[0].text.startswith("7+5") and bare.choices[0].logprobs is None
+
+
+def answer_of(answer):
+    """By sample: the text, and the four lists of its log-probabilities. Chunks are joined."""
+    joined = {}
+    for part in [answer] if isinstance(answer, Completion) else answer:
+        for choice in part.choices:
+            own, logs = joined.setdefault(choice.index, ["", [], [], [], []]), choice.logprobs
+            own[0] += choice.text
+            if logs:
+                for i, more in enumerate([logs.tokens, logs.token_logprobs, logs.top_logprobs, logs.text_offset], 1):
+                    own[i] += more
+    return joined
+
+
+def test_many_at_once(server):
+    """The asynchronous client gets the samples that the other gets one after another."""
+    options = [dict(model="small", messages=QUESTION, seed=seed, max_tokens=20) for seed in range(12)]
+
+    async def ask():
+        async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0) as client:
+            return await asyncio.gather(*(client.chat.completions.create(**one) for one in options))
+
+    texts = [answer.choices[0].message.content for answer in asyncio.run(ask())]
+    expected = [server.client().chat.completions.create(**one).choices[0].message.content for one in options]
+    assert texts == expected and len(set(texts)) > 1
+
+
+def test_a_stop_string_ends_a_sample(server, apart):
+    text = direct(apart, "7+5", temperature=0, max_tokens=30)[0].text
     stop = text[5:7]
     answer = server.client().completions.create(model="small", prompt="7+5", temperature=0, max_tokens=30, stop=[stop])
     assert answer.choices[0].text == text[: text.index(stop)] and answer.choices[0].finish_reason == "stop"
 
 
-def test_a_special_token_ends_a_sample(server, llm):
+def test_a_special_token_ends_a_sample(server, apart):
     """A stop string that no text has, since it is a special token."""
-    token = llm.tokenizer.convert_tokens_to_ids("<|user|>")
+    token = apart.tokenizer.convert_tokens_to_ids("<|user|>")
     answer = server.client().completions.create(
         model="small", prompt="7+5", max_tokens=30, stop="<|user|>", logit_bias={str(token): 100}
     )
@@ -107,6 +172,9 @@ def test_a_vote_ends_with_its_seconds(server):
         ({"temperature": -1}, "temperature", "greater than or equal to 0"),
         ({"n": 1000}, "n", "at most 256"),
         ({"messages": [{"role": "user", "content": "7" * 600}]}, None, "leaves no room"),
+        ({"max_tokens": 500}, "max_tokens", "in the context of 512"),
+        ({"max_completion_tokens": 10**9}, "max_tokens", "in the context of 512"),
+        ({"max_tokens": 5, "extra_body": {"min_tokens": 6}}, "min_tokens", "0 to 5"),
         ({"messages": [{"role": "tool", "content": "7"}]}, "messages", "system"),
         ({"messages": []}, "messages", "at least 1"),
         ({"top_logprobs": 3}, None, "logprobs = true"),

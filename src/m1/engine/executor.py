@@ -17,7 +17,7 @@ from m1.engine.graphs import Graphs, Step
 from m1.engine.logits_processors import LogitsProcessors, TokenCounts
 from m1.engine.recordings import Recordings
 from m1.engine.runner import DecodeBatch, PrefillBatch, Runner
-from m1.engine.sampling import SamplingBatch, SamplingParams
+from m1.engine.sampling import SamplingBatch, SamplingParams, scores_of
 from m1.engine.scheduler import Chunk, Fork, Plan, Swap
 from m1.engine.sequence import TopLogprobs
 from m1.engine.slots import LayerState, Slots, capacity_for
@@ -26,6 +26,8 @@ from m1.ops.inputs import DRAWN, ENDED, MAX_STOPS, MIN_P, STOPS, STREAM, TEMPERA
 from m1.ops.registers import advance_registers, read_registers
 from m1.options import Quantization
 
+SCORED_ROWS = 128  # of which logits are computed together
+
 
 class Drawn(NamedTuple):
     """The tokens that a plan drew, on their way to the host.
@@ -33,20 +35,27 @@ class Drawn(NamedTuple):
     Attributes:
         values: [2 + 2k, rows] float64 in the host's memory: tokens and their log-probabilities, then the k likeliest
             tokens, each with its own. k is the most that a row asks for.
+        scores: of each chunk that scores, in the plan's order, [2 + 2k, rows] likewise.
         event: the device's mark that they have arrived; None on a CPU.
     """
 
     values: Tensor
+    scores: list[Tensor]
     event: torch.cuda.Event | None
 
-    def wait(self) -> tuple[list[int], list[float], TopLogprobs | None]:
-        """Waits for the tokens, their log-probabilities and the likeliest tokens, and returns them."""
+    def wait(self) -> tuple[list[int], list[float], TopLogprobs | None, list[tuple[list[float], TopLogprobs]]]:
+        """Waits for all, and returns what `Scheduler.update` takes in."""
         if self.event is not None:
             self.event.synchronize()
         tokens, logprobs, *top = self.values
-        ids, values = (torch.stack(top[i::2], dim=1).tolist() if top else () for i in (0, 1))
-        pairs = [[(int(i), value) for i, value in zip(*row, strict=True)] for row in zip(ids, values, strict=True)]
-        return tokens.long().tolist(), logprobs.tolist(), pairs or None
+        scores = [(logprobs.tolist(), _pairs(top)) for _, logprobs, *top in self.scores]
+        return tokens.long().tolist(), logprobs.tolist(), _pairs(top) or None, scores
+
+
+def _pairs(top: list[Tensor]) -> TopLogprobs:
+    """The likeliest tokens with their log-probabilities, of the rows of both."""
+    ids, values = (torch.stack(top[i::2], dim=1).tolist() if top else () for i in (0, 1))
+    return [[(int(i), value) for i, value in zip(*row, strict=True)] for row in zip(ids, values, strict=True)]
 
 
 class Registers(NamedTuple):
@@ -141,18 +150,24 @@ class Executor:
             for copy in plan.restore:
                 if copy.source in self.logits:
                     self.logits[copy.target] = self.logits[copy.source]
+        scores: dict[tuple[int, int], Tensor] = {}  # by a chunk's slot and start
         for chunks in rounds(plan.prefill):
-            self._prefill(chunks)
+            self._prefill(chunks, scores)
         drawn = [self._fork(plan.fork)] if plan.fork else []
         if plan.decode.slots:
             drawn.append(self._decode(plan.decode.slots))
-        return self._to_host(drawn)
+        return self._to_host(drawn, [scores[chunk.slot, chunk.start] for chunk in plan.prefill if chunk.scored])
 
-    def _prefill(self, chunks: list[Chunk]) -> None:
+    def _prefill(self, chunks: list[Chunk], scores: dict[tuple[int, int], Tensor]) -> None:
         fresh = [chunk.slot for chunk in chunks if chunk.start == 0]
         if fresh:
             self.slots.clear(torch.tensor(fresh, device=self.device))
-        logits = self.runner.prefill(prefill_batch(chunks, self.device))
+        batch = prefill_batch(chunks, self.device)
+        hidden = self.runner.prefill(batch)
+        for chunk, own in zip(chunks, hidden.split([len(chunk.tokens) for chunk in chunks]), strict=True):
+            if chunk.scored:
+                scores[chunk.slot, chunk.start] = self._score(own[: len(chunk.scored)], chunk)
+        logits = self.runner.head(hidden[batch.cu_seqlens[1:] - 1])
         self.logits |= {chunk.slot: (logits, row) for row, chunk in enumerate(chunks)}
         kept = [chunk.keep for chunk in chunks if chunk.keep]
         if kept:
@@ -160,6 +175,11 @@ class Executor:
             for copy in kept:
                 logits, row = self.logits[copy.source]
                 self.logits[copy.target] = logits[row : row + 1].clone(), 0
+
+    def _score(self, hidden: Tensor, chunk: Chunk) -> Tensor:
+        """What `Drawn.scores` holds for hidden states [rows, H] of a chunk. Few rows at a time: logits are large."""
+        parts = zip(hidden.split(SCORED_ROWS), self._tensor(list(chunk.scored)).split(SCORED_ROWS), strict=True)
+        return torch.cat([scores_of(self.runner.head(rows), tokens, chunk.likeliest) for rows, tokens in parts], dim=1)
 
     def _fork(self, forks: list[Fork]) -> Tensor:
         """Copies the prompts' slots to the new sequences, draws their first tokens, and fills their registers."""
@@ -221,17 +241,18 @@ class Executor:
         advance_registers(self.registers.integers, slots, tokens)
         return torch.cat([tokens.double()[None], logprobs.double()[None], top.flatten(1).T])
 
-    def _to_host(self, drawn: list[Tensor]) -> Drawn:
+    def _to_host(self, drawn: list[Tensor], scores: list[Tensor]) -> Drawn:
         height = max(map(len, drawn), default=2)
         rows = [F.pad(values, (0, 0, 0, height - len(values))) if len(values) < height else values for values in drawn]
         values = torch.cat(rows, dim=1) if rows else torch.empty(2, 0, dtype=torch.double)
-        if values.device.type != "cuda":
-            return Drawn(values, None)
-        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-        host.copy_(values, non_blocking=True)
+        if self.device.type != "cuda":
+            return Drawn(values, scores, None)
+        host, *hosts = (torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in (values, *scores))
+        for target, source in zip((host, *hosts), (values, *scores), strict=True):
+            target.copy_(source, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
-        return Drawn(host, event)
+        return Drawn(host, hosts, event)
 
     def _swap_out(self, swap: Swap) -> None:
         registers, fork = [register[swap.slot].clone() for register in self.registers], self.special.get(swap.slot)

@@ -67,8 +67,9 @@ class PrefillBatch(NamedTuple):
 class Runner:
     """Runs an M1, Llama, Qwen2 or Qwen3 model on caches in slots, for inference.
 
-    `prefill` runs chunks of prompts. `decode` runs one token of each of many sequences. Both return logits. Call
-    `attach` before. It comes later, because packing takes memory, and the caches may have what is left.
+    `prefill` runs chunks of prompts and returns hidden states, which `head` makes into logits. `decode` runs one token
+    of each of many sequences and returns logits. Call `attach` before. It comes later, because packing takes memory,
+    and the caches may have what is left.
 
     Args:
         model: the network, whose weights mustn't change afterwards.
@@ -127,10 +128,9 @@ class Runner:
                 layer.load_constants()
 
     def prefill(self, batch: PrefillBatch) -> Tensor:
-        """Runs chunks of prompts. Returns the logits [c, V] after the last token of each."""
+        """Runs chunks of prompts. Returns the hidden states [T, H] after the final norm."""
         rotation = self.rotary(batch.positions, batch.totals)
-        hidden = self._stack(batch.tokens, lambda layer, hidden: layer.prefill(hidden, *rotation, batch))
-        return self.head(hidden[batch.cu_seqlens[1:] - 1])
+        return self._stack(batch.tokens, lambda layer, hidden: layer.prefill(hidden, *rotation, batch))
 
     def decode(self, rows: DecodeBatch) -> Tensor:
         """Runs one token per row. Returns the logits [b, V] after it."""

@@ -259,6 +259,16 @@ def logprobs_of(tokens: Tensor, logits: Tensor, heat: Tensor, drawn: Tensor, log
     return logprobs[:, None] + step / heat
 
 
+def scores_of(logits: Tensor, tokens: Tensor, k: int) -> Tensor:
+    """Scores tokens [b] under softmax(logits), logits [b, V].
+
+    Returns [2 + 2k, b] float64: the tokens, their log-probabilities, then the k likeliest tokens, each with its own.
+    """
+    logprobs = logits.float().log_softmax(dim=-1)
+    ids = torch.cat([tokens[:, None], top_ids(logits, k)], dim=1)
+    return torch.stack([ids.double(), logprobs.gather(1, ids).double()], dim=-1).flatten(1).T
+
+
 def top_ids(logits: Tensor, k: int) -> Tensor:
     """Ids [b, k] of the k highest of logits [b, V], in order; of equal ones, the lowest ids come first.
 

@@ -9,7 +9,7 @@ waits with its state saved. Nothing is computed again.
 
 import math
 from collections import defaultdict, deque
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -43,6 +43,9 @@ class Chunk(NamedTuple):
         tokens: the token ids to prefill.
         total: number of tokens in the prompt.
         keep: copies the state into the prefix cache; None to keep nothing.
+        scored: the token ids that follow the first of `tokens`, the second and so on, if their log-probabilities are
+            wanted.
+        likeliest: number of likeliest tokens to score at each of them.
     """
 
     slot: int
@@ -50,6 +53,8 @@ class Chunk(NamedTuple):
     tokens: list[int]
     total: int
     keep: Copy | None
+    scored: tuple[int, ...] = ()
+    likeliest: int = 0
 
 
 class Fork(NamedTuple):
@@ -150,6 +155,7 @@ class Stats:
         steps: decode steps.
         decoded: tokens drawn.
         prefilled: prompt tokens computed.
+        prefix_queries: prompt tokens looked for in the prefix cache.
         prefix_hits: prompt tokens found in the prefix cache.
         forks: sequences that started with a copy of their prompt's slot.
         swaps: times that a sequence was swapped out for want of pages.
@@ -158,6 +164,7 @@ class Stats:
     steps: int = 0
     decoded: int = 0
     prefilled: int = 0
+    prefix_queries: int = 0
     prefix_hits: int = 0
     forks: int = 0
     swaps: int = 0
@@ -231,6 +238,7 @@ class Scheduler:
         self._columns: tuple[list[int], list[int]] = [], []  # their ids and slots
         self._growing: defaultdict[int, list[int]] = defaultdict(list)  # by plan: sequences that then need a page
         self._dropped: list[int] = []
+        self._scoring: deque[Request] = deque()  # of the chunks that score, in order, until their scores are known
 
     @property
     def busy(self) -> bool:
@@ -261,7 +269,12 @@ class Scheduler:
         return plan
 
     def update(
-        self, plan: Plan, tokens: list[int], logprobs: list[float], top: TopLogprobs | None = None
+        self,
+        plan: Plan,
+        tokens: list[int],
+        logprobs: list[float],
+        top: TopLogprobs | None = None,
+        scores: Iterable[tuple[list[float], TopLogprobs]] = (),
     ) -> list[Sequence]:
         """Appends the tokens that a plan drew to their sequences. Returns the sequences that ended with them.
 
@@ -272,7 +285,12 @@ class Scheduler:
             tokens: one per fork, then one per decoded sequence.
             logprobs: their log-probabilities; NaN ends the sequence with reason "nan".
             top: the likeliest tokens where each was drawn, if a sequence asks for them.
+            scores: of each chunk that scores: the log-probabilities of its `scored`, and the likeliest tokens there.
         """
+        for of_scored, likeliest in scores:
+            scoring = self._scoring.popleft()
+            scoring.logprobs += of_scored
+            scoring.top_logprobs += likeliest
         ended, drawn = [], 0
         ids = [fork.sequence for fork in plan.fork] + plan.decode.sequences
         for row, (id_, token, logprob) in enumerate(zip(ids, tokens, logprobs, strict=True)):
@@ -331,6 +349,7 @@ class Scheduler:
             self.abort(request)
         while self.cached:
             self._evict(self.cached[0])
+        self._scoring.clear()
 
     # Pages
 
@@ -483,12 +502,13 @@ class Scheduler:
     def _open(self, request: Request) -> bool:
         """Gives the prompt a slot, pages, and its longest cached beginning. Returns False if it has to wait."""
         needed = self.pages.for_tokens(len(request.tokens) + 1)
-        entry = self._find(request)
+        entry = None if request.prompt_logprobs else self._find(request)
         if entry and entry.made and entry.made[0] == self._plans:
             return False  # this plan computes it; the next one can restore it
         if not self.free or not self._room(needed, spared=entry):
             return False
         request.slot, request.pages, request.computed = self.free.pop(), [], 0
+        self.stats.prefix_queries += 0 if request.prompt_logprobs else len(request.tokens)
         if entry:
             self.cached.remove(entry)
             self.cached.append(entry)
@@ -506,7 +526,14 @@ class Scheduler:
         start = request.computed
         tokens = request.tokens[start : (start // self.prefill_chunk + 1) * self.prefill_chunk]
         request.computed += len(tokens)
-        self._plan.prefill.append(Chunk(request.slot, start, tokens, len(request.tokens), self._keep(request)))
+        scored: tuple[int, ...] = ()
+        if request.prompt_logprobs and request.computed > request.scored:  # not when it is prefilled again
+            scored = tuple(request.tokens[start + 1 : request.computed + 1])
+            request.scored = request.computed
+        if scored:
+            self._scoring.append(request)
+        chunk = Chunk(request.slot, start, tokens, len(request.tokens), self._keep(request))
+        self._plan.prefill.append(chunk._replace(scored=scored, likeliest=request.params.logprobs))
         self.stats.prefilled += len(tokens)
         return len(tokens)
 

@@ -23,9 +23,12 @@ class Request:
             None, 0 to n - 1.
         resumable: keeps the states at the ends of its sequences for a prompt that continues one, such as a chat's next
             turn, and continues such a state itself. That rounds otherwise than a prefill of the whole prompt.
+        prompt_logprobs: computes the log-probabilities of the prompt's tokens, too. The prefix cache isn't used then.
 
     Attributes:
         sequences: the samples, which the engine fills.
+        logprobs: of the prompt's second and further tokens, if asked for, at temperature 1.
+        top_logprobs: at each of these, as in `Sequence`.
         cached: number of prompt tokens that were found in the prefix cache.
         done: whether all of them have ended.
     """
@@ -35,6 +38,9 @@ class Request:
     id: int = 0
     indices: tuple[int, ...] | None = None
     resumable: bool = False
+    prompt_logprobs: bool = False
+    logprobs: list[float] = field(default_factory=list, init=False)
+    top_logprobs: TopLogprobs = field(default_factory=list, init=False)
     sequences: list["Sequence"] = field(init=False)
     cached: int = field(default=0, init=False)
     # The scheduler's own fields.
@@ -43,6 +49,7 @@ class Request:
     slot: int | None = None  # holds the prompt until a sequence takes it over
     computed: int = 0  # number of prompt tokens the slot has seen
     pages: list[int] = field(default_factory=list)  # of the slot
+    scored: int = 0  # number of prompt tokens whose chunks score what follows
 
     def __post_init__(self) -> None:
         if self.indices is not None:

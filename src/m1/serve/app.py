@@ -90,7 +90,7 @@ def make_app(loops: dict[str, EngineLoop], options: ServeOptions, keys: list[str
         messages = body.plain_messages()
         tokens = await asyncio.to_thread(loop.llm.encode, messages)
         envelope = Envelope("chatcmpl", name)
-        params = body.params(loop.engine.max_model_len - len(tokens))
+        params = body.params(len(tokens), loop.engine.max_model_len)
         opened = opens_thought(loop.llm.decode(tokens[-16:]))
         if body.vote:
             n, seconds = body.vote.n, body.vote.seconds
@@ -131,19 +131,26 @@ def make_app(loops: dict[str, EngineLoop], options: ServeOptions, keys: list[str
         prompts = await asyncio.to_thread(body.prompts, loop.llm)
         limited(body.n * len(prompts))
         longest = max(map(len, prompts), default=0)
-        requests = requests_for(prompts, body.params(loop.engine.max_model_len - longest))
+        requests = requests_for(prompts, body.params(longest, loop.engine.max_model_len))
+        for made in requests:
+            made.prompt_logprobs = body.echo and body.logprobs is not None
         job = Generation(loop.llm, requests, body.stream)
-        envelope = Envelope("cmpl", name)
+        envelope, echoes = Envelope("cmpl", name), body.echoes(loop.llm)
         running = submit(loop, job, request)
         if body.stream:
-            return streamed(completion_events(running, loop.llm, job, body, envelope))
+            return streamed(completion_events(running, loop.llm, job, body, envelope, echoes))
         await running.end()
         choices = []
-        for i, sample in enumerate(job.samples):
+        for i, (echo, sample) in enumerate(zip(echoes, job.samples, strict=True)):
             sequence = sample.sequence
-            choice = {"index": i, "text": sample.text, "finish_reason": finish_reason(sequence), "logprobs": None}
+            choice = {
+                "index": i,
+                "text": echo + sample.text,
+                "finish_reason": finish_reason(sequence),
+                "logprobs": None,
+            }
             if body.logprobs is not None:
-                choice["logprobs"] = completion_logprobs(loop.llm, sequence, 0, len(sequence.token_ids), 0)
+                choice["logprobs"] = completion_logprobs(loop.llm, sequence, 0, len(sequence.token_ids), 0, body.echo)
             choices.append(choice)
         return JSONResponse(envelope("text_completion", choices, usage=usage(loop.llm, job.requests)))
 
@@ -159,8 +166,7 @@ def make_app(loops: dict[str, EngineLoop], options: ServeOptions, keys: list[str
     @app.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
         _, loop = chosen(body.model)
-        prompt = [part.plain() for part in body.messages] if body.messages else body.prompt or ""
-        tokens = await asyncio.to_thread(loop.llm.encode, prompt)
+        tokens = await asyncio.to_thread(body.encoded, loop.llm)
         pieces = loop.llm.tokenizer.convert_ids_to_tokens(tokens) if body.return_token_strs else None
         room = loop.engine.max_model_len
         return {"count": len(tokens), "max_model_len": room, "tokens": tokens, "token_strs": pieces}
@@ -188,7 +194,10 @@ def make_app(loops: dict[str, EngineLoop], options: ServeOptions, keys: list[str
     async def show_metrics() -> Response:
         return Response(metrics.text(), media_type="text/plain; version=0.0.4")
 
-    app.add_middleware(Gate, keys=keys, max_body=options.max_body)
+    def full() -> bool:
+        return all(loop.room < 1 for loop in loops.values())
+
+    app.add_middleware(Gate, keys=keys, max_body=options.max_body, full=full)
     if options.cors_origin:
         app.add_middleware(CORSMiddleware, allow_origins=options.cors_origin, allow_methods=["*"], allow_headers=["*"])
     answer_errors(app)

@@ -1,5 +1,6 @@
 """What can go wrong with a request, and how it is told: OpenAI's error objects."""
 
+import asyncio
 import logging
 from typing import Any
 
@@ -9,7 +10,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from m1.errors import UserError
-from m1.serve.gate import error_body
+from m1.serve.gate import REFUSAL_SECONDS, error_body
 from m1.serve.loop import Overloaded
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,8 @@ def answer_errors(app: FastAPI) -> None:
         status, body = answer_of(error)
         if status == 500:
             logger.error("a request failed", exc_info=error)
+        if status == 429:
+            await asyncio.sleep(REFUSAL_SECONDS)
         return JSONResponse(body, status, {"retry-after": "1"} if status == 429 else None)
 
     kinds: list[type[Exception]] = [UserError, RequestValidationError, HTTPException, TimedOut, ClientGone, Exception]

@@ -1,13 +1,20 @@
-"""Who and what gets in: keys, and bounds on a request's body. An ASGI middleware, before anything is parsed."""
+"""Who and what gets in: keys, bounds on a request's body, and nobody when all is full. An ASGI middleware.
+
+It refuses before anything is parsed: under overload, most requests are refused, and the engine needs the processor.
+"""
 
 import asyncio
 import hashlib
 import hmac
 import json
+from collections.abc import Callable
 from typing import Any
 
 BODY_SECONDS = 60.0  # for a body to arrive
 OPEN_PATHS = ("/", "/health")  # the page holds no data; what it asks for needs the key
+SAMPLING_PATHS = ("/v1/chat/completions", "/v1/completions")
+REFUSAL_SECONDS = 0.25  # before a 429: clients that ask again at once would take the engine's time
+CLOSING = (b"connection", b"close")  # when the rest of a body isn't read
 
 
 def error_body(status: int, text: str, kind: str, param: str | None = None) -> dict[str, Any]:
@@ -16,16 +23,17 @@ def error_body(status: int, text: str, kind: str, param: str | None = None) -> d
 
 
 class Gate:
-    """Lets requests in that have a key, and a body that isn't too large or too slow.
+    """Lets requests in that have a key, and a body that isn't too large or too slow, while there is room for samples.
 
     Args:
         app: gets the requests, with bodies that have arrived.
         keys: any of them opens; everyone gets in if there are none.
         max_body: maximum bytes of a body.
+        full: whether no request for samples would be taken.
     """
 
-    def __init__(self, app: Any, keys: list[str], max_body: int):
-        self.app, self.max_body = app, max_body
+    def __init__(self, app: Any, keys: list[str], max_body: int, full: Callable[[], bool]):
+        self.app, self.max_body, self.full = app, max_body, full
         self._hashes = [_hash(key.encode()) for key in keys]
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -35,7 +43,7 @@ class Gate:
         headers = dict(scope["headers"])
         if scope["path"] not in OPEN_PATHS and not self._lets_in(headers.get(b"authorization", b"")):
             text = "a key is needed: send the header 'Authorization: Bearer KEY'"
-            return await _refuse(send, 401, text, "AuthenticationError")
+            return await _refuse(send, 401, text, "AuthenticationError", [(b"www-authenticate", b"Bearer"), CLOSING])
         if _number(headers.get(b"content-length", b"0")) > self.max_body:
             return await self._too_large(send)
         body, more = bytearray(), True
@@ -50,7 +58,12 @@ class Gate:
                     if len(body) > self.max_body:
                         return await self._too_large(send)
         except TimeoutError:
-            return await _refuse(send, 408, f"the body took over {BODY_SECONDS:g} seconds", "RequestTimeoutError")
+            text = f"the body took over {BODY_SECONDS:g} seconds"
+            return await _refuse(send, 408, text, "RequestTimeoutError", [CLOSING])
+        if scope["path"] in SAMPLING_PATHS and self.full():
+            await asyncio.sleep(REFUSAL_SECONDS)
+            text = "too many samples are running or waiting: try again later"
+            return await _refuse(send, 429, text, "RateLimitError", [(b"retry-after", b"1")])
         parts = [{"type": "http.request", "body": bytes(body), "more_body": False}]
 
         async def next_part() -> Any:
@@ -66,7 +79,7 @@ class Gate:
         return not found or (scheme.lower() == b"bearer" and any(found))
 
     async def _too_large(self, send: Any) -> None:
-        await _refuse(send, 413, f"the body has more than {self.max_body} bytes", "PayloadTooLargeError")
+        await _refuse(send, 413, f"the body has more than {self.max_body} bytes", "PayloadTooLargeError", [CLOSING])
 
 
 def _hash(key: bytes) -> bytes:
@@ -77,11 +90,8 @@ def _number(text: bytes) -> int:
     return int(text) if text.isdigit() and len(text) < 20 else 0
 
 
-async def _refuse(send: Any, status: int, text: str, kind: str) -> None:
+async def _refuse(send: Any, status: int, text: str, kind: str, headers: list[tuple[bytes, bytes]]) -> None:
     body = json.dumps(error_body(status, text, kind)).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    headers += [(b"connection", b"close")]  # the rest of the body isn't read
-    if status == 401:
-        headers.append((b"www-authenticate", b"Bearer"))
-    await send({"type": "http.response.start", "status": status, "headers": headers})
+    own = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": own + headers})
     await send({"type": "http.response.body", "body": body})

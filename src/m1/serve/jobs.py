@@ -94,7 +94,7 @@ class Generation(Job):
     def __init__(self, llm: LLM, requests: list[Request], streamed: bool):
         super().__init__(sum(len(request.sequences) for request in requests))
         llm.prepare(requests)
-        self.requests = requests
+        self.requests, self.streamed = requests, streamed
         self._show(llm, [sequence for request in requests for sequence in request.sequences])
         self._reading = streamed or any(request.params.stop for request in requests)
         self._submitted = False

@@ -48,6 +48,11 @@ class EngineLoop:
         self._tasks = asyncio.get_running_loop()
         self._thread.start()
 
+    @property
+    def room(self) -> int:
+        """Number of samples that may still be submitted. Read in the event loop."""
+        return self.engine.num_slots + self.max_waiting - self._load
+
     def submit(self, job: Job) -> None:
         """Queues a job. Called in the event loop.
 
@@ -57,7 +62,7 @@ class EngineLoop:
         """
         for request in job.requests:
             self.engine.check(request)
-        if self._load + job.weight > self.engine.num_slots + self.max_waiting:
+        if job.weight > self.room:
             raise Overloaded(f"{self._load} samples are running or waiting: try again later")
         self._load += job.weight
         self._inbox.put(lambda: self.jobs.append(job))

@@ -6,9 +6,10 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from m1.serve.jobs import Ballot, Job
+from m1.serve.jobs import Ballot, Generation, Job
 from m1.serve.loop import EngineLoop
 
+GAPS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 2.5, 5, 10)  # seconds
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 
 
@@ -25,6 +26,9 @@ class EngineCounters(Collector):
         totals = {
             "decoded": CounterMetricFamily("m1:generation_tokens", "Tokens drawn.", labels=["model_name"]),
             "prefilled": CounterMetricFamily("m1:prompt_tokens", "Prompt tokens computed.", labels=["model_name"]),
+            "prefix_queries": CounterMetricFamily(
+                "m1:prefix_cache_queries", "Prompt tokens looked for in the prefix cache.", labels=["model_name"]
+            ),
             "prefix_hits": CounterMetricFamily(
                 "m1:prefix_cache_hits", "Prompt tokens found in the prefix cache.", labels=["model_name"]
             ),
@@ -50,6 +54,10 @@ class Metrics:
             "m1:time_to_first_token_seconds", "From submission to the first new text.", buckets=SECONDS,
             registry=self._registry,
         )  # fmt: skip
+        self._between = Histogram(
+            "m1:inter_token_latency_seconds", "Between two new texts of a stream.", buckets=GAPS,
+            registry=self._registry,
+        )  # fmt: skip
         self._whole = Histogram(
             "m1:e2e_request_latency_seconds", "From submission to the end.", buckets=SECONDS, registry=self._registry
         )
@@ -61,9 +69,20 @@ class Metrics:
         """All values, as Prometheus reads them."""
         return generate_latest(self._registry)
 
-    def first(self, since: float) -> None:
-        """Notes a request's first text. `since`: when it was submitted, by time.monotonic."""
-        self._first.observe(time.monotonic() - since)
+    def news(self, job: Job, since: float, first: bool) -> float:
+        """Notes that a request has something new to read. Returns the time, by time.monotonic.
+
+        Args:
+            job: the request's.
+            since: the time of the news before, or of the submission.
+            first: whether it is the first.
+        """
+        now = time.monotonic()
+        if first:
+            self._first.observe(now - since)
+        elif isinstance(job, Generation) and job.streamed:
+            self._between.observe(now - since)
+        return now
 
     def end(self, job: Job, since: float) -> None:
         """Notes a request's end."""

@@ -1,9 +1,10 @@
 """OpenAI's API as data: the requests that are understood, and the answers. Names and defaults are vLLM's."""
 
+import itertools
 import json
 import secrets
 import time
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -11,6 +12,7 @@ from pydantic_core import PydanticCustomError
 from m1.engine import LLM, SamplingParams
 from m1.engine.llm import TextSequence
 from m1.engine.sequence import Request, Sequence
+from m1.errors import UserError
 from m1.grading.spelling import normalize
 from m1.reasoning.solution import Solution
 from m1.serve.thoughts import Thoughts
@@ -79,6 +81,7 @@ class SamplingFields(BaseModel):
     """The fields that chat and plain completions share. Unknown fields are ignored, as in vLLM."""
 
     model_config = ConfigDict(extra="allow")
+    usual_tokens: ClassVar[int | None] = None  # the default of max_tokens where the context has room for more
 
     model: Text | None = None
     n: int = Field(1, ge=1)
@@ -127,17 +130,27 @@ class SamplingFields(BaseModel):
         """Number of likeliest tokens to return at each position."""
         return 0
 
-    def params(self, room: int) -> SamplingParams:
-        """The engine's parameters. Raises UserError for a value out of range.
+    def params(self, prompt: int, context: int) -> SamplingParams:
+        """The engine's parameters. Raises UserError for a value out of range, or for tokens beyond the context.
 
         Args:
-            room: tokens that the prompt leaves, which is the default of max_tokens, and its limit.
+            prompt: number of tokens of the longest prompt.
+            context: maximum number of tokens of a prompt and its sample. What a prompt leaves is the default of
+                max_tokens.
         """
-        asked = self.max_tokens if self.max_tokens is not None else room
-        longest = max(1, min(asked, room))
+        room = context - prompt
+        if room < 1:
+            raise UserError(
+                f"the prompt has {prompt} tokens, which leaves no room in the context of {context}: shorten it"
+            )
+        asked = min(room, self.usual_tokens or room) if self.max_tokens is None else self.max_tokens
+        if asked > room:
+            raise UserError(
+                f"max_tokens={asked}: the prompt of {prompt} tokens leaves {room} in the context of {context}"
+            )
         return SamplingParams(
             n=self.n,
-            max_tokens=longest,
+            max_tokens=asked,
             temperature=self.temperature,
             top_k=max(0, self.top_k),
             top_p=self.top_p,
@@ -146,7 +159,7 @@ class SamplingFields(BaseModel):
             stop=tuple(self.stops),
             stop_token_ids=tuple(self.stop_token_ids),
             ignore_eos=self.ignore_eos,
-            min_tokens=min(self.min_tokens, longest),
+            min_tokens=self.min_tokens,
             repetition_penalty=self.repetition_penalty,
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
@@ -207,9 +220,10 @@ class ChatRequest(SamplingFields):
 class CompletionRequest(SamplingFields):
     """The body of /v1/completions."""
 
+    usual_tokens: ClassVar[int | None] = 16
     prompt: Text | list[Text] | list[int] | list[list[int]]
-    max_tokens: int | None = Field(16, ge=1)
     logprobs: int | None = Field(None, ge=0, le=MOST_TOP_LOGPROBS)
+    echo: bool = False  # the prompt is a part of the text, and its tokens have log-probabilities if asked for
 
     @property
     def likeliest(self) -> int:
@@ -217,12 +231,23 @@ class CompletionRequest(SamplingFields):
         return self.logprobs or 0
 
     def prompts(self, llm: LLM) -> list[list[int]]:
-        """The token ids of each prompt."""
-        if isinstance(self.prompt, str):
-            return [llm.encode(self.prompt)]
-        if self.prompt and isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]
-        return [llm.encode(prompt) if isinstance(prompt, str) else prompt for prompt in self.prompt]  # type: ignore[misc]
+        """The token ids of each prompt. Raises UserError if there is none."""
+        if not self._given:
+            raise UserError("prompt is an empty list: give at least one")
+        return [llm.encode(prompt) if isinstance(prompt, str) else prompt for prompt in self._given]
+
+    def echoes(self, llm: LLM) -> list[str]:
+        """What the text of each sample begins with: its prompt, or nothing."""
+        texts = [
+            (prompt if isinstance(prompt, str) else llm.tokenizer.decode(prompt)) if self.echo else ""
+            for prompt in self._given
+        ]
+        return [text for text in texts for _ in range(self.n)]
+
+    @property
+    def _given(self) -> list[str | list[int]]:
+        one = isinstance(self.prompt, str) or (self.prompt and isinstance(self.prompt[0], int))
+        return [self.prompt] if one else list(self.prompt)  # type: ignore[list-item, arg-type]
 
 
 class TokenizeRequest(BaseModel):
@@ -231,6 +256,7 @@ class TokenizeRequest(BaseModel):
     model: Text | None = None
     prompt: Text | None = None
     messages: list[Message] | None = None
+    add_special_tokens: bool = True  # to a prompt; a conversation has those of its template
     return_token_strs: bool = False
 
     @model_validator(mode="after")
@@ -238,6 +264,12 @@ class TokenizeRequest(BaseModel):
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("give either prompt or messages")
         return self
+
+    def encoded(self, llm: LLM) -> list[int]:
+        """The token ids."""
+        if self.messages is not None:
+            return llm.encode([message.plain() for message in self.messages])
+        return llm.tokenizer(self.prompt, add_special_tokens=self.add_special_tokens).input_ids
 
 
 class DetokenizeRequest(BaseModel):
@@ -304,20 +336,30 @@ def chat_logprobs(llm: LLM, sequence: Sequence, begin: int, end: int) -> dict[st
     return {"content": content, "refusal": None}
 
 
-def completion_logprobs(llm: LLM, sequence: Sequence, begin: int, end: int, offset: int) -> dict[str, Any]:
-    """Log-probabilities of a plain completion's tokens from `begin` to `end`. `offset`: of the first one's text."""
-    texts = [llm.tokenizer.decode([token]) for token in sequence.token_ids[begin:end]]
-    offsets = [offset]
-    for text in texts:
-        offsets.append(offsets[-1] + len(text))
-    top = [
-        {llm.tokenizer.decode([token]): finite(logprob) for token, logprob in sequence.top_logprobs[i]}
-        if sequence.top_logprobs
-        else {texts[i - begin]: finite(sequence.logprobs[i])}
-        for i in range(begin, end)
-    ]
-    chosen = [finite(logprob) for logprob in sequence.logprobs[begin:end]]
-    return {"tokens": texts, "token_logprobs": chosen, "top_logprobs": top, "text_offset": offsets[:-1]}
+def completion_logprobs(llm: LLM, sequence: Sequence, begin: int, end: int, offset: int, echo: bool) -> dict[str, Any]:
+    """Log-probabilities of a plain completion's tokens from `begin` to `end`.
+
+    With `echo`, the prompt's tokens come before them, the first without a log-probability. `offset`: of the first
+    token's text.
+    """
+    tokens, logprobs = sequence.token_ids[begin:end], sequence.logprobs[begin:end]
+    likeliest = sequence.top_logprobs[begin:end] or [[] for _ in tokens]
+    if echo:
+        request = sequence.request
+        tokens = request.tokens + tokens
+        logprobs = request.logprobs + logprobs
+        likeliest = (request.top_logprobs or [[] for _ in request.logprobs]) + likeliest
+    texts = [llm.tokenizer.decode([token]) for token in tokens]
+    offsets = list(itertools.accumulate(map(len, texts), initial=offset))[:-1]
+    top = []
+    for text, logprob, pairs in zip(texts[echo:], logprobs, likeliest, strict=True):
+        row: dict[str, float] = {}
+        for other, value in [*((llm.tokenizer.decode([token]), value) for token, value in pairs), (text, logprob)]:
+            row.setdefault(other, finite(value))  # of tokens with the same text, the likeliest one
+        top.append(row)
+    first: list[None] = [None] * echo
+    chosen = [*first, *map(finite, logprobs)]
+    return {"tokens": texts, "token_logprobs": chosen, "top_logprobs": [*first, *top], "text_offset": offsets}
 
 
 def message(thought: str, reply: str) -> dict[str, Any]:

@@ -4,12 +4,14 @@ import logging
 import socket
 
 import uvicorn
+from fastapi import FastAPI
 
 from m1.engine import LLM
 from m1.engine.engine import DEFAULT_MAX_MODEL_LEN
 from m1.errors import UserError
 from m1.grading import Grader
 from m1.serve.app import make_app
+from m1.serve.connection import Connection
 from m1.serve.loop import EngineLoop
 from m1.serve.settings import ServeOptions
 
@@ -34,18 +36,26 @@ def run(models: dict[str, str], options: ServeOptions, keys: list[str]) -> None:
         grader.start()
         loops = {name: EngineLoop(load(folder, options), options.max_waiting) for name, folder in models.items()}
         app = make_app(loops, options, keys, grader)
-        config = uvicorn.Config(
-            app,
-            log_level="warning",
-            access_log=False,
-            timeout_keep_alive=KEEP_ALIVE_SECONDS,
-            timeout_graceful_shutdown=int(options.drain),
-            server_header=False,
-        )
+        server = server_of(app, options.drain)
         host, port = listening.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         logger.info("serving %s at http://%s:%d/v1", ", ".join(models), shown, port)
-        uvicorn.Server(config).run(sockets=[listening])
+        server.run(sockets=[listening])
+
+
+def server_of(app: FastAPI, drain: float) -> uvicorn.Server:
+    """The HTTP server of an application. After a signal its open requests have `drain` seconds to finish."""
+    config = uvicorn.Config(
+        app,
+        http=Connection,
+        ws="none",
+        log_level="warning",
+        access_log=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=int(drain),
+        server_header=False,
+    )
+    return uvicorn.Server(config)
 
 
 def load(folder: str, options: ServeOptions) -> LLM:

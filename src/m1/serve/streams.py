@@ -117,17 +117,23 @@ def logprobs_of(llm: LLM, sequence: Sequence, body: ChatRequest, told: list[int]
 
 
 async def completion_events(
-    running: Submission, llm: LLM, job: Generation, body: CompletionRequest, envelope: Envelope
+    running: Submission, llm: LLM, job: Generation, body: CompletionRequest, envelope: Envelope, echoes: list[str]
 ) -> AsyncIterator[str]:
-    """The chunks of plain completions: texts as they grow, why each ended, and the usage."""
+    """The chunks of plain completions: texts as they grow, why each ended, and the usage.
+
+    The first chunk of each sample has its echo, too, with the log-probabilities of those tokens.
+    """
     told = [0] * len(job.samples)  # tokens whose log-probabilities were sent
+    ends = [0] * len(job.samples)  # of their texts
     growths = Growths(job)
     async for _ in running.updates():
         for i, sample, text, begin, complete in growths:
-            choice = {"index": i, "text": text[begin:], "logprobs": None, "finish_reason": None}
+            choice = {"index": i, "text": echoes[i] + text[begin:], "logprobs": None, "finish_reason": None}
             end = len(sample.sequence.logprobs)
             if body.logprobs is not None and end > told[i]:
-                choice["logprobs"] = completion_logprobs(llm, sample.sequence, told[i], end, begin)
+                own = completion_logprobs(llm, sample.sequence, told[i], end, ends[i], bool(echoes[i]))
+                choice["logprobs"], ends[i] = own, own["text_offset"][-1] + len(own["tokens"][-1])
+            echoes[i] = ""
             if complete:
                 choice["finish_reason"] = finish_reason(sample.sequence)
             told[i] = end

@@ -31,15 +31,13 @@ class Submission:
 
     async def updates(self) -> AsyncIterator[None]:
         """Yields whenever the job has something new to read, at last at its end. Raises what went wrong."""
-        begun = done = False
+        last, first, done = self._submitted, True, False
         try:
             while not done:
                 await self.job.changed.wait()
                 self.job.changed.clear()
                 done = self.job.done  # before anything is read: what ends later is read at the next turn
-                if not begun:
-                    self.metrics.first(self._submitted)
-                begun = True
+                last, first = self.metrics.news(self.job, last, first), False
                 yield
         finally:
             self._watch.cancel()
