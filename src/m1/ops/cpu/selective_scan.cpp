@@ -18,6 +18,7 @@ using namespace m1;
 
 constexpr int CHUNK = 16;  // tokens; CHUNK["cpu"] in ops/selective_scan.py
 constexpr int TAPS = 4;    // convolution taps
+constexpr int HELD = 4;         // states per channel that stay in registers while a chunk goes by
 constexpr int HALO = TAPS - 1;  // convolution inputs needed from before a chunk
 
 typedef float Rows[CHUNK][N];  // one value per token and channel of a group
@@ -196,21 +197,27 @@ void forward(const Forward& p) {
           activate(chunk, g, group, (Slopes*)nullptr);
           for (int c = 0; c < N; c += W) {
             const vec skip = load(in.D + g * N + c);
-            vec h[N];
-            for (int n = 0; n < N; ++n) h[n] = load(states[r][n] + c);
+            vec y[CHUNK];
             for (int j = 0; j < chunk.count; ++j) {
               if (c == 0) chunk.prefetch(chunk.first + j + CHUNK, g);
-              if (chunk.starts[j])
-                for (int n = 0; n < N; ++n) h[n] = vec{};
-              const vec u = load(group.u[j] + c), dt = load(group.dt[j] + c), dtu = dt * u;
-              vec y = skip * u;
-              for (int n = 0; n < N; ++n) {
-                h[n] = exp2_nonpositive(dt * load(A[r][n] + c)) * h[n] + dtu * chunk.B[j][n];
-                y += h[n] * group.C[j][n];
-              }
-              store(y_start + (chunk.first + j) * channels + r * N + c, y * load(group.gate[j] + c));
+              y[j] = skip * load(group.u[j] + c);
             }
-            for (int n = 0; n < N; ++n) store(states[r][n] + c, h[n]);
+            for (int from = 0; from < N; from += HELD) {
+              vec h[HELD];
+              for (int n = 0; n < HELD; ++n) h[n] = load(states[r][from + n] + c);
+              for (int j = 0; j < chunk.count; ++j) {
+                if (chunk.starts[j])
+                  for (int n = 0; n < HELD; ++n) h[n] = vec{};
+                const vec dt = load(group.dt[j] + c), dtu = dt * load(group.u[j] + c);
+                for (int n = 0; n < HELD; ++n) {
+                  h[n] = exp2_nonpositive(dt * load(A[r][from + n] + c)) * h[n] + dtu * chunk.B[j][from + n];
+                  y[j] += h[n] * group.C[j][from + n];
+                }
+              }
+              for (int n = 0; n < HELD; ++n) store(states[r][from + n] + c, h[n]);
+            }
+            for (int j = 0; j < chunk.count; ++j)
+              store(y_start + (chunk.first + j) * channels + r * N + c, y[j] * load(group.gate[j] + c));
           }
         }
       }
