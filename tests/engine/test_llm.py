@@ -4,7 +4,9 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 from commands import m1
+from gguf_files import gguf_teacher, write_gguf
 from typer.testing import CliRunner
 
 from m1.cli import app
@@ -13,6 +15,8 @@ from m1.engine.generate import generate_file
 from m1.engine.llm import LLM, TextSequence
 from m1.errors import UserError
 from m1.jsonl import read_jsonl
+from m1.model.gguf import import_gguf
+from m1.ops.quantize import quantize as quantized
 
 PARAMS = SamplingParams(max_tokens=24, temperature=1.0, seed=1, ignore_eos=True)
 CHAT = [{"role": "user", "content": "2+2?"}]
@@ -230,3 +234,21 @@ def test_a_special_token_stops_as_a_string(llm):
         if place is not None:
             assert after.sequence.token_ids == before.sequence.token_ids[: place + 1]
             assert after.sequence.finish_reason == "stop" and before.text.startswith(after.text)
+
+
+@pytest.mark.parametrize(("kind", "quantize"), [("Q8_0", "int8"), ("Q4_1", "int4"), ("F16", None)])
+def test_a_gguf_files_weights_run_as_they_are(tmp_path, kind, quantize):
+    file = write_gguf(tmp_path / "tiny.gguf", gguf_teacher(hidden_size=64, intermediate_size=96), kind=kind)
+    llm = LLM.from_pretrained(file, max_model_len=64)
+    assert llm.engine_options["quantize"] == quantize and llm.model.dtype == torch.float32
+    for name, parameter in llm.model.named_parameters():
+        if quantize and parameter.dim() == 2:
+            assert torch.equal(quantized(parameter, quantize).values(), parameter), name
+    (sample,) = llm.generate(["12"], SamplingParams(max_tokens=8, temperature=0))
+    import_gguf(file, tmp_path / "folder", "float32")
+    (plain,) = LLM.from_pretrained(tmp_path / "folder", max_model_len=64).generate(
+        ["12"], SamplingParams(max_tokens=8, temperature=0)
+    )
+    assert abs(sample.sequence.logprobs[0] - plain.sequence.logprobs[0]) < 0.05
+    asked = LLM.from_pretrained(file, "bfloat16", quantize="int4")
+    assert asked.engine_options["quantize"] == "int4" and asked.model.dtype == torch.bfloat16

@@ -70,8 +70,12 @@ def test_gguf_arguments(run, tmp_path):
     check(run("import-gguf", tmp_path, tmp_path / "o"), "can't read", "directory")
     check(run("import-gguf", file, file), "exists and isn't `m1 import-gguf` output")
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
-    for command in (("inspect", file), ("generate", "--model", file, "--prompts", tmp_path / "p.jsonl", "--out", "o")):
-        check(run(*command), f"m1 import-gguf {file} FOLDER")
+    check(run("inspect", file), f"m1 import-gguf {file} FOLDER")
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(file.read_bytes()[:5000])
+    generate = "generate", "--prompts", tmp_path / "p.jsonl", "--out", tmp_path / "s", "--model"
+    check(run(*generate, broken), f"{broken} is truncated or damaged")
+    check(run(*generate, tmp_path / "no.gguf"), "can't read", "No such file")
     assert run("import-gguf", file, tmp_path / "o")[0] == 0
 
 
