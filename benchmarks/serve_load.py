@@ -170,6 +170,18 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
         return await Load(options).run(http)
 
 
+def add_run(options: argparse.Namespace, seen: dict[str, Any]) -> None:
+    """Adds a run to the JSON file."""
+    own = ("url", "out", "pid", "name", "model", "seed")
+    settings = {name: value for name, value in vars(options).items() if name not in own}
+    head = {"machine": describe_machine(torch.device("cpu")), "settings": settings}
+    found = json.loads(options.out.read_text()) if options.out.exists() else head | {"servers": {}}
+    if {name: found[name] for name in head} != head:
+        sys.exit(f"{options.out} has runs with other settings or of another machine: choose another file")
+    found["servers"].setdefault(options.name, []).append(seen | {"seed": options.seed})
+    write_json(options.out, found)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", required=True, help="ends in /v1")
@@ -184,13 +196,13 @@ def main() -> None:
     parser.add_argument("--mixed", action="store_true")
     parser.add_argument("--patience", type=float, default=600)
     parser.add_argument("--pid", type=int, help="of the server")
-    parser.add_argument("--out", type=Path, help="a JSON file")
+    parser.add_argument("--name", default="server", help="of the server in the JSON file")
+    parser.add_argument("--out", type=Path, help="a JSON file, to whose runs of this name the run is added")
     options = parser.parse_args()
     seen = asyncio.run(measure(options))
     print(json.dumps(seen))
     if options.out:
-        kept = {name: value for name, value in vars(options).items() if name not in ("url", "out", "pid")}
-        write_json(options.out, {"machine": describe_machine(torch.device("cpu")), "settings": kept} | seen)
+        add_run(options, seen)
     if faults := seen["counts"].keys() - {WHOLE, REFUSED, LEFT, OVER}:
         sys.exit(f"faults: {', '.join(sorted(faults))}")
 

@@ -5,6 +5,7 @@ python benchmarks/tables.py [--check]
 
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -79,6 +80,76 @@ def decode() -> str:
     ]
     columns = ["batch x new tokens", "engine", "tokens/s", "times vLLM", "of floor", "time"]
     return markdown(columns, rows) + "\n" + "; ".join(conditions) + ".\n"
+
+
+def chat() -> str:
+    """`m1 bench chat`."""
+    return chat_table(result("bench-chat-cpu"))
+
+
+def short_chat() -> str:
+    """The fewest and the most chats of `m1 bench chat`."""
+    bench = result("bench-chat-cpu")
+    numbers = [row["chats"] for row in bench["rows"]]
+    return chat_table(bench | {"rows": [row for row in bench["rows"] if row["chats"] in (min(numbers), max(numbers))]})
+
+
+def chat_table(bench: dict) -> str:
+    rows = []
+    for row in bench["rows"]:
+        times = [f"{row[key]:.2f}" if key in row else "" for key in ("times_vllm", "times_llama_cpp")]
+        prefill = f"{row['prefill_tokens_per_second']:,.0f}"
+        facts = [f"{row['first_token_seconds']:.2f} s", f"{row['peak_memory_bytes'] / 2**30:.2f} GiB"]
+        rows.append([row["name"], str(row["chats"]), f"{row['tokens_per_second']:,.0f}", *times, prefill, *facts])
+    limits, options = bench["limits"], bench["options"]
+    peers = {name: number for row in bench["rows"] for name, number in row["versions"].items() if "cpp" in name}
+    peers |= {name: number for row in bench["rows"] for name, number in row["versions"].items() if "vllm" in name}
+    conditions = [
+        processor(bench["machine"]),
+        f"prompts of {options['prompt']} tokens, {options['new_tokens']} new ones",
+        f"medians of {bench['rows'][0]['runs']} runs",
+        f"copies {limits['copy_bytes_per_second'] / 1e9:.0f} GB/s",
+        f"{options['dtype']} matrix products {limits['gemm_flops_per_second'] / 1e9:.0f} GFLOP/s",
+        ", ".join(f"{name} {number}" for name, number in peers.items()),
+    ]
+    columns = [
+        "engine",
+        "chats",
+        "tokens/s",
+        "times vLLM",
+        "times llama.cpp",
+        "prompt tokens/s",
+        "first token",
+        "memory",
+    ]
+    return markdown(columns, rows) + "\n" + "; ".join(conditions) + ".\n"
+
+
+def quantization() -> str:
+    """`benchmarks/quantization.py`."""
+    bench, rows = result("quantization"), []
+    for row in bench["rows"]:
+        apart = [f"{row['mean_difference']:.3f}", f"{row['largest_difference']:.1f}"]
+        shares = [f"{100 * row['same_likeliest']:.1f} %", f"{row['right']} of {bench['problems']}"]
+        rows.append([row["name"], f"{row['perplexity']:.2f}", *apart, *shares])
+    columns = ["weights", "perplexity", "mean difference", "largest", "same likeliest token", "right, greedily"]
+    what = f"{bench['tokens']:,} tokens of {bench['data']}; {processor(bench['machine'])}"
+    return markdown(columns, rows) + f"\n{what}; differences are of log-probabilities, from float32's.\n"
+
+
+def serve() -> str:
+    """`benchmarks/serve_load.py`."""
+    bench, rows = result("serve"), []
+    for name, runs in bench["servers"].items():
+        rate = statistics.median(run["tokens_per_second"] for run in runs)
+        latencies = [
+            f"{statistics.median(run[key][p] for run in runs):.2g} s"
+            for key in ("seconds_to_first_token", "seconds_between_tokens")
+            for p in ("p50", "p99")
+        ]
+        rows.append([name, f"{rate:,.0f}", *latencies, str(len(runs))])
+    columns = ["server", "tokens/s", "first token, p50", "p99", "between tokens, p50", "p99", "runs"]
+    return markdown(columns, rows) + f"\n{processor(bench['machine'])}; medians over runs.\n"
 
 
 def decode_step() -> str:
@@ -282,11 +353,12 @@ def some_columns(table: str, chosen: Iterable[int]) -> str:
 
 
 TABLES: dict[str, list[Callable[[], str]]] = {
-    "README.md": [pocket, short_gpu_decode, short_long_chains],
-    "docs/engine.md": [gpu_jobs, decode, decode_step],
+    "README.md": [pocket, short_gpu_decode, short_chat, short_long_chains],
+    "docs/engine.md": [quantization, gpu_jobs, chat, decode, decode_step],
     "docs/kernels.md": [kernels],
     "docs/evaluation.md": [intervals, differences],
     "docs/grading.md": [grading],
+    "docs/serving.md": [serve],
     "docs/results.md": [gpu_decode, long_gpu_decode],
     "docs/test-time-compute.md": [long_chains, long_chains_vllm],
 }

@@ -34,3 +34,18 @@ def test_recorded_steps_equal_plain_ones(hybrid, dtype, quantize):
         assert generate(engine) == expected
     recorded = engine.executor.step.recorded
     assert recorded and not [found for found in recorded.values() if isinstance(found, str)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+def test_company_changes_no_bit(hybrid, dtype, quantize):
+    """Prompts of several lengths, in chunks, alone and together."""
+    engine = Engine(hybrid.to(dtype), [], max_model_len=64, prefill_chunk=16, prefix_cache=0, quantize=quantize)
+    prompts = [[1 + i] * length for i, length in enumerate((1, 3, 16, 17, 40))]
+    params = SamplingParams(max_tokens=6, seed=5)
+    together = engine.generate(prompts, params)
+    for prompt, sequence in zip(prompts, together, strict=True):
+        request = Request(prompt, sequence.request.params, sequence.request.id)
+        for _ in engine.run([request]):
+            pass
+        assert request.sequences[0].logprobs == sequence.logprobs

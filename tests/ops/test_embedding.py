@@ -16,10 +16,11 @@ def test_the_kernel_equals_torch(rows, dtype):
     assert torch.equal(embedding(tokens, table.T.contiguous().T), F.embedding(tokens, table))
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("token", [-1, 7])
-def test_tokens_that_do_not_exist_are_refused(token):
+def test_tokens_that_do_not_exist_are_refused(token, backend):
     with pytest.raises(IndexError, match=f"row 1 has token {token}, but there are 7"):
-        embedding(torch.tensor([0, token]), torch.randn(7, 5), backend="cpu")
+        embedding(torch.tensor([0, token]), torch.randn(7, 5), backend=backend)
 
 
 def test_what_does_not_fit_is_refused():

@@ -148,13 +148,13 @@ def test_a_full_server_reads_no_request(serve):
 def test_a_vote_leaves_room_for_a_chat(server):
     """A vote of many long samples is running, and a chat is answered before it ends."""
     with ThreadPoolExecutor(1) as pool:
-        vote = pool.submit(post, server, json=LONG | {"max_tokens": 100, "vote": {"n": 24, "rule": "none"}}, timeout=60)
+        vote = pool.submit(post, server, json=LONG | {"max_tokens": 400, "vote": {"n": 60, "rule": "none"}}, timeout=60)
         while len(server.loop.engine.running) < 6:
             time.sleep(0.01)
         assert len(server.loop.engine.running) == 6  # two of eight slots are kept
         answer = server.client().chat.completions.create(model="small", messages=QUESTION, max_tokens=5)
         assert answer.choices and not vote.done()
-        assert vote.result().json()["vote"]["finished"] == 24
+        assert vote.result().json()["vote"]["finished"] == 60
 
 
 def test_a_failed_step_ends_its_requests_only(server, monkeypatch):

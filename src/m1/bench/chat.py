@@ -23,6 +23,7 @@ from m1.peers import vllm_client
 from m1.peers.worker import Worker, start_worker
 
 LLAMA_WORKER = Path(vllm_client.__file__).with_name("llama_worker.py")
+MOST_CHATS = {"llama.cpp": 8}  # 64 would take minutes: its rate hardly grows with their number
 JOULES = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
 
 
@@ -45,10 +46,11 @@ def run(options: ChatOptions, on_run: OnRun = ignore) -> dict[str, Any]:
             return result | {"skipped": [], "rows": rows_of(options, runs, engines)}
 
         for chats in options.chosen_chats():
-            for engine in engines.values():
+            able = {name: engine for name, engine in engines.items() if chats <= MOST_CHATS.get(name, chats)}
+            for engine in able.values():
                 engine(work(options, chats, 2))  # compiles and allocates
             for _ in range(options.repeats):
-                for name, engine in engines.items():
+                for name, engine in able.items():
                     runs.setdefault((name, chats), []).append(timed(engine, options, chats))
                     on_run(f"{name}: {chats} in {runs[name, chats][-1].seconds:.2f} s", so_far())
         return so_far()
@@ -105,7 +107,8 @@ def rows_of(
 @contextmanager
 def start(name: str, options: ChatOptions) -> Iterator[Worker]:
     """Starts an engine of `options.known`."""
-    most, length = max(options.chosen_chats()), options.prompt + options.new_tokens
+    most = min(max(options.chosen_chats()), MOST_CHATS.get(name, max(options.chosen_chats())))
+    length = options.prompt + options.new_tokens
     sizes = ["--max-model-len", str(length), "--max-num-seqs", str(most)]
     if name == "vllm":
         with torch.device("cpu"):
@@ -125,10 +128,7 @@ def start(name: str, options: ChatOptions) -> Iterator[Worker]:
         command += ["--threads", str(torch.get_num_threads())]
     else:
         folder = str(options.hybrid if name.startswith("ours-hybrid") else options.model)
-        command = [sys.executable, "-m", "m1.bench.chat_worker", folder, *sizes]
-        quantization = quantization_of(name)
-        exact = is_gguf(folder) and quantization is not None  # its own weights, in float32 outside of products
-        command += ["--dtype", "auto" if exact else options.dtype]
-        command += ["--quantize", quantization] if quantization else []
+        command = [sys.executable, "-m", "m1.bench.chat_worker", folder, *sizes, "--dtype", options.dtype]
+        command += ["--quantize", quantization_of(name) or "none"]
     with start_worker(name, command) as worker:
         yield worker

@@ -21,8 +21,8 @@ def main() -> int:
     """Runs the program. Returns its exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--quantize", choices=["int8", "int4"])
+    parser.add_argument("--dtype", required=True)
+    parser.add_argument("--quantize", required=True, choices=["none", "int8", "int4"])
     parser.add_argument("--max-model-len", type=int, required=True)
     parser.add_argument("--max-num-seqs", type=int, required=True)
     options = parser.parse_args()
@@ -32,14 +32,14 @@ def main() -> int:
         print(json.dumps(content), file=answers, flush=True)
 
     try:
-        llm = LLM.from_pretrained(options.model, options.dtype, quantize=options.quantize)
+        model = LLM.from_pretrained(options.model, options.dtype).model
         sizes = {"max_num_seqs": options.max_num_seqs, "max_model_len": options.max_model_len}
-        quantize = llm.engine_options["quantize"]
-        engine = Engine(llm.model, [], **sizes, prefix_cache=0, quantize=quantize)
+        quantize = None if options.quantize == "none" else options.quantize
+        engine = Engine(model, [], **sizes, prefix_cache=0, quantize=quantize)
     except UserError as error:
         answer({"error": str(error)})
         return 1
-    settings = sizes | {"quantize": quantize, "dtype": str(llm.model.dtype).removeprefix("torch.")}
+    settings = sizes | {"quantize": quantize, "dtype": str(model.dtype).removeprefix("torch.")}
     answer({"ready": True, "versions": {"torch": torch.__version__}, "settings": settings})
     for line in sys.stdin:
         answer(generate(engine, **json.loads(line)))

@@ -104,6 +104,20 @@ class Block(NamedTuple):
     last: int
 
 
+class Shape(NamedTuple):
+    """A result in a recording's memory: the byte where it begins, its dtype, sizes and strides."""
+
+    begin: int
+    dtype: torch.dtype
+    sizes: torch.Size
+    strides: tuple[int, ...]
+
+    def of(self, memory: Tensor) -> Tensor:
+        """The result as a view of the memory."""
+        end = self.begin + (len(memory) - self.begin) // self.dtype.itemsize * self.dtype.itemsize
+        return memory[self.begin : end].view(self.dtype).as_strided(self.sizes, self.strides)
+
+
 class Arena:
     """Memory for the intermediate results of recordings. They run one after another and share it."""
 
@@ -149,20 +163,19 @@ class Recording:
         pairs = [(ctypes.cast(one.kernel, ctypes.c_void_p).value, ctypes.addressof(one.fields)) for one in watch.calls]
         self._calls = (ctypes.c_int64 * (2 * count))(*(value for pair in pairs for value in pair if value is not None))
         self._struct = (ctypes.c_int64 * 2)(count, ctypes.addressof(self._calls))
-        self._shown = [(t, _address(t) in first) for t in results]
+        self._shown = [self._shape(t) if _address(t) in first else t for t in results]
         self.results = results
+
+    def _shape(self, result: Tensor) -> "Shape":
+        place = self._places[_address(result)] + result.data_ptr() - _address(result)
+        return Shape(place, result.dtype, result.shape, result.stride())
 
     def move(self, memory: Tensor) -> None:
         """Puts the intermediate results into this memory."""
         base = memory.data_ptr()
         for fields, field, address, offset in self._moving:
             fields[field] = base + self._places[address] + offset
-        self.results = tuple(self._view(memory, t) if own else t for t, own in self._shown)
-
-    def _view(self, memory: Tensor, result: Tensor) -> Tensor:
-        begin = self._places[_address(result)] + result.data_ptr() - _address(result)
-        end = begin + (len(memory) - begin) // result.itemsize * result.itemsize
-        return memory[begin:end].view(result.dtype).as_strided(result.shape, result.stride())
+        self.results = tuple(shown.of(memory) if isinstance(shown, Shape) else shown for shown in self._shown)
 
     def replay(self) -> tuple[Tensor, ...]:
         """Runs the calls. Returns `results`. Raises IndexError for a slot, a token or a page that doesn't exist."""

@@ -29,7 +29,13 @@ def embedding(tokens: Tensor, table: Tensor, backend: Backend = "auto") -> Tenso
     limits = {"a Triton kernel, and there is none": own != "triton", "contiguous rows": table.is_contiguous()}
     backend = choose("embedding", backend, table, limits)
     tokens = tokens.long().contiguous()
-    return F.embedding(tokens, table) if backend == "reference" else _embedding(tokens, table, backend)
+    if backend != "reference":
+        return _embedding(tokens, table, backend)
+    if table.device.type == "cpu":  # a GPU would have to be waited for
+        for row, token in enumerate(tokens.tolist()):
+            if not 0 <= token < len(table):
+                raise IndexError(f"row {row} has token {token}, but there are {len(table)}")
+    return F.embedding(tokens, table)
 
 
 def _new_rows(tokens: Tensor, table: Tensor) -> Tensor:
