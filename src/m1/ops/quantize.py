@@ -9,13 +9,14 @@ from torch import Tensor
 from m1.options import Quantization
 
 GROUP = 32  # inputs that share a scale
+ROWS = 4096  # outputs that are rounded at a time: intermediate results take several times their memory
 
 
 class Quantized(NamedTuple):
     """A weight [out, in] as codes * scales + minima, with `groups` of GROUP inputs. The last group may be shorter.
 
     Attributes:
-        codes: [out, in] int32: -127..127 for int8; 0..15 for int4.
+        codes: [out, in] int8: -127..127 for int8; 0..15 for int4.
         scales: [out, groups] float32, exact in float16.
         minima: likewise, for int4; None for int8.
     """
@@ -35,6 +36,11 @@ class Quantized(NamedTuple):
 
 def quantize(weight: Tensor, kind: Quantization) -> Quantized:
     """Rounds a weight [out, in]. One whose values came from Q8_0 or Q4_1 keeps them exactly in the same kind."""
+    codes, scales, minima = zip(*(_quantize(rows, kind) for rows in weight.split(ROWS)), strict=True)
+    return Quantized(torch.cat(codes), torch.cat(scales), None if minima[0] is None else torch.cat(minima))
+
+
+def _quantize(weight: Tensor, kind: Quantization) -> Quantized:
     inputs = weight.shape[1]
     groups = F.pad(weight.float()[None], (0, -inputs % GROUP), mode="replicate")[0].unflatten(1, (-1, GROUP))
     if kind == "int8":
@@ -45,4 +51,4 @@ def quantize(weight: Tensor, kind: Quantization) -> Quantized:
     scales = (spread / most).half().float()
     codes = (groups / torch.where(scales > 0, scales, 1)[..., None]).round()
     codes = codes.clamp(-most if minima is None else 0, most)
-    return Quantized(codes.int().flatten(1)[:, :inputs], scales, minima)
+    return Quantized(codes.to(torch.int8).flatten(1)[:, :inputs], scales, minima)

@@ -32,7 +32,7 @@ class Panels:
             outputs, inputs = codes.shape
             codes = F.pad(codes, (0, -inputs % GROUP))
             kind = Q8 if minima is None else Q4
-            words = _bytes_to_words(codes + 128) if minima is None else _halves_to_words(codes)
+            words = _bytes_to_words(codes.view(torch.uint8) ^ 128) if minima is None else _halves_to_words(codes)
             scales, minima = (None if t is None else pack(t.half()) for t in (scales, minima))
         else:
             outputs, inputs = weight.shape
@@ -75,11 +75,11 @@ def _panels(values: Tensor, width: int, gated: bool) -> Tensor:
 
 
 def _bytes_to_words(codes: Tensor) -> Tensor:
-    """Codes [out, in] from 0 to 255 -> int32 [out, in / 4]."""
-    return codes.to(torch.uint8).contiguous().view(torch.int32)
+    """Bytes [out, in] -> int32 [out, in / 4]."""
+    return codes.contiguous().view(torch.int32)
 
 
 def _halves_to_words(codes: Tensor) -> Tensor:
     """Codes [out, in] from 0 to 15 -> int32 [out, in / 8]. A byte has the codes i and i + GROUP / 2 of its group."""
-    low, high = codes.unflatten(1, (-1, 2, GROUP // 2)).unbind(2)
+    low, high = codes.view(torch.uint8).unflatten(1, (-1, 2, GROUP // 2)).unbind(2)
     return _bytes_to_words((low + 16 * high).flatten(1))
