@@ -250,5 +250,6 @@ def test_a_gguf_files_weights_run_as_they_are(tmp_path, kind, quantize):
         ["12"], SamplingParams(max_tokens=8, temperature=0)
     )
     assert abs(sample.sequence.logprobs[0] - plain.sequence.logprobs[0]) < 0.05
+    assert LLM.from_pretrained(file, "float32").engine_options.get("quantize") is None
     asked = LLM.from_pretrained(file, "bfloat16", quantize="int4")
     assert asked.engine_options["quantize"] == "int4" and asked.model.dtype == torch.bfloat16

@@ -87,6 +87,14 @@ def test_a_row_that_is_not_finite_stays_so(kind):
         assert not layer(x)[1].isfinite().any() and torch.equal(layer(x)[::2], plain[::2])
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_rows_of_tiny_numbers_are_finite(kind):
+    """127 divided by the largest of them is infinite."""
+    layer = PackedLinear(torch.ones(32, 32), quantization=kind)
+    for x in (torch.full((1, 32), 1e-37), torch.zeros(1, 32).index_fill_(1, torch.tensor([4]), 1e-40)):
+        assert layer(x).abs().max() < 1e-30
+
+
 @given(st.integers(0, 2**32), QUANTIZATIONS, st.sampled_from([torch.float32, torch.float64]))
 def test_quantized_values_keep_their_codes(seed, kind, dtype):
     """GGUF's Q8_0 and Q4_1 blocks come out as they went in."""

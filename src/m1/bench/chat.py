@@ -67,7 +67,9 @@ def timed(engine: Worker, options: ChatOptions, chats: int) -> TimedChats:
     before = joules()
     seconds = engine(work(options, chats, options.new_tokens))["seconds"]
     after = joules()
-    return TimedChats(first, seconds, None if before is None or after is None else after - before)
+    if before is None or after is None or after < before:  # the counter begins again at its end
+        return TimedChats(first, seconds, None)
+    return TimedChats(first, seconds, after - before)
 
 
 def joules() -> float | None:

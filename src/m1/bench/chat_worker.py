@@ -32,7 +32,7 @@ def main() -> int:
         print(json.dumps(content), file=answers, flush=True)
 
     try:
-        model = LLM.from_pretrained(options.model, options.dtype).model
+        model = LLM.from_pretrained(options.model, options.dtype, "cpu").model
         sizes = {"max_num_seqs": options.max_num_seqs, "max_model_len": options.max_model_len}
         quantize = None if options.quantize == "none" else options.quantize
         engine = Engine(model, [], **sizes, prefix_cache=0, quantize=quantize)

@@ -57,10 +57,9 @@ class LLM:
         """Loads the model and the tokenizer of a checkpoint.
 
         Args:
-            folder: the checkpoint's folder, its id on the Hub, or a GGUF file. On a CPU a file's Q8_0 and Q4_1 weights
-                run as they are, as int8 and int4.
+            folder: the checkpoint's folder, its id on the Hub, or a GGUF file.
             dtype: of the weights, e.g. "bfloat16"; "auto" keeps the checkpoint's own. A GGUF file's are then float32,
-                which keeps their values.
+                which keeps their values, and on a CPU Q8_0 and Q4_1 layers run as they are, as int8 and int4.
             device: where to put the model; None for the GPU if there is one.
             options: those of `LLM`.
 
@@ -72,7 +71,7 @@ class LLM:
         exact: Any = "float32" if dtype == "auto" else str(dtype).removeprefix("torch.")
         model, tokenizer = read_gguf(Path(folder), exact)
         device = device or default_device()
-        if device == "cpu":
+        if device == "cpu" and dtype == "auto":
             options["quantize"] = options.get("quantize") or stored_quantization(Path(folder))
         return cls(model.to(device), tokenizer, **options)
 

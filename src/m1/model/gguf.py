@@ -11,7 +11,6 @@ transformers reads the weights and the configuration. What it reads wrongly or d
 """
 
 import tempfile
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -112,12 +111,14 @@ def is_gguf(name: str | Path) -> bool:
 
 
 def stored_quantization(file: Path) -> Quantization | None:
-    """How most of the file's weights are rounded, if it is a way of ours: Q8_0 or Q4_1."""
+    """How coarsely M1 can round the layers' weights without losing more than the file has: none if not at all."""
     from gguf import GGUFReader
 
-    kinds = Counter(tensor.tensor_type.name for tensor in GGUFReader(file).tensors if len(tensor.shape) == 2)
-    names: dict[str, Quantization] = {"Q8_0": "int8", "Q4_1": "int4"}
-    return names.get(kinds.most_common(1)[0][0])
+    layers = [
+        tensor for tensor in GGUFReader(file).tensors if len(tensor.shape) == 2 and tensor.name.startswith("blk.")
+    ]
+    kinds = {tensor.tensor_type.name for tensor in layers}
+    return "int4" if kinds == {"Q4_1"} else "int8" if kinds and kinds <= {"Q4_1", "Q8_0"} else None
 
 
 def read_gguf(file: Path, dtype: Dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:

@@ -30,7 +30,7 @@ def call(name: str, *arguments: Tensor | int | None) -> int:
     """
     fields = [a.data_ptr() if isinstance(a, Tensor) else a or 0 for a in arguments]
     kernel, packed = getattr(load_cpu_kernels(), name), (ctypes.c_int64 * len(fields))(*fields)
-    if watch := getattr(_thread, "watch", None):
+    if arguments and (watch := getattr(_thread, "watch", None)):  # without any it only asks for a constant
         watch.calls.append(Call(kernel, packed, {i: a for i, a in enumerate(arguments) if isinstance(a, Tensor)}))
     return kernel(packed)
 
@@ -158,7 +158,7 @@ class Recording:
         self._places, self.size = _plan({a: Block(*block, last[a]) for a, block in first.items()})
         # fields that are addresses of intermediate results: which one, and how far in
         self._moving = [(f, n, _address(t), t.data_ptr() - _address(t)) for _, f, n, t in uses if _address(t) in first]
-        self._kept = [t for _, _, _, t in uses if _address(t) not in first]
+        self._kept = [t.untyped_storage() for _, _, _, t in uses if _address(t) not in first]
         self._fields = [one.fields for one in watch.calls]
         pairs = [(ctypes.cast(one.kernel, ctypes.c_void_p).value, ctypes.addressof(one.fields)) for one in watch.calls]
         self._calls = (ctypes.c_int64 * (2 * count))(*(value for pair in pairs for value in pair if value is not None))

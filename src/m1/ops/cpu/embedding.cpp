@@ -17,7 +17,7 @@ struct Embedding {
 extern "C" int64_t m1_embedding(const Embedding* p) {
   for (int64_t i = 0; i < p->rows; ++i)
     if (p->tokens[i] < 0 || p->tokens[i] >= p->count) return i;
-  for (int64_t i = 0; i < p->rows; ++i)
+  for (int64_t i = 0; p->bytes && i < p->rows; ++i)
     std::memcpy(p->out + i * p->bytes, p->table + p->tokens[i] * p->bytes, p->bytes);
   return -1;
 }

@@ -85,7 +85,8 @@ RowGroup take(const float* from, float* to) {
   return {1.0f, sum(total)};
 }
 
-// GROUP inputs rounded to -127..127. One that isn't finite makes the scale NaN.
+// GROUP inputs rounded to -127..127; to 0 if all are so small that 127 divided by them is infinite. One that isn't finite
+// makes the scale NaN.
 RowGroup take(const float* from, int8_t* to) {
   vec highest = {}, zero = {};
   for (int i = 0; i < GROUP; i += W) {
@@ -94,7 +95,7 @@ RowGroup take(const float* from, int8_t* to) {
   }
   float most = 0;
   for (int lane = 0; lane < W; ++lane) most = std::max(most, highest[lane]);
-  const float scale = most / 127.0f, inverse = most > 0 ? 127.0f / most : 0.0f;
+  const float scale = most / 127.0f, inverse = most > 1e-36f ? 127.0f / most : 0.0f;
   const vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
   vec total = {};
   for (int i = 0; i < GROUP; i += W) {

@@ -4,7 +4,8 @@
 // A unit of work is a few tokens of a chunk and one key-value head, with all query heads of its group. Keys and values
 // are packed in panels (tile.h), so that scores and weighted values are products of tiles of rows. A row keeps a maximum,
 // a sum and weighted values while blocks of BLOCK keys go by (Dao et al. 2022). Blocks begin at multiples of BLOCK, and
-// keys after a row's own have weight 0. So the result depends neither on other rows nor on where the chunk begins.
+// keys after a row's own have weight 0. So the result of finite values depends neither on other rows nor on where the chunk
+// begins.
 
 #include <cmath>
 #include <vector>
@@ -187,7 +188,7 @@ void prefill(const Attention& p) {
   for (int64_t chunk = 0; chunk < p.chunks; ++chunk) {
     const int64_t length = p.cu_seqlens[chunk + 1] - p.cu_seqlens[chunk];
     const int64_t begin = p.cu_seqlens[chunk] * p.heads * p.head_dim;
-    if (p.slots[chunk] < 0) std::memset((T*)p.out + begin, 0, length * p.heads * p.head_dim * sizeof(T));
+    if (p.slots[chunk] < 0 && length) std::memset((T*)p.out + begin, 0, length * p.heads * p.head_dim * sizeof(T));
     for (int64_t first = 0; p.slots[chunk] >= 0 && first < length; first += PART)
       for (int64_t kv = 0; kv < p.kv_heads; ++kv) units.push_back({chunk, kv, first, std::min(first + PART, length)});
   }
@@ -205,11 +206,11 @@ void prefill(const Attention& p) {
 
 bool exists(const Attention& p, int64_t chunk) {
   const int64_t slot = p.slots[chunk], length = p.cu_seqlens[chunk + 1] - p.cu_seqlens[chunk];
-  const int64_t keys = p.starts[chunk] + length;
   if (slot < 0) return true;
-  if (slot >= p.slot_count || p.starts[chunk] < 0 || keys > p.slot_pages * p.page) return false;
+  const int64_t room = p.slot_pages * p.page;
+  if (slot >= p.slot_count || p.starts[chunk] < 0 || p.starts[chunk] > room - length) return false;
   const int32_t* pages = p.page_table + slot * p.slot_pages;
-  return std::all_of(pages, pages + (length ? (keys + p.page - 1) / p.page : 0),
+  return std::all_of(pages, pages + (length ? (p.starts[chunk] + length + p.page - 1) / p.page : 0),
                      [&](int32_t page) { return page >= 0 && page < p.page_count; });
 }
 

@@ -49,7 +49,7 @@ void rotate(const Rotate& p) {
     for (int64_t row = 0; row < p.rows; ++row) {
       to_float((const T*)p.cos + row * p.head_dim, cos, half);
       to_float((const T*)p.sin + row * p.head_dim, sin, half);
-      const int64_t page = p.slots[row] < 0 ? -1 : page_of(p, row), place = p.positions[row] % p.page;
+      const int64_t page = p.slots[row] < 0 ? -1 : page_of(p, row), place = page < 0 ? 0 : p.positions[row] % p.page;
       for (int64_t head = 0; head < heads; ++head) {
         const T* from = (const T*)p.qkv + row * p.row_stride + head * p.head_stride;
         const bool query = head < p.heads, key = !query && head < p.heads + p.kv_heads;
