@@ -134,8 +134,10 @@ def test_overload_is_a_429(serve):
     assert next(a for a in answers if a.status_code == 429).headers["retry-after"] == "1" and server.idle()
 
 
-def test_a_full_server_reads_no_request(serve):
+def test_a_full_server_reads_no_request(serve, monkeypatch):
     server = serve(max_waiting=1)
+    step = server.loop.engine.step
+    monkeypatch.setattr(server.loop.engine, "step", lambda: (time.sleep(0.004), step())[1])  # stays full for seconds
     with ThreadPoolExecutor(9) as pool:
         running = [pool.submit(post, server, key=None, json=LONG, timeout=60) for _ in range(9)]
         while server.loop.room:
