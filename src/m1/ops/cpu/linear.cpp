@@ -110,7 +110,6 @@ RowGroup take(const float* from, int8_t* to) {
 
 template <Kind kind, class X>
 void linear(const Linear& p) {
-  constexpr bool same = std::is_same_v<X, float> || std::is_same_v<X, bf16>;
   constexpr int64_t UNIT = quantized(kind) ? GROUP : inputs_per_word(kind);
   const int64_t inputs = (p.inputs + UNIT - 1) / UNIT * UNIT, groups = quantized(kind) ? inputs / GROUP : 0;
   const bool copy = quantized(kind) || inputs != p.inputs || p.dtype != (std::is_same_v<X, float> ? F32 : BF16);
