@@ -236,6 +236,8 @@ def test_requests_beyond_the_vocabulary_are_refused(hybrid):
     engine = Engine(hybrid)
     with pytest.raises(UserError, match="prompt 0 has logit_bias of token 261; the vocabulary is 0 to 260"):
         engine.generate([[1]], replace(GREEDY, logit_bias={261: 1.0}))
+    with pytest.raises(UserError, match=f"prompt 0 has stop_token_ids of token {2**64}; the vocabulary is 0 to 260"):
+        engine.generate([[1]], replace(GREEDY, stop_token_ids=(2**64,)))
     with pytest.raises(UserError, match="prompt 0 has logprobs=262; the vocabulary has 261 tokens"):
         engine.generate([[1]], replace(GREEDY, logprobs=262))
 

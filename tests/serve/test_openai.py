@@ -1,6 +1,7 @@
 """OpenAI's own client against the server."""
 
 import asyncio
+from contextlib import suppress
 
 import httpx2
 import openai
@@ -76,10 +77,21 @@ def test_the_context_is_the_default_length(server, apart):
         assert server.client().completions.create(prompt=prompt, **options).usage.completion_tokens == tokens
 
 
-@pytest.mark.parametrize("prompt", ["", [], [[]], ["7", ""], [10**9], [-1], "7" * 512])
-def test_a_bad_prompt_is_refused(server, prompt):
+@pytest.mark.parametrize("echo", [False, True])
+@pytest.mark.parametrize("prompt", ["", [], [[]], ["7", ""], [10**9], [-1], [10**11], [[7], [10**20]], "7" * 512])
+def test_a_bad_prompt_is_refused(server, prompt, echo):
     with pytest.raises(openai.BadRequestError, match=r"prompt|vocabulary"):
-        server.client().completions.create(model="small", prompt=prompt)
+        server.client().completions.create(model="small", prompt=prompt, echo=echo)
+    assert server.idle()
+
+
+@pytest.mark.parametrize("value", [2**31, 2**64, -(2**64)])
+@pytest.mark.parametrize("field", ["top_k", "stop_token_ids", "min_tokens", "seed", "logprobs", "logit_bias"])
+def test_a_huge_number_is_served_or_refused(server, field, value):
+    fields = {"stop_token_ids": {field: [value], "min_tokens": 1}, "logit_bias": {field: {value: 1}}}
+    with suppress(openai.BadRequestError):
+        body = fields.get(field, {field: value})
+        server.client().completions.create(model="small", prompt="7+5", max_tokens=2, extra_body=body)
     assert server.idle()
 
 

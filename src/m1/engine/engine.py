@@ -215,7 +215,7 @@ class Engine:
     def check(self, request: Request) -> None:
         """Raises UserError for an empty prompt, a token outside the vocabulary, or a prompt that leaves no room.
 
-        Also for `logit_bias` of a token outside the vocabulary, or `logprobs` of more tokens than it has.
+        Also for `logit_bias` or a stop token outside the vocabulary, or `logprobs` of more tokens than it has.
         """
         tokens, name = request.tokens, f"prompt {request.id}"
         if not tokens:
@@ -223,9 +223,11 @@ class Engine:
         if not (min(tokens) >= 0 and max(tokens) < self.vocab_size):
             unknown = next(token for token in tokens if not 0 <= token < self.vocab_size)
             raise UserError(f"{name} has token {unknown}; the vocabulary is 0 to {self.vocab_size - 1}")
-        for token in request.params.logit_bias:
-            if not 0 <= token < self.vocab_size:
-                raise UserError(f"{name} has logit_bias of token {token}; the vocabulary is 0 to {self.vocab_size - 1}")
+        for field in ("logit_bias", "stop_token_ids"):
+            for token in getattr(request.params, field):
+                if not 0 <= token < self.vocab_size:
+                    fix = f"the vocabulary is 0 to {self.vocab_size - 1}"
+                    raise UserError(f"{name} has {field} of token {token}; {fix}")
         if (asked := request.params.logprobs) > self.vocab_size:
             raise UserError(f"{name} has logprobs={asked}; the vocabulary has {self.vocab_size} tokens")
         if len(tokens) >= self.max_model_len:

@@ -135,8 +135,8 @@ def make_app(loops: dict[str, EngineLoop], options: ServeOptions, keys: list[str
         for made in requests:
             made.prompt_logprobs = body.echo and body.logprobs is not None
         job = Generation(loop.llm, requests, body.stream)
-        envelope, echoes = Envelope("cmpl", name), body.echoes(loop.llm)
         running = submit(loop, job, request)
+        envelope, echoes = Envelope("cmpl", name), body.echoes(loop.llm)  # of tokens that the engine has checked
         if body.stream:
             return streamed(completion_events(running, loop.llm, job, body, envelope, echoes))
         await running.end()
