@@ -19,7 +19,7 @@ SOURCES = ROOT / "src" / "m1"
 FLOORS = [
     {"__main__"},
     {"cli"},
-    {"pipeline"},
+    {"pipeline", "doctor"},
     {"train", "evaluation", "serve", "bench"},
     {"reasoning"},
     {"engine"},
