@@ -47,7 +47,8 @@ def test_convert(run, teacher_dir, tmp_path):
 
 
 def test_generate(run, hybrid_dir):
-    assert run("generate", hybrid_dir, "2+2?").count("[length] ") == 4
+    printed = run("generate", hybrid_dir, "2+2?")
+    assert printed.count("[length] ") + printed.count("[stop] ") == 4
 
 
 def test_solve(run, hybrid_dir):
