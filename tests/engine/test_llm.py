@@ -17,6 +17,8 @@ from m1.errors import UserError
 from m1.jsonl import read_jsonl
 from m1.model.gguf import import_gguf
 from m1.ops.quantize import quantize as quantized
+from m1.recipe import Data
+from m1.train.data import conversations
 
 PARAMS = SamplingParams(max_tokens=24, temperature=1.0, seed=1, ignore_eos=True)
 CHAT = [{"role": "user", "content": "2+2?"}]
@@ -146,6 +148,10 @@ def test_a_file_goes_on_where_it_was_cut_off(hybrid_dir, tmp_path):
     assert out.read_text().startswith(kept)
     assert sorted((r["id"], r["sample"]) for r in rows) == [(i, j) for i in ("0", "7", "sum") for j in (0, 1)]
     assert all(r["tokens"] == 24 and r["finish_reason"] == "length" and r["logprob"] < 0 for r in rows)
+    for row in rows:  # a training stage reads it as it is
+        (conversation,) = conversations(Data(path=str(out)), "", [row])
+        asked = {"0": "ab", "sum": "1+1?", "7": "2+2?"}[row["id"]]
+        assert [message["content"] for message in conversation.messages] == [asked, row["text"]]
     assert generate_file(llm, prompts, out, params)[0] == 0
 
 

@@ -1,6 +1,7 @@
 """`m1 generate`: samples every prompt of a file.
 
-OUT          one line per finished sample: id, sample, text, finish_reason, tokens, logprob
+OUT          one line per finished sample: id, sample, text, finish_reason, tokens, logprob; and the conversation,
+             which a training stage reads as it is: `messages`, or `prompt` and `completion` after a plain prompt
 OUT.run/     settings and manifest (runs.py)
 """
 
@@ -100,7 +101,8 @@ def generate_file(
                 for sample in chain.from_iterable(steps):
                     key = {"id": ids[sample.prompt], "sample": sample.index}
                     how = {"text": sample.text, "finish_reason": sample.finish_reason}
-                    run.append(out.name, key | how | {"tokens": sample.tokens, "logprob": sample.logprob})
+                    cost = {"tokens": sample.tokens, "logprob": sample.logprob}
+                    run.append(out.name, key | how | cost | _conversation(texts[sample.prompt], sample.text))
                     ended, tokens, seconds = ended + 1, tokens + sample.tokens, max(seconds, sample.seconds)
                     on_progress(ended, total)
         run.finish()
@@ -116,3 +118,9 @@ def _prompt_of(row: dict[str, Any], prompt: ProblemPrompt, where: str) -> Prompt
         case {"prompt": str(text)}:
             return text
     raise UserError(f"{where}: needs `prompt` or `problem` (text) or `messages` (a list); has {sorted(row)}")
+
+
+def _conversation(prompt: Prompt, text: str) -> dict[str, Any]:
+    if isinstance(prompt, str):
+        return {"prompt": prompt, "completion": text}
+    return {"messages": [*prompt, {"role": "assistant", "content": text}]}
