@@ -20,7 +20,7 @@ class Picture:
     def __init__(self, height: int, title: str):
         self.height, self.title, self.parts = height, title, []
 
-    def box(self, x, y, width, height, text, fill=GREY, dashed=False, size=15) -> None:
+    def box(self, x, y, width, height, text, fill=GREY, dashed=False, size=16) -> None:
         """A rounded box with lines of text in its middle."""
         dash = ' stroke-dasharray="5 4"' if dashed else ""
         self.parts.append(
@@ -30,7 +30,7 @@ class Picture:
         for i, line in enumerate(lines):
             self.text(x + width / 2, y + height / 2 + (i - (len(lines) - 1) / 2) * (size + 3), line, size=size)
 
-    def text(self, x, y, text, size=15, anchor="middle", colour=INK, bold=False) -> None:
+    def text(self, x, y, text, size=16, anchor="middle", colour=INK, bold=False) -> None:
         """One line of text, centred on y."""
         weight = ' font-weight="600"' if bold else ""
         self.parts.append(
@@ -79,12 +79,12 @@ def overview() -> Picture:
         y = 48 + 44 * i
         picture.box(100, y, 100, 34, old, BLUE, size=17)
         picture.arrow(204, y + 17, 432, y + 17)
-        picture.text(318, y + 6, what, size=13, colour=SOFT)
+        picture.text(318, y + 6, what, size=15, colour=SOFT)
         picture.box(440, y, 100, 34, new, BLUE, size=17)
     picture.box(370, 226, 240, 34, "new: z, dt, conv, A, D", ORANGE, dashed=True)
-    picture.text(150, 236, "cache: grows with", size=14, colour=SOFT)
-    picture.text(150, 254, "every token", size=14, colour=SOFT)
-    picture.text(490, 276, "state: always the same size", size=14, colour=SOFT)
+    picture.text(150, 236, "cache: grows with", size=15, colour=SOFT)
+    picture.text(150, 254, "every token", size=15, colour=SOFT)
+    picture.text(490, 276, "state: always the same size", size=15, colour=SOFT)
     steps = [
         ("convert", "copy weights", BLUE),
         ("distil", "KL from teacher", GREEN),
@@ -97,15 +97,15 @@ def overview() -> Picture:
     for i, (name, what, fill) in enumerate(steps):
         x = 14 + 125 * i
         picture.box(x, 342, 104, 44, name, fill, size=17)
-        picture.text(x + 52, 404, what, size=13, colour=SOFT)
+        picture.text(x + 52, 404, what, size=15, colour=SOFT)
         if i:
             picture.arrow(x - 20, 364, x - 3, 364)
-    picture.text(66, 434, "m1 convert", size=13, colour=SOFT)
-    picture.text(191, 434, "m1 distill", size=13, colour=SOFT)
-    picture.text(316, 434, "m1 sft", size=13, colour=SOFT)
-    picture.text(441, 434, "m1 grpo", size=13, colour=SOFT)
-    picture.text(566, 434, "m1 solve", size=13, colour=SOFT)
-    picture.text(320, 462, "A few layers stay attention. MLPs, norms and embeddings are copied.", size=13, colour=SOFT)
+    picture.text(66, 434, "m1 convert", size=15, colour=SOFT)
+    picture.text(191, 434, "m1 distill", size=15, colour=SOFT)
+    picture.text(316, 434, "m1 sft", size=15, colour=SOFT)
+    picture.text(441, 434, "m1 grpo", size=15, colour=SOFT)
+    picture.text(566, 434, "m1 solve", size=15, colour=SOFT)
+    picture.text(320, 462, "A few layers stay attention. MLPs, norms and embeddings are copied.", size=15, colour=SOFT)
     return picture
 
 
@@ -126,14 +126,14 @@ def slots() -> Picture:
     picture.box(20, 146, 200, 36, "copy the state", GREY)
     picture.box(20, 194, 200, 36, "share full pages", GREY)
     picture.arrow(224, 212, 276, 218, dashed=True)
-    picture.text(580, 210, "own pages for", size=13, colour=SOFT)
-    picture.text(580, 228, "new tokens", size=13, colour=SOFT)
+    picture.text(580, 210, "pages for", size=15, colour=SOFT)
+    picture.text(580, 228, "new tokens", size=15, colour=SOFT)
     picture.text(20, 306, "3. States after prompts stay: the prefix cache.", anchor="start", bold=True)
     picture.box(20, 326, 200, 40, "a prompt that begins so", GREY)
     picture.arrow(224, 346, 276, 346)
     picture.box(284, 326, 150, 40, "kept state", ORANGE)
-    picture.text(446, 338, "only what is new", size=13, anchor="start", colour=SOFT)
-    picture.text(446, 356, "is computed", size=13, anchor="start", colour=SOFT)
+    picture.text(446, 338, "only what is new", size=15, anchor="start", colour=SOFT)
+    picture.text(446, 356, "is computed", size=15, anchor="start", colour=SOFT)
     return picture
 
 
@@ -158,9 +158,9 @@ def request() -> Picture:
     picture.arrow(153, 135, 326, 135, dashed=True)
     picture.arrow(475, 360, 475, 384)
     picture.box(330, 388, 290, 34, "ended: text, answer, vote", ORANGE)
-    picture.text(240, 222, "on a GPU the next", size=13, colour=SOFT)
-    picture.text(240, 240, "step starts before the", size=13, colour=SOFT)
-    picture.text(240, 258, "tokens are read", size=13, colour=SOFT)
+    picture.text(240, 222, "on a GPU the next", size=15, colour=SOFT)
+    picture.text(240, 240, "step starts before the", size=15, colour=SOFT)
+    picture.text(240, 258, "tokens are read", size=15, colour=SOFT)
     return picture
 
 
@@ -174,12 +174,12 @@ def vote() -> Picture:
     for i, (end, answer) in enumerate(samples):
         y = 56 + 28 * i
         picture.bar(40, end, y, GREEN if answer in ("42", "84 / 2") else RED if answer else GREY, dashed=not answer)
-        picture.text(end + 10, y, answer or "aborted", size=14, anchor="start", colour=INK if answer else SOFT)
+        picture.text(end + 10, y, answer or "aborted", size=15, anchor="start", colour=INK if answer else SOFT)
     picture.arrow(40, 262, 400, 262)
-    picture.text(404, 262, "seconds", size=13, anchor="start", colour=SOFT)
+    picture.text(404, 262, "seconds", size=15, anchor="start", colour=SOFT)
     picture.arrow(320, 300, 320, 268)
-    picture.text(320, 314, "decided: two missing votes can't change it", size=14)
-    picture.text(320, 334, "--rule decided, the default", size=13, colour=SOFT)
+    picture.text(320, 314, "decided: two missing votes can't change it", size=15)
+    picture.text(320, 334, "--rule decided, the default", size=15, colour=SOFT)
     picture.text(540, 26, "classes of answers", bold=True)
     picture.box(470, 50, 140, 56, "42 = 84 / 2\n4 votes", GREEN)
     picture.box(470, 120, 140, 56, "24\n1 vote", RED)

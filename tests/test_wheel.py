@@ -1,6 +1,7 @@
 """The built wheel works outside the repository: it holds the kernels' sources, the pages and its type information."""
 
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -58,3 +59,14 @@ def test_the_wheel_converts_and_solves(wheel, tmp_path, teacher_dir):
     assert "2 attention layers" in m1("convert", "--teacher", teacher_dir, "--out", "hybrid", "--keep-attention", "1,3")
     assert "answer:" in m1("solve", "2+2", "--model", "hybrid", "--n", 2, "--max-new-tokens", 4)
     assert list((tmp_path / "cache" / "kernels").glob("*.so"))
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda"])
+def test_dockerfiles_copy_what_is_there(name):
+    """No daemon builds them in the tests: what they copy exists, and .dockerignore lets it through."""
+    text = (ROOT / "docker" / f"{name}.Dockerfile").read_text()
+    allowed = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
+    copied = [word for line in re.findall(r"^COPY (.*) \S+$", text, re.MULTILINE) for word in line.split()]
+    assert len(copied) == 6
+    assert all((ROOT / source).exists() and source in allowed for source in copied)
+    assert "USER m1" in text and 'ENTRYPOINT ["m1"]' in text
