@@ -19,8 +19,18 @@ def elsewhere() -> dict[str, str]:
     )
 
 
+def on_config(config):
+    """Adds the recipes' pages to the navigation, under Results."""
+    results = next(section["Results"] for section in config["nav"] if "Results" in section)
+    for path, target in elsewhere().items():
+        if target.startswith("recipes/"):
+            title = (ROOT / path).read_text().partition("\n")[0].removeprefix("# ")
+            results.append({title: target})
+    return config
+
+
 def on_files(files, config):
-    """Adds them."""
+    """Adds them to the site."""
     for path, target in elsewhere().items():
         files.append(File.generated(config, target, abs_src_path=str(ROOT / path)))
     return files
