@@ -1,4 +1,4 @@
-"""Commands on checkpoints: convert, rank-layers, inspect, doctor, import-gguf, import-official, export-official."""
+"""Commands on checkpoints: convert, rank-layers, inspect, import-gguf, import-official, export-official."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -75,15 +75,6 @@ def inspect(
     if plot:
         plot_summary(summary, plot)
         render.line(f"plot written to {plot}")
-
-
-@app.command()
-def doctor() -> None:
-    """Show what this machine has, what M1 will use, and what is missing. Add it when you report a problem."""
-    from m1.cli import render
-    from m1.doctor import examine
-
-    render.examination(examine())
 
 
 @app.command("import-gguf")

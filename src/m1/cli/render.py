@@ -24,7 +24,6 @@ from m1.text import clean
 if TYPE_CHECKING:  # they import torch
     from numpy import ndarray
 
-    from m1.doctor import Examination
     from m1.history import PastRun
     from m1.model.summary import Summary
     from m1.reasoning.budget import Budget
@@ -102,17 +101,6 @@ def json_data(data: Any) -> None:
 def conversion(out: str, layers: int, kept: list[int]) -> None:
     """Prints which layers of a converted model stayed attention."""
     line(f"{out}: {len(kept)} attention layers {kept}, {layers - len(kept)} Mamba layers")
-
-
-def examination(found: "Examination") -> None:
-    """Prints what `m1 doctor` found."""
-    for title, facts in (("machine", found.machine), ("used", found.used), ("software", found.software)):
-        line(title)
-        for name, text in facts.items():
-            line(f"  {name:<15}{text}")
-    line("missing" if found.missing else "missing: nothing")
-    for missing in found.missing:
-        line(f"  {missing.what}: {missing.cost}\n    -> {missing.remedy}")
 
 
 def ranking(result: dict[str, Any], out: str) -> None:
