@@ -83,14 +83,13 @@ class Data(ChainSizes):
             raise UserError(f"[data] prompt_template={self.prompt_template!r} has no {{problem}} in it")
         if "{solution}" not in self.solution_template:
             raise UserError(f"[data] solution_template={self.solution_template!r} has no {{solution}} in it")
-        if not 0 <= self.skip <= INT32_MAX:
-            raise UserError(f"[data] skip={shown(self.skip)}: need 0 to {INT32_MAX}")
         if self.weights and (len(self.weights) != len(self.sources) or min(self.weights) <= 0):
             raise UserError(f"[data] weights={self.weights}: need one positive number for each of {self.sources}")
         if self.streaming and (self.task or self.bucket):
             raise UserError("[data] streaming goes neither with `task` nor with `bucket`: remove one of them")
         try:
             _at_least_one(self, "count", "limit", "bucket")
+            check_range("skip", self.skip, 0, INT32_MAX)
         except UserError as error:
             raise UserError(f"[data] {error}") from None
 
@@ -500,6 +499,8 @@ class GenerateStage(Stage, PenaltyOptions, PromptOptions, LoadOptions, DevicesOp
     model: str = option(help="Checkpoint folder or Hub id.")
     prompts: str = option(help='JSONL of {"prompt"}, {"problem"} or {"messages"}, each with an optional "id".')
     out: str = option(help="JSONL file, one line per finished sample. Run again to resume.")
+    skip: int = option(0, "Number of prompts that are left out, the first ones.")
+    limit: int | None = option(None, "Maximum number of prompts; the first ones after `skip` are used.")
     n: int = option(1, "Number of samples per prompt.")
     stop: list[str] = option([], "Stop a sample before this text. Repeatable.")
     max_num_seqs: int = option(
@@ -510,7 +511,8 @@ class GenerateStage(Stage, PenaltyOptions, PromptOptions, LoadOptions, DevicesOp
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least_one(self, "n", "max_num_seqs")
+        _at_least_one(self, "n", "max_num_seqs", "limit")
+        check_range("skip", self.skip, 0, INT32_MAX)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -155,6 +155,18 @@ def test_a_file_goes_on_where_it_was_cut_off(hybrid_dir, tmp_path):
     assert generate_file(llm, prompts, out, params)[0] == 0
 
 
+def test_some_prompts_of_a_file_have_the_samples_they_have_among_all(hybrid_dir, tmp_path):
+    prompts, llm = tmp_path / "in.jsonl", LLM.from_pretrained(hybrid_dir)
+    write(prompts, [{"prompt": text} for text in ("ab", "cd", "ef", "gh")])
+    found = {}
+    for name, chosen in (("all", (0, None)), ("some", (1, 2))):
+        generate_file(llm, prompts, tmp_path / name, PARAMS, chosen=chosen)
+        found[name] = {row["id"]: row["text"] for row in read_jsonl(tmp_path / name)}
+    assert found["some"] == {i: found["all"][i] for i in ("1", "2")}
+    options = ["--model", hybrid_dir, "--prompts", prompts, "--out", tmp_path / "none", "--skip", 4]
+    assert m1("generate", *options) == 2 and not (tmp_path / "none").exists()
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [([{"text": "x"}], "row 1: needs"), ([{"prompt": "a", "id": 1}, {"prompt": "b", "id": 1}], "not unique")],

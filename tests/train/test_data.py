@@ -229,7 +229,7 @@ def test_arguments_that_do_not_fit(tmp_path, trainer, options, message):
         ({"path": ["a", "b"], "weights": [1, 0]}, "one positive number for each"),
         ({"path": []}, "exactly one of `path`"),
         ({"path": "a", "limit": 0}, "limit=0: need at least 1"),
-        ({"path": "a", "skip": -1}, "skip=-1: need 0 to"),
+        ({"path": "a", "skip": -1}, "skip=-1 is out of range: must be 0 to"),
         ({"path": "a", "solution_template": "{answer}"}, "solution_template='{answer}' has no {solution}"),
         ({"path": "a", "streaming": True, "bucket": 8}, "streaming goes neither with"),
     ],
