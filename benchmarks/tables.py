@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/, and results/gpu-decode.png, from the files in results/.
+"""Writes the tables of README.md, docs/ and recipes/, and results/gpu-decode.png, from the files in results/.
 
 `--check` only compares the tables.
 
@@ -88,13 +88,6 @@ def decode() -> str:
 def chat() -> str:
     """`m1 bench chat`."""
     return chat_table(result("bench-chat-cpu"))
-
-
-def short_chat() -> str:
-    """The fewest and the most chats of `m1 bench chat`."""
-    bench = result("bench-chat-cpu")
-    numbers = [row["chats"] for row in bench["rows"]]
-    return chat_table(bench | {"rows": [row for row in bench["rows"] if row["chats"] in (min(numbers), max(numbers))]})
 
 
 def chat_table(bench: dict) -> str:
@@ -237,11 +230,6 @@ def long_chains() -> str:
     )
 
 
-def short_long_chains() -> str:
-    """Some columns of it."""
-    return some_columns(long_chains(), [0, 6, 7, 8, 9])
-
-
 def after_16(slow: dict, fast: dict) -> list[str]:
     """Median seconds after which 16 samples had ended, and their ratio; empty where a budget was too short for it."""
     waits = [model["seconds_to_samples"]["16"] for model in (slow, fast)]
@@ -381,7 +369,8 @@ def some_columns(table: str, chosen: Iterable[int]) -> str:
 
 
 TABLES: dict[str, list[Callable[[], str]]] = {
-    "README.md": [pocket, short_gpu_decode, short_chat, short_long_chains],
+    "README.md": [short_gpu_decode],
+    "recipes/pocket/README.md": [pocket],
     "docs/engine.md": [quantization, gpu_jobs, gpu_samples, chat, decode, decode_step],
     "docs/kernels.md": [kernels],
     "docs/evaluation.md": [intervals, differences],
