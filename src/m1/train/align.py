@@ -42,6 +42,8 @@ def arguments_of(stage: AlignStage) -> SFTConfig:
     """The trainer's arguments. Raises UserError for an invalid `[trainer]`."""
     ignored = ["gradient_checkpointing"] if stage.trainer.get("gradient_checkpointing") else []
     refuse_ignored(stage.trainer, ignored, "a mixer's gradient passes through no other layer")
+    if stage.shard:
+        raise UserError("align: shard = true can't be: mixers train inside their layers; remove it")
     arguments = distill.arguments_of(stage)
     arguments.gradient_checkpointing = False
     return arguments

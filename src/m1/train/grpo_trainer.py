@@ -49,7 +49,8 @@ class Trainer(StageTrainer, GRPOTrainer):
     files = (SAMPLES,)
 
     def __init__(self, stage: GRPOStage, rollouts: EngineRollouts, **options: Any):
-        super().__init__(rollout_func=self.rollout, mixer_lr_scale=stage.mixer_lr_scale, **options)
+        options |= {"mixer_lr_scale": stage.mixer_lr_scale, "shard": stage.shard}
+        super().__init__(rollout_func=self.rollout, **options)
         self.stage, self.rollouts = stage, rollouts
         self.use_vllm, self.vllm_generation, self._last_loaded_step = True, rollouts, -1
         self.vllm_importance_sampling_correction = True  # TRL then asks the trainer for its log-probabilities
@@ -73,10 +74,7 @@ class Trainer(StageTrainer, GRPOTrainer):
 
     def rollout(self, prompts: list[Any], _: Any = None) -> dict[str, list]:
         """TRL's `rollout_func`: samples one completion per prompt. Equal ones that follow each other are a group."""
-        n = self.num_generations if self.model.training else self.num_generations_eval
-        if len(prompts) % n or any(prompts[i] != prompts[i - i % n] for i in range(len(prompts))):
-            n = 1  # groups are split over processes, so samples can't share a prefill
-        sequences = self._drawn or self._sample(prompts[::n], n)
+        sequences = self._drawn or self._sample(prompts)
         self._drawn = []
         return {
             "prompt_ids": [encode_chat(self.processing_class, prompt) for prompt in prompts],
@@ -84,15 +82,18 @@ class Trainer(StageTrainer, GRPOTrainer):
             "logprobs": [s.logprobs for s in sequences],
         }
 
-    def _sample(self, prompts: list[Any], n: int, attempt: int = 0) -> list[Sequence]:
+    def _sample(self, prompts: list[Any], attempt: int = 0) -> list[Sequence]:
+        """Samples one completion per prompt. Samples don't depend on how a batch is split over processes."""
         if self.model.training:
             generation = self._step // self.window
         else:
             self._eval_batches += 1
             generation = -self._eval_batches
-        seed = seed_of(self.args.seed, generation, self.accelerator.process_index, attempt)
+        n = self._group_size("train" if self.model.training else "eval")
+        first = self.accelerator.process_index * len(prompts)
+        seed = seed_of(self.args.seed, generation, attempt)
         with self._timed("rollout"):
-            sequences = self.rollouts.sample(prompts, n, seed, self.eos_token_ids)
+            sequences = self.rollouts.sample(prompts, n, first, seed, self.eos_token_ids)
         if not check_samples(sequences):
             raise not_finite(self.state.global_step + 1, "a sampled token's log-probability isn't finite")
         return sequences
@@ -167,10 +168,11 @@ class Trainer(StageTrainer, GRPOTrainer):
         """
         n = self.num_generations
         rows = inputs[::n]
+        most = len(rows)
         varied: list[Group] = []
         left: list[Group] = []
         for attempt in range(1 + RESAMPLINGS):
-            sequences = self._sample([row["prompt"] for row in rows], n, attempt)
+            sequences = self._sample([row["prompt"] for row in rows for _ in range(n)], attempt)
             groups = [(row, sequences[i * n : (i + 1) * n]) for i, row in enumerate(rows)]
             for group, equal in zip(groups, self._are_equal(groups), strict=True):
                 (left if equal else varied).append(group)

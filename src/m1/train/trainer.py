@@ -40,6 +40,7 @@ from m1.runs import Run, sha256
 from m1.secrets import redact_settings
 from m1.train.checkpoints import last_checkpoint, seal
 from m1.train.data import check_files
+from m1.train.distributed import any_process, from_first, split_batch, world_size
 from m1.train.speed import speed_up
 from m1.train.stage_trainer import StageTrainer
 
@@ -115,6 +116,26 @@ def trainer_arguments(cls: type[Arguments], out: str | Path, given: dict[str, An
         raise UserError(f"[trainer]: {' '.join(str(error).split()) or type(error).__name__}") from None
 
 
+def with_batch(cls: type[TrainingArguments], stage: TrainedStage) -> dict[str, Any]:
+    """The stage's `[trainer]` table, with what makes its `global_batch` with as many processes as there are.
+
+    Raises:
+        UserError: it can't be split over them, or the table has one of the arguments that follow from it.
+    """
+    given = stage.trainer
+    if stage.global_batch is None:
+        return given
+    for key in ("gradient_accumulation_steps", "steps_per_generation"):
+        if key in given:
+            instead = "; set generation_batch_size, of all processes" if key == "steps_per_generation" else ""
+            raise UserError(f"[trainer]: {key} follows from global_batch: remove the key{instead}")
+    most = given.get("per_device_train_batch_size", cls.per_device_train_batch_size)
+    if not isinstance(most, int) or most < 1:
+        return given  # refused with all other arguments
+    rows, passes = split_batch(stage.global_batch, most, world_size())
+    return given | {"per_device_train_batch_size": rows, "gradient_accumulation_steps": passes}
+
+
 def refuse_ignored(given: dict[str, Any], ignored: Iterable[str], why: str) -> None:
     """Raises UserError if `[trainer]` has one of the arguments that the stage would ignore."""
     for key in ignored:
@@ -175,14 +196,11 @@ def run_training(
         UserError: `out` holds an interrupted run of this stage, and `resume` is False; a loss, gradient norm or weight
             isn't finite; as `last_checkpoint`; as `Run`.
     """
+    run = Run(stage.kind, stage.out, stage.settings(), force=force, ranks=True)
     with ExitStack() as stack:
-        with arguments.main_process_first(local=False):  # it may move or delete what the others then look at
-            run = stack.enter_context(Run(stage.kind, stage.out, stage.settings(), force=force, ranks=True))
-            last = last_checkpoint(run.folder)
-            if last and not run.finished and not resume:
-                raise UserError(f"{stage.out} holds this stage, interrupted: give --resume, or delete it to restart")
-            if not last and not run.finished:
-                run.clear(*MADE)
+        last = from_first(lambda: _opened(stage, stack.enter_context(run), resume))
+        if not run.writes:
+            stack.enter_context(run)  # which looks at what the first has left there
         if run.finished:
             return
         check_files(stage.data)
@@ -213,6 +231,18 @@ def run_training(
             run.finish(**provenance(trainer, run.folder))
         if run.writes:
             shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
+
+
+def _opened(stage: TrainedStage, run: Run, resume: bool) -> str | None:
+    """The checkpoint that training resumes from, if any. Without one, deletes what an interrupted run left."""
+    if run.finished:
+        return None
+    last = last_checkpoint(run.folder)
+    if last and not resume:
+        raise UserError(f"{stage.out} holds this stage, interrupted: give --resume, or delete it to restart")
+    if not last:
+        run.clear(*MADE)
+    return last
 
 
 def _made(make_trainer: Callable[[S, Any], StageTrainer], stage: S, arguments: TrainingArguments) -> StageTrainer:
@@ -429,7 +459,8 @@ class _InterruptCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """After a signal, makes the trainer save a checkpoint and stop."""
+        """After a signal, makes the trainer save a checkpoint and stop: all processes at the same step."""
+        self.requested = any_process(self.requested)
         if self.requested:
             control.should_save = control.should_training_stop = True
         return control
