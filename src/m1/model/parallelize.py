@@ -9,6 +9,8 @@ Weights are gathered in their own dtype, and gradients are averaged in it. Mixed
 device: rounding whole layers before they are gathered, as FSDP2's own policy does, would round A_log and D, too.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -41,16 +43,10 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def gathered_weights(model: PreTrainedModel, keep: bool) -> dict[str, Tensor]:
-    """A sharded model's whole weights by name, on the CPU, gathered one after another. All processes must call this.
-
-    Args:
-        keep: whether this process wants them. The others get an empty dictionary.
-    """
-    kept: dict[int, Tensor] = {}  # by parameter: a tied one has two names
-    names = model.state_dict(keep_vars=True)
-    for tensor in names.values():
-        if id(tensor) not in kept:
-            full = whole(tensor.detach())
-            kept[id(tensor)] = full.cpu() if keep else torch.empty(0)
-    return {name: kept[id(tensor)] for name, tensor in names.items()} if keep else {}
+def whole_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Yields a sharded model's weights by name, gathered one after another, a tied one once. All processes must."""
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield name, whole(tensor.detach())

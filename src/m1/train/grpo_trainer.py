@@ -21,7 +21,7 @@ from datasets import Dataset
 from torch import Tensor
 from trl import GRPOTrainer
 
-from m1.engine import Sequence
+from m1.engine import Sequence, fold_in
 from m1.history import SAMPLES
 from m1.model.tokenizer import encode_chat
 from m1.recipe import GRPOStage
@@ -74,7 +74,7 @@ class Trainer(StageTrainer, GRPOTrainer):
 
     def rollout(self, prompts: list[Any], _: Any = None) -> dict[str, list]:
         """TRL's `rollout_func`: samples one completion per prompt. Equal ones that follow each other are a group."""
-        sequences = self._drawn or self._sample(prompts)
+        sequences = self._drawn or self._sample(prompts, self.accelerator.process_index * len(prompts))
         self._drawn = []
         return {
             "prompt_ids": [encode_chat(self.processing_class, prompt) for prompt in prompts],
@@ -82,15 +82,13 @@ class Trainer(StageTrainer, GRPOTrainer):
             "logprobs": [s.logprobs for s in sequences],
         }
 
-    def _sample(self, prompts: list[Any], attempt: int = 0) -> list[Sequence]:
-        """Samples one completion per prompt. Samples don't depend on how a batch is split over processes."""
+    def _sample(self, prompts: list[Any], first: int, attempt: int = 0) -> list[Sequence]:
         if self.model.training:
             generation = self._step // self.window
         else:
             self._eval_batches += 1
             generation = -self._eval_batches
         n = self._group_size("train" if self.model.training else "eval")
-        first = self.accelerator.process_index * len(prompts)
         seed = seed_of(self.args.seed, generation, attempt)
         with self._timed("rollout"):
             sequences = self.rollouts.sample(prompts, n, first, seed, self.eos_token_ids)
@@ -168,18 +166,18 @@ class Trainer(StageTrainer, GRPOTrainer):
         """
         n = self.num_generations
         rows = inputs[::n]
-        most = len(rows)
         varied: list[Group] = []
         left: list[Group] = []
         for attempt in range(1 + RESAMPLINGS):
-            sequences = self._sample([row["prompt"] for row in rows for _ in range(n)], attempt)
+            prompts = [row["prompt"] for row in rows for _ in range(n)]
+            sequences = self._sample(prompts, self.accelerator.process_index * len(inputs), attempt)
             groups = [(row, sequences[i * n : (i + 1) * n]) for i, row in enumerate(rows)]
             for group, equal in zip(groups, self._are_equal(groups), strict=True):
                 (left if equal else varied).append(group)
             missing = len(inputs) // n - len(varied)
             if not missing:
                 break
-            seed = seed_of(self.args.seed, self._step // self.window, self.accelerator.process_index, attempt)
+            seed = fold_in(seed_of(self.args.seed, self._step // self.window, attempt), self.accelerator.process_index)
             rows = [self._any_problem(seed, i) for i in range(missing)]
         chosen = (varied + left)[: len(inputs) // n]
         self._metrics["train"]["resampled_groups"].append(len(varied) + len(left) - len(chosen))
@@ -255,6 +253,7 @@ class Trainer(StageTrainer, GRPOTrainer):
         super()._save_optimizer_and_scheduler(output_dir)
         state = {
             "step": self._step,
+            "passes": self.args.gradient_accumulation_steps,
             "inputs": self._buffered_inputs if self._step % self.window else None,
             "entropy": (self.entropy_coef, self._last_world_entropy),
         }
@@ -262,10 +261,18 @@ class Trainer(StageTrainer, GRPOTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            state = torch.load(self._generation_file(checkpoint), self.accelerator.device, weights_only=True)
-            self._step, self._buffered_inputs = state["step"], state["inputs"]
-            self.entropy_coef, self._last_world_entropy = state["entropy"]
+        if checkpoint is None:
+            return
+        path, device = self._generation_file(checkpoint), self.accelerator.device
+        path = path if os.path.exists(path) else os.path.join(checkpoint, "generation_0.pt")  # of fewer processes
+        state = torch.load(path, device, weights_only=True)
+        self._step, self._buffered_inputs = state["step"], state["inputs"]
+        self.entropy_coef, self._last_world_entropy = state["entropy"]
+        if (passes := self.args.gradient_accumulation_steps) != state["passes"]:
+            self._step = self._step * passes // state["passes"]
+            if self._buffered_inputs is not None:
+                logger.warning("the number of processes has changed: the generation in training is sampled again")
+                self._buffered_inputs = None
 
     def _generation_file(self, checkpoint: str) -> str:
         return os.path.join(checkpoint, f"generation_{self.accelerator.process_index}.pt")

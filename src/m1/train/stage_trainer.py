@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, Trainer
 from m1.errors import UserError
 from m1.model.checkpoint import one_line
 from m1.model.mixer import Mixer
-from m1.model.parallelize import gathered_weights, is_sharded, shard, whole
+from m1.model.parallelize import is_sharded, shard, whole, whole_weights
 from m1.train.distributed import any_process, load_shards, save_shards, world_size
 
 UNDECAYED = ("A_log", "D")  # as in the mamba_ssm package; transformers itself leaves out biases and norms
@@ -142,7 +142,10 @@ class StageTrainer(Trainer):
         if not is_sharded(self.model):
             super().save_model(output_dir, _internal_call)
             return
-        weights = gathered_weights(self.model, keep=self.args.should_save)
+        weights = {}
+        for name, weight in whole_weights(self.model):
+            if self.args.should_save:
+                weights[name] = weight.cpu()
         if self.args.should_save:
             self._save(output_dir, weights)
 
