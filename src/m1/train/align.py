@@ -108,7 +108,7 @@ class AlignTrainer(DistillTrainer):
         outputs = model(**forward)
         self._wanted.clear()
         loss = torch.stack(self._errors).mean()
-        self._metrics["train" if self.model.training else "eval"]["attention_error"].append(loss.detach())
+        self.note("attention_error", loss, 1)
         return (loss, outputs) if return_outputs else loss
 
     def _keeps(self, i: int) -> Any:

@@ -169,17 +169,22 @@ class DistillTrainer(sft.Trainer):
         loss = total / torch.as_tensor(count, device=total.device).clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
-        mode = "train" if self.model.training else "eval"
-        self._metrics[mode][self.current_divergence].append(total.detach() / max(len(positions), 1))
+        self.note(self.current_divergence, total, len(positions))
         return (loss, outputs) if return_outputs else loss
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Logs as TRL does. The divergences since the last log are read now, which waits for a GPU once.
+    def note(self, name: str, total: Tensor, count: int) -> None:
+        """Notes a sum and how many numbers it is of, for the mean that is logged."""
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode][name].append(torch.stack([total.detach(), torch.as_tensor(count, device=total.device)]))
 
-        Those of several processes are averaged, as those of several passes of one are.
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Logs as TRL does, with the means of what was noted since the last log, in all processes.
+
+        The sums are read now, which waits for a GPU once.
         """
-        for values in self._metrics["train" if self.model.training else "eval"].values():
-            values[:] = self.accelerator.reduce(torch.stack(values), reduction="mean").tolist()
+        for sums in self._metrics["train" if self.model.training else "eval"].values():
+            total, count = self.accelerator.reduce(torch.stack(sums).sum(dim=0)).tolist()
+            sums[:] = [total / max(count, 1)]
         super().log(logs, start_time)
 
     @torch.no_grad()

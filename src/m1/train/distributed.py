@@ -6,6 +6,7 @@ torch.distributed.checkpoint, with weights and optimizer by name, so that any nu
 
 import functools
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -98,7 +99,8 @@ def split_batch(global_batch: int, most: int, processes: int) -> tuple[int, int]
 def save_shards(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> None:
     """Saves weights and optimizer into CHECKPOINT/shards, each process its part. All processes must call this."""
     weights, states = get_state_dict(model, optimizer)
-    dcp.save({"model": weights, "optimizer": states}, checkpoint_id=checkpoint / SHARDS)
+    with warnings.catch_warnings(action="ignore"):  # that there is one process only
+        dcp.save({"model": weights, "optimizer": states}, checkpoint_id=checkpoint / SHARDS)
 
 
 def load_shards(checkpoint: str | Path, model: nn.Module, optimizer: Optimizer | None = None) -> None:
@@ -114,7 +116,8 @@ def load_shards(checkpoint: str | Path, model: nn.Module, optimizer: Optimizer |
     else:
         weights, states = get_state_dict(model, optimizer)
         state = {"model": weights, "optimizer": states}
-    dcp.load(state, checkpoint_id=Path(checkpoint) / SHARDS)
+    with warnings.catch_warnings(action="ignore"):
+        dcp.load(state, checkpoint_id=Path(checkpoint) / SHARDS)
     if optimizer is None:
         set_model_state_dict(model, state["model"])
     else:
