@@ -114,7 +114,7 @@ MUTANTS = [
         "the gate lets a NaN pass",
     ),
     Mutant(
-        "train/grpo_trainer.py", "generation = self._step // self.window", "generation = 0", "train/test_grpo.py",
+        "train/grpo_trainer.py", "generation = self._step // self.window if", "generation = 0 if", "train/test_grpo.py",
         "the seed of a rollout has no step",
     ),
     Mutant(

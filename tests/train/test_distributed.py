@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from m1.errors import UserError
 from m1.jsonl import read_jsonl
+from m1.model.checkpoint import load_model
 from m1.recipe import Data, SFTStage
 from m1.train.checkpoints import damage
 from m1.train.distributed import split_batch
@@ -29,6 +30,7 @@ TRAINER = {
     "gradient_checkpointing": False,
     "bf16": False,
 }
+PARTS = ("one", "two")
 DATA = {"task": "chain", "count": 37, "min_steps": 1, "max_steps": 2}  # the last rows fill no step
 
 
@@ -66,10 +68,10 @@ def run_on(processes, jobs, folder):
 
 def same(one, other, atol=1e-5):  # weights move by 1e-3 a step
     """Whether two jobs have the same logged numbers and weights."""
-    rows = [[r for r in read_jsonl(Path(j["out"], "metrics.jsonl")) if "loss" in r] for j in (one, other)]
+    rows = [list(read_jsonl(Path(j["out"], "metrics.jsonl"))) for j in (one, other)]
     assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]]
-    for key in {"loss", "grad_norm", "reverse_kl", "reward"} & rows[0][0].keys():
-        for a, b in zip(*rows, strict=True):
+    for key in {"loss", "grad_norm", "reverse_kl", "reward", "eval_reward"}:
+        for a, b in zip(*([row for row in part if key in row] for part in rows), strict=True):
             assert b[key] == pytest.approx(a[key], rel=1e-4, abs=1e-5), (key, a["step"])
     weights = [load_file(Path(j["out"], "model.safetensors")) for j in (one, other)]
     assert weights[0].keys() == weights[1].keys()
@@ -80,35 +82,44 @@ def same(one, other, atol=1e-5):  # weights move by 1e-3 a step
 
 
 @pytest.mark.long
-def test_two_processes_equal_one(job, tmp_path):
-    """Sharded and replicated, with the same global batch; and a training that goes from two to one and back to two."""
+def test_two_processes_equal_one(job, hybrid_dir, tmp_path):
+    """Sharded and replicated, with the same global batch; and trainings that change the number of their processes."""
+    model, tokenizer = load_model(hybrid_dir)
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "bfloat16")
+    tokenizer.save_pretrained(tmp_path / "bfloat16")
     packed = {"packing": True, "max_length": 64, "gradient_checkpointing": True, "max_steps": 2}
     rollouts = {"num_generations": 4, "max_completion_length": 8, "optim": "sgd", "learning_rate": 0.1}
     rollouts |= {"entropy_coef": 0.0}  # TRL averages the bonus over each pass, and passes are other samples' here
+    evaluated = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 4}
     kinds = [
         ("sft", {"max_steps": -1, "num_train_epochs": 2, "per_device_train_batch_size": 2}, {}),
+        ("sft-bfloat16", {"bf16": True, "max_steps": 2}, {"model": str(tmp_path / "bfloat16")}),
         ("distill", {}, {}),
         ("distill-packed", packed, {"global_batch": 4}),
-        ("grpo", rollouts, {}),
+        ("grpo", rollouts | evaluated, {"eval_rows": 4}),  # the best checkpoint is loaded at the end
         ("grpo-split", rollouts | {"num_generations": 8}, {}),  # each process has a half of every group
     ]
     pairs = [
-        tuple(job(name.partition("-")[0], f"{name}-{part}", trainer, shard=shard, **keys) for part, shard in parts)
+        tuple(job(name.partition("-")[0], f"{name}-{part}", trainer, shard=part == "two", **keys) for part in PARTS)
         for name, trainer, keys in kinds
-        for parts in [(("one", False), ("two", True))]
     ]
-    pairs.append((pairs[1][0], job("distill", "distill-replicated")))
+    pairs.append((pairs[2][0], job("distill", "distill-replicated")))
     moving = {"max_steps": 6, "save_steps": 100}
     moved, whole = (job("distill", name, moving, shard=True) for name in ("moved", "whole"))
     pairs.append((whole, moved))
-    run_on(2, [*(two for _, two in pairs[:-1]), moved | {"stop": 2}], tmp_path)
+    halved = job("grpo", "halved", rollouts | {"generation_batch_size": 16}, shard=True)  # two updates per generation
+    broken = job("sft", "broken")
+    jobs = [*(two for _, two in pairs[:-1]), broken | {"error": True}, halved | {"stop": 1}, moved | {"stop": 2}]
+    run_on(2, jobs, tmp_path)
     ranks.run(moved | {"stop": 4})
     run_on(2, [moved], tmp_path)
     for one, two in pairs:
         if not Path(one["out"]).exists():
             ranks.run(one)
         same(one, two)
-        assert sum("loss" in row for row in read_jsonl(Path(two["out"], "metrics.jsonl"))) >= 2
+    assert not Path(broken["out"], "model.safetensors").exists()
+    ranks.run(halved)  # what was left of its generation is sampled again
+    assert [row["step"] for row in read_jsonl(Path(halved["out"], "metrics.jsonl")) if "loss" in row] == [1, 2, 3, 4]
 
 
 @pytest.mark.long

@@ -408,7 +408,7 @@ def test_evaluation_has_its_own_n_and_the_best_checkpoint_is_saved(stage, monkey
     asked, evaluated, scores = [], [], [0.25, 0.75, 0.5, 0.0]
 
     def sample(self, prompts, n, first, seed, stop, plain=EngineRollouts.sample):
-        asked.append((len(prompts) // n, n, seed))
+        asked.append((len(prompts) // n, n, (seed, first)))
         return plain(self, prompts, n, first, seed, stop)
 
     def evaluate(self, *arguments, plain=Trainer.evaluation_loop, **options):

@@ -22,8 +22,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.optim import Optimizer
+from transformers import TrainingArguments
 
 from m1.errors import UserError
+from m1.recipe import TrainedStage
 
 SHARDS = "shards"  # the folder in a checkpoint
 T = TypeVar("T")
@@ -94,6 +96,26 @@ def split_batch(global_batch: int, most: int, processes: int) -> tuple[int, int]
             "(per_device_train_batch_size): make it a multiple of both"
         )
     return rows, share // rows
+
+
+def with_batch(cls: type[TrainingArguments], stage: TrainedStage) -> dict[str, Any]:
+    """The stage's `[trainer]` table, with what makes its `global_batch` with as many processes as there are.
+
+    Raises:
+        UserError: it can't be split over them, or the table has one of the arguments that follow from it.
+    """
+    given = stage.trainer
+    if stage.global_batch is None:
+        return given
+    for key in ("gradient_accumulation_steps", "steps_per_generation"):
+        if key in given:
+            instead = "; set generation_batch_size, of all processes" if key == "steps_per_generation" else ""
+            raise UserError(f"[trainer]: {key} follows from global_batch: remove the key{instead}")
+    most = given.get("per_device_train_batch_size", cls.per_device_train_batch_size)
+    if not isinstance(most, int) or most < 1:
+        return given  # refused with all other arguments
+    rows, passes = split_batch(stage.global_batch, most, world_size())
+    return given | {"per_device_train_batch_size": rows, "gradient_accumulation_steps": passes}
 
 
 def save_shards(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> None:

@@ -17,6 +17,7 @@ from m1.model.checkpoint import load_model
 from m1.model.tokenizer import encode_chat
 from m1.recipe import GRPOStage
 from m1.train.data import problems
+from m1.train.distributed import with_batch
 from m1.train.grpo_trainer import Trainer
 from m1.train.rewards import reward_functions
 from m1.train.rollout import EngineRollouts
@@ -27,7 +28,6 @@ from m1.train.trainer import (
     run_training,
     split,
     trainer_arguments,
-    with_batch,
 )
 
 logger = logging.getLogger(__name__)

@@ -74,7 +74,11 @@ class Trainer(StageTrainer, GRPOTrainer):
 
     def rollout(self, prompts: list[Any], _: Any = None) -> dict[str, list]:
         """TRL's `rollout_func`: samples one completion per prompt. Equal ones that follow each other are a group."""
-        sequences = self._drawn or self._sample(prompts, self.accelerator.process_index * len(prompts))
+        batch = 0
+        if not self.model.training:
+            batch, self._eval_batches = self._eval_batches, self._eval_batches + 1
+        place = (batch * self.accelerator.num_processes + self.accelerator.process_index) * len(prompts)
+        sequences = self._drawn or self._sample(prompts, place)
         self._drawn = []
         return {
             "prompt_ids": [encode_chat(self.processing_class, prompt) for prompt in prompts],
@@ -83,11 +87,7 @@ class Trainer(StageTrainer, GRPOTrainer):
         }
 
     def _sample(self, prompts: list[Any], first: int, attempt: int = 0) -> list[Sequence]:
-        if self.model.training:
-            generation = self._step // self.window
-        else:
-            self._eval_batches += 1
-            generation = -self._eval_batches
+        generation = self._step // self.window if self.model.training else -1
         n = self._group_size("train" if self.model.training else "eval")
         seed = seed_of(self.args.seed, generation, attempt)
         with self._timed("rollout"):

@@ -115,7 +115,7 @@ def seed_of(seed: int, generation: int, attempt: int = 0) -> int:
 
     Args:
         seed: of the training.
-        generation: number of the generation from 0; -1 - i for an evaluation's i-th batch.
+        generation: number of the generation from 0; -1 for an evaluation.
         attempt: number of the draw within the generation.
     """
     for number in (generation, attempt):

@@ -19,8 +19,9 @@ from m1.recipe import SFTStage, TaughtStage
 from m1.train.data_cache import Preparation
 from m1.train.data_mask import ChatEncoder
 from m1.train.data_report import report
+from m1.train.distributed import with_batch
 from m1.train.stage_trainer import StageTrainer
-from m1.train.trainer import eval_defaults, model_options, run_training, split, trainer_arguments, with_batch
+from m1.train.trainer import eval_defaults, model_options, run_training, split, trainer_arguments
 
 logger = logging.getLogger(__name__)
 

@@ -40,7 +40,7 @@ from m1.runs import Run, sha256
 from m1.secrets import redact_settings
 from m1.train.checkpoints import last_checkpoint, seal
 from m1.train.data import check_files
-from m1.train.distributed import any_process, from_first, split_batch, world_size
+from m1.train.distributed import any_process, from_first
 from m1.train.speed import speed_up
 from m1.train.stage_trainer import StageTrainer
 
@@ -114,26 +114,6 @@ def trainer_arguments(cls: type[Arguments], out: str | Path, given: dict[str, An
         return cls(**(common | defaults | given))
     except Exception as error:
         raise UserError(f"[trainer]: {' '.join(str(error).split()) or type(error).__name__}") from None
-
-
-def with_batch(cls: type[TrainingArguments], stage: TrainedStage) -> dict[str, Any]:
-    """The stage's `[trainer]` table, with what makes its `global_batch` with as many processes as there are.
-
-    Raises:
-        UserError: it can't be split over them, or the table has one of the arguments that follow from it.
-    """
-    given = stage.trainer
-    if stage.global_batch is None:
-        return given
-    for key in ("gradient_accumulation_steps", "steps_per_generation"):
-        if key in given:
-            instead = "; set generation_batch_size, of all processes" if key == "steps_per_generation" else ""
-            raise UserError(f"[trainer]: {key} follows from global_batch: remove the key{instead}")
-    most = given.get("per_device_train_batch_size", cls.per_device_train_batch_size)
-    if not isinstance(most, int) or most < 1:
-        return given  # refused with all other arguments
-    rows, passes = split_batch(stage.global_batch, most, world_size())
-    return given | {"per_device_train_batch_size": rows, "gradient_accumulation_steps": passes}
 
 
 def refuse_ignored(given: dict[str, Any], ignored: Iterable[str], why: str) -> None:
