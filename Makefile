@@ -10,7 +10,7 @@ PEERS_INSTALLED := .venv-peers/.installed
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 HASHED := --require-hashes --no-deps
 
-.PHONY: install demo test test-long fuzz mutants peers sanitize lint format locks sbom clean
+.PHONY: install demo test test-long fuzz mutants peers sanitize lint format docs wheel locks sbom clean
 
 install: $(INSTALLED)
 
@@ -74,6 +74,19 @@ format: $(TEST_INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The documentation as a site, in site/. A broken link fails.
+docs: .venv-docs/.installed
+	.venv-docs/bin/mkdocs build --strict --quiet
+
+.venv-docs/.installed: requirements/docs.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install --quiet --disable-pip-version-check $(HASHED) -r requirements/docs.txt
+	touch .venv-docs/.installed
+
+# A wheel, in dist/.
+wheel: install
+	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+
 # Renews the locks with the newest versions that pyproject.toml allows; .ci/renew-locks does it on a branch. All extras
 # are resolved together first, so that the three lists agree.
 LOCKS := .venv-locks/env/bin
@@ -91,6 +104,8 @@ locks:
 	$(HASH) .venv-locks/users -o requirements/lock.txt
 	$(HASH) .venv-locks/dev -o requirements/dev.txt
 	$(HASH) .venv-locks/test -o requirements/test.txt
+	$(LOCKS)/uv pip compile --quiet --generate-hashes --python-version 3.11 --no-annotate --no-header \
+	    requirements/docs.in -o requirements/docs.txt
 
 # What is installed, with versions and licences, in CycloneDX's format.
 sbom: install
@@ -99,4 +114,4 @@ sbom: install
 	.venv-sbom/bin/cyclonedx-py environment .venv -o sbom.json
 
 clean:
-	rm -rf .venv .venv-peers .venv-locks .venv-sbom sbom.json runs build dist
+	rm -rf .venv .venv-peers .venv-docs .venv-locks .venv-sbom sbom.json runs build dist site

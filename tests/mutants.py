@@ -41,6 +41,23 @@ SAMPLING, SCHEDULER = "engine/test_sampling.py", "engine/test_scheduler.py"
 PROCESSORS = "engine/test_logits_processors.py"
 MASK = "train/test_data_mask.py"
 MUTANTS = [
+    # what a newcomer meets first
+    Mutant(
+        "doctor.py", "if not found or not requirement.specifier.contains(found, prereleases=True):", "if not found:",
+        "test_doctor.py", "a package of a wrong version isn't named",
+    ),
+    Mutant(
+        "doctor.py", "if path.is_relative_to(Path.home()) else str(path)", "if False else str(path)", "test_doctor.py",
+        "the user's name in a public issue",
+    ),
+    Mutant(
+        "doctor.py", "    elif failure:\n        yield", "    elif False:\n        yield", "test_doctor.py",
+        "kernels that don't compile aren't named",
+    ),
+    Mutant(
+        "model/gguf.py", "parsed = functools.cache(own)", "parsed = own", "model/test_gguf.py",
+        "a GGUF file's vocabulary is parsed three times",
+    ),
     # the prefix cache and admission
     Mutant(
         "engine/scheduler.py", "self.cached.remove(entry)\n            self.cached.append(entry)", "pass", SCHEDULER,

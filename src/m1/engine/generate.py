@@ -1,12 +1,13 @@
 """`m1 generate`: samples every prompt of a file.
 
-OUT          one line per finished sample: id, sample, text, finish_reason, tokens, logprob
+OUT          one line per finished sample: id, sample, text, finish_reason, tokens, logprob; and the conversation,
+             which a training stage reads as it is: `messages`, or `prompt` and `completion` after a plain prompt
 OUT.run/     settings and manifest (runs.py)
 """
 
 from contextlib import closing
 from dataclasses import asdict, replace
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,7 +45,8 @@ def run(stage: GenerateStage, force: bool = False, progress: Progress = silent) 
     options = {"max_num_seqs": stage.max_num_seqs, "quantize": stage.quantize}
     loaded = load_llm(stage.model, stage.devices, stage.dtype or "auto", **options)
     with loaded as llm, progress("generate", "samples") as on_progress:
-        return generate_file(llm, stage.prompts, stage.out, params, prompt, on_progress, force, stage.settings())
+        rows = stage.skip, stage.limit
+        return generate_file(llm, stage.prompts, stage.out, params, prompt, on_progress, force, stage.settings(), rows)
 
 
 def generate_file(
@@ -56,6 +58,7 @@ def generate_file(
     on_progress: OnProgress = ignore,
     force: bool = False,
     settings: dict[str, Any] | None = None,
+    chosen: tuple[int, int | None] = (0, None),
 ) -> Generated:
     """Samples every prompt of a JSONL file, and writes each sample as soon as it is finished.
 
@@ -72,25 +75,29 @@ def generate_file(
         on_progress: called with the number of finished samples and of all samples.
         force: move `out` aside if it holds something else.
         settings: what the samples depend on, besides the model's weights, the prompts and `params`.
+        chosen: number of prompts that are left out at the beginning, and of those sampled; None for all others.
 
     Raises:
-        UserError: a row without a prompt, an id used twice, or an `out` that is the prompts or holds anything but
-            samples with these settings.
+        UserError: no row, a row without a prompt, an id used twice, or an `out` that is the prompts or holds anything
+            but samples with these settings.
     """
     prompts, out = Path(prompts), Path(out)
     refuse_sources(out, [prompts])
-    rows = list(read_jsonl(prompts))
-    ids = [str(row.get("id", i)) for i, row in enumerate(rows)]
-    if len(set(ids)) != len(ids):
+    (skip, limit), rows = chosen, dict(enumerate(read_jsonl(prompts)))
+    rows = dict(islice(rows.items(), skip, None if limit is None else skip + limit))
+    if not rows:
+        raise UserError(f"{prompts} has no prompts" + (f" after the first {skip}" if skip else ""))
+    ids = {i: str(row.get("id", i)) for i, row in rows.items()}
+    if len(set(ids.values())) != len(ids):
         raise UserError(f"{prompts}: ids are not unique")
-    texts = [_prompt_of(row, prompt, f"{prompts}, row {i + 1}") for i, row in enumerate(rows)]
+    texts = {i: _prompt_of(row, prompt, f"{prompts}, row {i + 1}") for i, row in rows.items()}
     depends = asdict(params) | prompt.settings() | (settings or {})
     depends |= {"weights": weights_hash(llm.model), "prompts_sha256": sha256(prompts)}
     with Run("generate", out, depends, is_file=True, force=force) as run:
         done = {(row["id"], row["sample"]) for row in run.read(out.name, {"id": str, "sample": int})}
         requests = [
             Request(llm.encode(text), replace(params, seed=fold_in(params.seed, i)), i, missing)
-            for i, text in enumerate(texts)
+            for i, text in texts.items()
             if (missing := tuple(j for j in range(params.n) if (ids[i], j) not in done))
         ]
         total, ended, tokens, seconds = len(ids) * params.n, len(done), 0, 0.0
@@ -100,7 +107,8 @@ def generate_file(
                 for sample in chain.from_iterable(steps):
                     key = {"id": ids[sample.prompt], "sample": sample.index}
                     how = {"text": sample.text, "finish_reason": sample.finish_reason}
-                    run.append(out.name, key | how | {"tokens": sample.tokens, "logprob": sample.logprob})
+                    cost = {"tokens": sample.tokens, "logprob": sample.logprob}
+                    run.append(out.name, key | how | cost | _conversation(texts[sample.prompt], sample.text))
                     ended, tokens, seconds = ended + 1, tokens + sample.tokens, max(seconds, sample.seconds)
                     on_progress(ended, total)
         run.finish()
@@ -116,3 +124,9 @@ def _prompt_of(row: dict[str, Any], prompt: ProblemPrompt, where: str) -> Prompt
         case {"prompt": str(text)}:
             return text
     raise UserError(f"{where}: needs `prompt` or `problem` (text) or `messages` (a list); has {sorted(row)}")
+
+
+def _conversation(prompt: Prompt, text: str) -> dict[str, Any]:
+    if isinstance(prompt, str):
+        return {"prompt": prompt, "completion": text}
+    return {"messages": [*prompt, {"role": "assistant", "content": text}]}
