@@ -1,4 +1,4 @@
-"""Training throughput on 1, 2, 4 and 8 GPUs of a host, and their losses against one's: results/scaling-DEVICE.json.
+"""Training throughput on 1, 2 and 4 GPUs of a host, and their losses against one's: results/scaling-DEVICE.json.
 
     python benchmarks/scaling.py                                  # all GPUs of this host; minutes
     python benchmarks/scaling.py --task distill --shape m1-3b
@@ -119,10 +119,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--task", choices=("sft", "distill"), default="sft")
     parser.add_argument("--shape", choices=SHAPES, default="llama-1b")
     parser.add_argument("--length", type=int, default=8192, help="tokens of a packed row")
-    parser.add_argument("--global-batch", type=int, default=8, help="rows of a step")
-    parser.add_argument("--rows", type=int, default=2, help="maximum number of rows of a pass")
+    parser.add_argument("--global-batch", type=int, default=4, help="rows of a step")
+    parser.add_argument("--rows", type=int, default=1, help="maximum number of rows of a pass")
     parser.add_argument("--steps", type=int, default=12, help="measured steps")
-    parser.add_argument("--processes", type=int, nargs="+", default=(1, 2, 4, 8))
+    parser.add_argument("--processes", type=int, nargs="+", default=(1, 2, 4))
     parser.add_argument("--compile", action="store_true", help="compile the layers")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default_device())
     parser.add_argument("--out", type=Path, help="default: results/scaling-DEVICE.json")
