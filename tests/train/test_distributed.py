@@ -185,3 +185,11 @@ def test_what_follows_from_the_batch_is_refused(hybrid_dir, tmp_path, key):
 def test_a_batch_larger_than_the_data(job):
     with pytest.raises(UserError, match="global_batch=64: the data has only 37 rows"):
         ranks.run(job("sft", "out", global_batch=64))
+
+
+def test_other_sharding_is_refused(job, monkeypatch):
+    with pytest.raises(UserError, match="fp16 can't be sharded: set bf16 = true instead"):
+        ranks.run(job("sft", "out", {"fp16": True}, shard=True))
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match="remove it, and set the stage's shard = true"):
+        ranks.run(job("sft", "out"))

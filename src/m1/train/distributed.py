@@ -118,6 +118,14 @@ def with_batch(cls: type[TrainingArguments], stage: TrainedStage) -> dict[str, A
     return given | {"per_device_train_batch_size": rows, "gradient_accumulation_steps": passes}
 
 
+def refuse_other_sharding(stage: TrainedStage, arguments: TrainingArguments) -> None:
+    """Raises UserError for the FSDP of accelerate or transformers, and for float16, whose overflows aren't shared."""
+    if arguments.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        raise UserError("FSDP of accelerate or transformers isn't used: remove it, and set the stage's shard = true")
+    if stage.shard and arguments.fp16:
+        raise UserError("[trainer]: fp16 can't be sharded: set bf16 = true instead, or shard = false")
+
+
 def save_shards(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> None:
     """Saves weights and optimizer into CHECKPOINT/shards, each process its part. All processes must call this."""
     weights, states = get_state_dict(model, optimizer)

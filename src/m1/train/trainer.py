@@ -40,7 +40,7 @@ from m1.runs import Run, sha256
 from m1.secrets import redact_settings
 from m1.train.checkpoints import last_checkpoint, seal
 from m1.train.data import check_files
-from m1.train.distributed import any_process, from_first
+from m1.train.distributed import any_process, from_first, refuse_other_sharding
 from m1.train.speed import speed_up
 from m1.train.stage_trainer import StageTrainer
 
@@ -176,6 +176,7 @@ def run_training(
         UserError: `out` holds an interrupted run of this stage, and `resume` is False; a loss, gradient norm or weight
             isn't finite; as `last_checkpoint`; as `Run`.
     """
+    refuse_other_sharding(stage, arguments)
     run = Run(stage.kind, stage.out, stage.settings(), force=force, ranks=True)
     with ExitStack() as stack:
         last = from_first(lambda: _opened(stage, stack.enter_context(run), resume))
