@@ -131,12 +131,12 @@ MUTANTS = [
         "the gate lets a NaN pass",
     ),
     Mutant(
-        "train/grpo_trainer.py", "generation = self._step // self.window", "generation = 0", "train/test_grpo.py",
+        "train/grpo_trainer.py", "generation = self._step // self.window if", "generation = 0 if", "train/test_grpo.py",
         "the seed of a rollout has no step",
     ),
     Mutant(
-        "train/grpo_trainer.py", "self.num_generations if self.model.training else self.num_generations_eval",
-        "self.num_generations", "train/test_grpo.py", "evaluation rollouts with training's n",
+        "train/grpo_trainer.py", 'n = self._group_size("train" if self.model.training else "eval")',
+        "n = self.num_generations", "train/test_grpo.py", "evaluation rollouts with training's n",
     ),
     Mutant(
         "train/grpo_trainer.py", "self._buffered_inputs if self._step % self.window else None", "None",

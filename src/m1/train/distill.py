@@ -17,14 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
 from m1.errors import UserError
 from m1.model.checkpoint import load_model
+from m1.model.parallelize import is_sharded, shard
 from m1.recipe import DistillStage, TaughtStage
 from m1.train import sft
-from m1.train.stage_trainer import StageTrainer, weights_in_products
+from m1.train.distributed import world_size
+from m1.train.stage_trainer import weights_in_products
 from m1.train.trainer import model_options, refuse_ignored, run_training, split
 
 Divergence = Literal["reverse_kl", "forward_kl", "jsd"]
@@ -65,6 +67,8 @@ def load_pair(stage: TaughtStage, arguments: SFTConfig) -> dict[str, Any]:
         "eval_dataset": held_out,
         "processing_class": tokenizer,
         "mixer_lr_scale": stage.mixer_lr_scale,
+        "shard": stage.shard,
+        "global_batch": stage.global_batch,
         "teacher": teacher,
         "teacher_device": stage.teacher_device,
         "teacher_autocast": stage.teacher_dtype is None,
@@ -93,8 +97,8 @@ def arguments_of(stage: TaughtStage) -> SFTConfig:
     return sft.arguments_of(stage)
 
 
-class DistillTrainer(StageTrainer, SFTTrainer):
-    """TRL's SFTTrainer with a divergence from a teacher in place of the cross-entropy.
+class DistillTrainer(sft.Trainer):
+    """The trainer of sft with a divergence from a teacher in place of the cross-entropy.
 
     Args:
         teacher: a causal LM with the student's vocabulary. One may have more padding rows at the end of its head.
@@ -115,10 +119,18 @@ class DistillTrainer(StageTrainer, SFTTrainer):
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
-        self.teacher = teacher.to(teacher_device or self.accelerator.device).eval().requires_grad_(False)
+        self.teacher = teacher.eval().requires_grad_(False)
+        self.shards_teacher = self.shard and world_size() > 1 and teacher_device is None
+        if not self.shards_teacher:
+            self.teacher.to(teacher_device or self.accelerator.device)
         self.teacher_autocast = teacher_autocast
-        self.teacher_head = self.teacher.get_output_embeddings().weight.to(self.accelerator.device)
         self.divergence, self.forward_kl_steps = divergence, forward_kl_steps
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Shards the teacher, too, whose head stays whole after its first forward pass."""
+        if self.shards_teacher and not is_sharded(self.teacher):
+            shard(self.teacher, self.args.device)
+        return super()._prepare_for_training(*args, **kwargs)
 
     @property
     def networks(self) -> list[PreTrainedModel]:
@@ -150,21 +162,29 @@ class DistillTrainer(StageTrainer, SFTTrainer):
             states.flatten(0, 1)[positions],
             student.get_output_embeddings().weight,
             teacher_states.flatten(0, 1)[positions],
-            self.teacher_head,
+            self.teacher.get_output_embeddings().weight.to(self.accelerator.device),
             self.current_divergence,
         )
         count = len(positions) if num_items_in_batch is None else num_items_in_batch
         loss = total / torch.as_tensor(count, device=total.device).clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
-        mode = "train" if self.model.training else "eval"
-        self._metrics[mode][self.current_divergence].append(total.detach() / max(len(positions), 1))
+        self.note(self.current_divergence, total, len(positions))
         return (loss, outputs) if return_outputs else loss
 
+    def note(self, name: str, total: Tensor, count: int) -> None:
+        """Notes a sum and how many numbers it is of, for the mean that is logged."""
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode][name].append(torch.stack([total.detach(), torch.as_tensor(count, device=total.device)]))
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Logs as TRL does. The divergences since the last log are read now, which waits for a GPU once."""
-        for values in self._metrics["train" if self.model.training else "eval"].values():
-            values[:] = torch.stack(values).tolist()
+        """Logs as TRL does, with the means of what was noted since the last log, in all processes.
+
+        The sums are read now, which waits for a GPU once.
+        """
+        for sums in self._metrics["train" if self.model.training else "eval"].values():
+            total, count = self.accelerator.reduce(torch.stack(sums).sum(dim=0)).tolist()
+            sums[:] = [total / max(count, 1)]
         super().log(logs, start_time)
 
     @torch.no_grad()
