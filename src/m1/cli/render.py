@@ -332,6 +332,7 @@ COLUMNS: list[tuple[str, str, str | Callable[[Row], str]]] = [
     ("tokens/s", "tokens_per_second", "{tokens_per_second:,.0f}"),
     ("of floor", "share_of_floor", "{share_of_floor:.0%}"),
     ("times vLLM", "times_vllm", "{times_vllm:.2f}"),
+    ("times vLLM hybrid", "times_vllm-hybrid", "{times_vllm-hybrid:.2f}"),
     ("times llama.cpp", "times_llama_cpp", "{times_llama_cpp:.2f}"),
     ("times transformer", "times_ours-transformer", "{times_ours-transformer:.2f}"),
     ("prefill", "prefill_seconds", "{prefill_seconds:.3g} s"),

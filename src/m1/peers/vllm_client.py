@@ -2,6 +2,7 @@
 
 import gc
 import importlib.util
+import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from m1.errors import UserError
 from m1.peers.worker import Worker, start_worker
 
 PYTHON = Path(".venv-peers/bin/python")  # of `make peers`, which installs vLLM for CPUs
+PACKAGE = Path(__file__).parents[1].resolve()  # of M1
 WORKER = Path(__file__).with_name("vllm_worker.py")
 
 
@@ -59,7 +61,7 @@ def start_vllm(
     python = python or find_python(None, device)
     if python is None:
         raise UserError("vllm isn't installed: `make peers` installs it for CPUs; on a GPU, give --vllm-python")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as plugin:
         model.save_pretrained(folder)
         del model
         if device == "cuda":
@@ -67,5 +69,19 @@ def start_vllm(
             torch.cuda.empty_cache()
         command = [str(python), str(WORKER), folder, "--device", device, "--dtype", dtype]
         command += ["--max-model-len", str(max_model_len), "--max-num-seqs", str(max_num_seqs)]
-        with start_worker("vllm", command) as worker:
+        with start_worker("vllm", command, plugin_path(Path(plugin))) as worker:
             yield worker
+
+
+def plugin_path(folder: Path) -> dict[str, str]:
+    """The environment variable with which any vLLM finds M1's plugin, though its environment has no M1.
+
+    Args:
+        folder: gets a link to this package alone, and its entry point.
+    """
+    (folder / "m1").symlink_to(PACKAGE, target_is_directory=True)
+    entry = folder / "m1_reasoning-0.dist-info"
+    entry.mkdir()
+    (entry / "METADATA").write_text("Metadata-Version: 2.1\nName: m1-reasoning\nVersion: 0\n")
+    (entry / "entry_points.txt").write_text("[vllm.general_plugins]\nm1 = m1.plugins.vllm:register\n")
+    return {"PYTHONPATH": os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))}

@@ -84,7 +84,12 @@ class VLLM:
     """
 
     def __init__(self, options: argparse.Namespace):
-        self.vocabulary = json.loads((options.model / "config.json").read_text())["vocab_size"]
+        config = json.loads((options.model / "config.json").read_text())
+        self.vocabulary = config["vocab_size"]
+        kinds = config.get("layer_types", [])
+        mamba, attention = kinds.count("linear_attention"), max(1, kinds.count("full_attention"))
+        # Blocks of the cache that hold the states of a sequence: layers share them in groups of equal size.
+        self.state_blocks = math.ceil(mamba / attention)
         self.max_model_len, self.max_num_seqs = options.max_model_len, options.max_num_seqs
         self.begun = 0
         if options.device == "cuda" and not installed("vllm"):
@@ -94,7 +99,7 @@ class VLLM:
             dtype=options.dtype,
             max_model_len=options.max_model_len,
             max_num_seqs=options.max_num_seqs,
-            enable_prefix_caching=True,
+            enable_prefix_caching=not mamba,  # states at the ends of blocks of hundreds of tokens cost time
             disable_log_stats=True,
         )
         if options.device == "cpu":
@@ -154,7 +159,8 @@ class VLLM:
         engine, config = self.llm.llm_engine, self.llm.llm_engine.vllm_config
         block, budget = config.cache_config.block_size, config.scheduler_config.max_num_batched_tokens
         room = (config.cache_config.num_gpu_blocks - 1) * block
-        together = max(1, min(batch, self.max_num_seqs, room // (context + room // budget + warmups + steps + block)))
+        rest = room // budget + warmups + steps + block * (1 + self.state_blocks)
+        together = max(1, min(batch, self.max_num_seqs, room // (context + rest)))
         ahead = together * context // budget
         length = max(1, context - ahead // 2 - warmups - steps // 2)
         self.check_length(length, ahead + warmups + steps)
