@@ -45,15 +45,24 @@ def evaluate(
     ],
     out: Annotated[Path | None, typer.Option(help="Result folder. Default: MODEL/eval/TASK.")] = None,
     endpoint: Annotated[
-        str | None,
-        typer.Option(help="Sample from an OpenAI-compatible server: its base URL. The key is $OPENAI_API_KEY."),
-    ] = None,
+        list[str],
+        typer.Option(
+            help="Sample from an OpenAI-compatible server: its base URL. Repeatable: several share the work, and take "
+            "over from one that fails. The key is $OPENAI_API_KEY."
+        ),
+    ] = [],  # noqa: B006 (typer copies it)
     concurrency: Annotated[
-        int, typer.Option(help="Maximum number of open requests to the endpoint, one sample each.")
+        int, typer.Option(help="Maximum number of samples that an endpoint is asked for at the same time.")
     ] = 256,
+    samples_per_request: Annotated[
+        int, typer.Option(help="Maximum number of a problem's samples in one request to an endpoint.")
+    ] = 1,
     timeout: Annotated[
         float, typer.Option(help="Maximum seconds until the endpoint's answer to a request is complete.")
     ] = 3600,
+    shard: Annotated[
+        str, typer.Option(help="Share of the problems to sample, such as 1/4; `m1 eval merge` joins all shares.")
+    ] = "1/1",
     force: Force = False,
     **options: Any,
 ) -> None:
@@ -67,8 +76,10 @@ def evaluate(
     from m1.evaluation.endpoint import EndpointSampler
     from m1.evaluation.evaluate import evaluate as run
     from m1.evaluation.evaluate import load_problems, local_sampler
+    from m1.evaluation.shards import WHOLE, read_shard
 
-    folder = out or Path(model, "eval", task)
+    share = read_shard(shard)
+    folder = out or Path(model, "eval", task if share == WHOLE else f"{task}-{share.index}-of-{share.count}")
     models = {} if endpoint else {"model": model}
     stage = build(EvalStage, options | {"models": models, "task": task, "out": str(folder)}, "eval")
     if endpoint and (stage.sampler != "engine" or stage.quantize or stage.dtype != "auto" or stage.devices):
@@ -77,10 +88,28 @@ def evaluate(
     if not force:
         refuse_foreign("eval", folder)
     problems = load_problems(stage)
-    server = nullcontext(EndpointSampler(endpoint, model, concurrency, timeout)) if endpoint else None
+    settings = {"concurrency": concurrency, "timeout": timeout, "samples_per_request": samples_per_request}
+    server = nullcontext(EndpointSampler(endpoint, model, **settings)) if endpoint else None  # type: ignore[arg-type]
     with server or local_sampler(stage, model) as sampler, render.progress_bar(task, "samples") as on_progress:
-        result = run(sampler, problems, stage, folder, on_progress, force)
+        result = run(sampler, problems, stage, folder, on_progress, force, share)
     render.evaluation(task, result, folder)
+
+
+@app.command()
+def merge(
+    shards: Annotated[list[Path], typer.Argument(help="Result folders of all shares of an evaluation, in any order.")],
+    out: Annotated[Path, typer.Option(help="Result folder of the whole.")],
+    force: Force = False,
+) -> None:
+    """Join the results of `m1 eval --shard 1/n` to n/n into one.
+
+    Every sample must be there once.
+    """
+    from m1.cli import render
+    from m1.evaluation.merge import merge
+
+    result = merge(shards, out, force)
+    render.evaluation(result["settings"]["task"], result, out)
 
 
 @app.command()

