@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from m1.cli.arguments import Force, options_of
+from m1.cli.arguments import Endpoints, Force, options_of, refuse_local
 from m1.errors import UserError
 from m1.options import build
 from m1.outputs import refuse_sources
@@ -44,13 +44,7 @@ def evaluate(
         ),
     ],
     out: Annotated[Path | None, typer.Option(help="Result folder. Default: MODEL/eval/TASK.")] = None,
-    endpoint: Annotated[
-        list[str],
-        typer.Option(
-            help="Sample from an OpenAI-compatible server: its base URL. Repeatable: several share the work, and take "
-            "over from one that fails. The key is $OPENAI_API_KEY."
-        ),
-    ] = [],  # noqa: B006 (typer copies it)
+    endpoint: Endpoints = [],  # noqa: B006 (typer copies it)
     concurrency: Annotated[
         int, typer.Option(help="Maximum number of samples that an endpoint is asked for at the same time.")
     ] = 256,
@@ -131,8 +125,13 @@ def compare(
 @options_of(BudgetStage)
 def budget(
     model: Annotated[
-        list[str], typer.Option(help="NAME=FOLDER or NAME=HUB_ID. Repeatable; the others are compared with the first.")
+        list[str],
+        typer.Option(
+            help="NAME=FOLDER or NAME=HUB_ID; with --endpoint, NAME=the model's name there. Repeatable; the others are "
+            "compared with the first."
+        ),
     ],
+    endpoint: Endpoints = [],  # noqa: B006 (typer copies it)
     force: Force = False,
     **options: Any,
 ) -> None:
@@ -141,9 +140,22 @@ def budget(
     Several models are measured in turns and compared. Run again to resume.
     """
     from m1.cli import render
+    from m1.evaluation.endpoint import EndpointSampler
+    from m1.evaluation.time_budget import measure_budgets
+    from m1.tasks.benchmarks import load_task
 
     models = dict(part.split("=", 1) for part in model if "=" in part)
     if len(models) != len(model):
         raise UserError(f"--model {' --model '.join(model)}: give each as NAME=FOLDER, with different names")
-    stage = build(BudgetStage, options | {"models": models}, "budget")
-    render.budgets(stage.run(force=force, progress=render.progress_bar), stage.out)
+    stage = build(BudgetStage, options | {"models": {} if endpoint else models}, "budget")
+    if not endpoint:
+        render.budgets(stage.run(force=force, progress=render.progress_bar), stage.out)
+        return
+    refuse_local(stage)
+    if stage.vllm:
+        raise UserError(f"--vllm {stage.vllm[0]}: with --endpoint, servers sample")
+    served = {name: EndpointSampler(endpoint, there, stage.max_num_seqs) for name, there in models.items()}
+    problems = load_task(stage.task, stage.data, stage.limit, stage, columns=stage)
+    with render.progress_bar("budget", "runs") as on_progress:
+        result = measure_budgets({}, problems, stage, Path(stage.out), (), on_progress, force, served)
+    render.budgets(result, stage.out)

@@ -12,7 +12,7 @@ import queue
 import random
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -35,6 +35,9 @@ LARGEST_ANSWER = 2**25  # bytes, with the log-probabilities of all tokens
 # although they are off, since vLLM's own defaults come from the model's generation_config.json.
 OPTIONAL = {"seed", "logprobs"}
 OFF = {"top_k": 0, "min_p": 0.0}
+
+PENALTIES = ("repetition_penalty", "frequency_penalty", "presence_penalty", "min_tokens")  # asked for if they are on
+PLAIN = SamplingParams()
 
 Choice = tuple[str, int | None, float | None, str]  # text, tokens, log-probability, finish reason
 
@@ -103,10 +106,15 @@ class EndpointSampler:
         """The URLs, without secrets."""
         return {"endpoint": ", ".join(redact(server.url) for server in self.servers)}
 
-    def generate(self, requests: Sequence[SampleRequest], params: SamplingParams) -> Samples:
+    def generate(
+        self, requests: Sequence[SampleRequest], params: SamplingParams, left: Callable[[], float] = lambda: math.inf
+    ) -> Samples:
         """Yields samples in the order in which they arrive. The clock never pauses.
 
         A request's seed is that of its first sample.
+
+        Args:
+            left: how many seconds are left. After them the unfinished samples are dropped.
 
         Raises:
             UserError: no server can be reached, one refuses a request, or all have failed.
@@ -143,7 +151,10 @@ class EndpointSampler:
             for server in workers:
                 threading.Thread(target=work, args=(server,), daemon=True).start()
             for _ in range(total):
-                result = results.get()
+                try:
+                    result = results.get(timeout=min(max(left(), 0.0), MAX_SECONDS))
+                except queue.Empty:
+                    return
                 if isinstance(result, BaseException):
                     raise result
                 yield result
@@ -166,6 +177,7 @@ class EndpointSampler:
             "seed": fold_in(job.request.seed, job.rounds[0]) % 2**31,
             "logprobs": True,
             **({"n": len(job.rounds)} if len(job.rounds) > 1 else {}),
+            **{name: getattr(params, name) for name in PENALTIES if getattr(params, name) != getattr(PLAIN, name)},
         }
 
     def others(self, server: "Server") -> bool:
