@@ -16,13 +16,23 @@ app = typer.Typer()
 
 @app.command()
 @options_of(GenerateStage)
-def generate(force: Force = False, **options: Any) -> None:
+def generate(
+    endpoint: Endpoints = [],  # noqa: B006 (typer copies it)
+    force: Force = False,
+    **options: Any,
+) -> None:
     """Sample answers to the prompts of a file. Run again to resume."""
     from m1.cli import render
 
     stage = build(GenerateStage, options, "generate")
-    tokens, seconds = stage.run(force=force, progress=render.progress_bar)
-    render.generated(tokens, seconds, stage.out)
+    if endpoint:
+        from m1.evaluation.served_file import generate_served
+
+        refuse_local(stage)
+        generated = generate_served(stage, endpoint, force, render.progress_bar)
+    else:
+        generated = stage.run(force=force, progress=render.progress_bar)
+    render.generated(*generated, stage.out)
 
 
 @app.command()

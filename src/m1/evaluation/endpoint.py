@@ -10,6 +10,7 @@ import logging
 import math
 import queue
 import random
+import ssl
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -177,8 +178,15 @@ class EndpointSampler:
             "seed": fold_in(job.request.seed, job.rounds[0]) % 2**31,
             "logprobs": True,
             **({"n": len(job.rounds)} if len(job.rounds) > 1 else {}),
+            **({"stop": list(params.stop)} if params.stop else {}),
             **{name: getattr(params, name) for name in PENALTIES if getattr(params, name) != getattr(PLAIN, name)},
         }
+
+    def prepare(self) -> None:
+        """Does what `generate` would do first, and takes time, so that a clock can be started after it."""
+        for server in self.servers:
+            server.open(1)
+            server.close()
 
     def others(self, server: "Server") -> bool:
         """Whether another server can take a request of this one."""
@@ -222,12 +230,15 @@ class Server:
         self._unknown: set[str] = set()  # fields that this server refused
         self._reached = False
         self._client: httpx2.Client | None = None
+        self._certificates: ssl.SSLContext | None = None
 
     def open(self, connections: int) -> None:
         """Gets ready for up to `connections` requests at a time. Raises UserError if the environment forbids them."""
         timeout = self.sampler.timeout
         try:
+            self._certificates = self._certificates or httpx2.create_ssl_context()  # slow
             self._client, self._allowance = bounded_client(
+                verify=self._certificates,
                 # Not compressed, since a small answer could unpack to any size.
                 headers={"Accept-Encoding": "identity"}
                 | ({"Authorization": f"Bearer {self._key}"} if self._key else {}),

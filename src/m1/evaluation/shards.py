@@ -1,12 +1,13 @@
 """Shares of an evaluation's problems, so that several machines can take one each."""
 
 import re
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from m1.errors import UserError
 
 
-class Shard(NamedTuple):
+@dataclass(frozen=True)
+class Shard:
     """One of `count` shares of the problems: every count-th, from number `index` on. Both are written as "1/4".
 
     Attributes:

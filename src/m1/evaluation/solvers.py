@@ -74,6 +74,7 @@ def solve_served(
     Raises:
         UserError: the servers fail, or give no log-probabilities to weigh by.
     """
+    sampler.prepare()
     tally = Tally(problem, grader, budget, weights, clock)
     tally.solution.asked = budget.n or sampler.concurrency * len(sampler.servers)
     grader.start(tally.timer.left())

@@ -38,17 +38,17 @@ class Solution:
         vote: the vote over all finished samples.
         samples: the finished samples, in the order in which they finished.
         sequences: all samples that an engine here started or queued, including aborted ones.
-        asked: number of samples that servers were asked for.
         seconds: wall-clock time since the start, including grading and weighing.
         reason: why sampling stopped: "all" (n samples finished), "decided", "confident" or "seconds". None before.
+        asked: number of samples that servers were asked for.
     """
 
     vote: Vote = field(default_factory=lambda: Vote({}, {}))
     samples: list[VotedSample] = field(default_factory=list)
     sequences: list[Sequence] = field(default_factory=list, repr=False)
-    asked: int = 0
     seconds: float = 0.0
     reason: str | None = None
+    asked: int = 0
 
     @property
     def answer(self) -> str | None:
