@@ -477,6 +477,24 @@ MUTANTS = [
         "ops/selective_scan.py", "if len(dtypes) == 1 and dtypes <= {*KERNEL_FLOATS}", "if len(dtypes) == 1",
         "ops/test_state_update.py", "a kernel gets a dtype that it doesn't know",
     ),
+    # pages of states, and several servers
+    Mutant(
+        "ops/cpu/state_update.cpp", "p.step.ssm_state + slot * p.step.ssm_stride + channel * N",
+        "p.step.ssm_state + (slot * channels + channel) * N", "ops/test_state_update.py",
+        "states in pages are read as if they were in one piece",
+    ),
+    Mutant(
+        "evaluation/endpoint.py", "jobs.put(job)\n                        return", "return",
+        "evaluation/test_endpoints.py", "a server that dies takes its samples with it",
+    ),
+    Mutant(
+        "evaluation/endpoint.py", "for round_ in job.rounds[len(choices) :]:", "for round_ in ():",
+        "evaluation/test_endpoints.py", "a server that gives one choice of several loses the others",
+    ),
+    Mutant(
+        "evaluation/merge.py", 'if (row["problem"], row["round"]) in rows:', "if False:",
+        "evaluation/test_endpoints.py", "a sample counts twice in a merge",
+    ),
     # training
     Mutant(
         "train/distill.py", "count = len(positions) if num_items_in_batch is None else num_items_in_batch",

@@ -48,13 +48,15 @@ def texts(samples):
     return {(sample.problem, sample.round): sample.text for sample in samples}
 
 
-@pytest.mark.parametrize("most", [1, 4])
-def test_a_server_that_dies_loses_nothing(serve, most, caplog):
+@pytest.mark.parametrize(
+    ("count", "n", "most"), [(40, 6, 1), (40, 6, 4), pytest.param(1000, 16, 8, marks=pytest.mark.long)]
+)
+def test_a_server_that_dies_loses_nothing(serve, count, n, most, caplog):
     """Every sample is there, none twice, and all are those of one server."""
     dying, died = None, threading.Event()
 
     def until_it_dies(body, number):
-        if number >= 10 and not died.is_set():
+        if number >= count * n // most // 8 and not died.is_set():
             died.set()
             threading.Thread(target=dying.shutdown).start()
             dying.socket.close()
@@ -64,10 +66,10 @@ def test_a_server_that_dies_loses_nothing(serve, most, caplog):
 
     dying = serve(until_it_dies)
     others = [serve(answer), serve(answer)]
-    samples = sample([dying, *others], requests(40, n=6), samples_per_request=most)
+    samples = sample([dying, *others], requests(count, n), samples_per_request=most)
     assert died.is_set() and "the other servers take over" in caplog.text
-    assert len(samples) == len(texts(samples)) == 240 and all(server.bodies for server in others)
-    assert texts(samples) == texts(sample([serve(answer)], requests(40, n=6), samples_per_request=most))
+    assert len(samples) == len(texts(samples)) == count * n and all(server.bodies for server in others)
+    assert texts(samples) == texts(sample([serve(answer)], requests(count, n), samples_per_request=most))
 
 
 def test_one_that_was_never_there_is_left_out(serve):

@@ -1,10 +1,12 @@
 """The comparison of `m1 check-vllm`, with this project's engine in vLLM's place."""
 
 import pytest
+import torch
 from checkpoints import LLAMA3_ROPE, tiny_teacher
 
 from m1.engine import Engine, SamplingParams
-from m1.evaluation.vllm_parity import compare
+from m1.errors import UserError
+from m1.evaluation.vllm_parity import check_vllm, compare
 
 PROMPT, TOLERANCE = list(range(100)), 1e-3
 
@@ -22,3 +24,18 @@ def test_what_differs_is_seen():
     assert same.agrees(TOLERANCE) and same.equal == same.tokens == 8
     assert not differs.agrees(TOLERANCE) and differs.equal < 8 and differs.missed > TOLERANCE
     assert not wrong.agrees(TOLERANCE) and wrong.difference == pytest.approx(0.01, abs=1e-4) and wrong.equal == 8
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "int8"}, "--dtype int8: choose float32"),
+        pytest.param({"tensor_parallel_size": 2}, "on GPUs only", marks=pytest.mark.skipif(
+            torch.cuda.is_available(), reason="there are GPUs"
+        )),
+        ({"vllm_python": "/nowhere"}, "--vllm-python /nowhere: no such file"),
+    ],
+)  # fmt: skip
+def test_impossible_options_are_refused(hybrid_dir, options, message):
+    with pytest.raises(UserError, match=message):
+        check_vllm(str(hybrid_dir), **options)

@@ -87,6 +87,9 @@ def check_vllm(
         float | None,
         typer.Option(help="Largest difference of a log-probability. Default: 0.001, in half precision more."),
     ] = None,
+    tensor_parallel_size: Annotated[
+        int, typer.Option(min=1, help="Number of GPUs that vLLM splits the model over.")
+    ] = 1,
     vllm_python: Annotated[
         str | None, typer.Option(help="Python of an environment with vLLM. Default: that of `make peers` on a CPU.")
     ] = None,
@@ -96,7 +99,8 @@ def check_vllm(
     from m1.evaluation.vllm_parity import TOLERANCES
     from m1.evaluation.vllm_parity import check_vllm as check
 
-    compared = check(model, prompts, new_tokens, dtype, vllm_python)  # type: ignore[arg-type]  # others are refused
+    asked = (prompts, new_tokens, dtype, tensor_parallel_size, vllm_python)
+    compared = check(model, *asked)  # type: ignore[arg-type]  # other dtypes are refused
     if not render.parity(compared, TOLERANCES[dtype] if tolerance is None else tolerance):
         raise typer.Exit(1)
 

@@ -99,7 +99,9 @@ def _voted(sample: Sample, weights: Weights, seconds: float) -> VotedSample:
 
 
 class ServedSolver:
-    """Solves problems with samples of servers. Its clock includes the vote after each sample.
+    """Solves problems with samples of servers.
+
+    Its clock includes the vote after each sample, but not the start of a grading worker.
 
     Args:
         sampler: asks the servers.
@@ -113,6 +115,7 @@ class ServedSolver:
 
     def solve(self, text: str, seed: int, seconds: float) -> tuple[float, list[Ended]]:
         """Solves a problem by voting without an early stop (see `Solver`)."""
+        self.grader.start()
         budget, params = Budget(seconds=seconds, rule="none"), replace(self.params, seed=seed)
         solution = solve_served(text, self.sampler, self.grader, params, budget, prompt=self.prompt)
         return solution.seconds, [Ended(s.seconds, s.answer, s.tokens) for s in solution.samples]

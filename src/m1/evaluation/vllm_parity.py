@@ -62,7 +62,12 @@ def compare(
 
 
 def check_vllm(
-    checkpoint: str, prompts: int = 20, new_tokens: int = 64, dtype: Dtype = "float32", vllm_python: str | None = None
+    checkpoint: str,
+    prompts: int = 20,
+    new_tokens: int = 64,
+    dtype: Dtype = "float32",
+    tensor_parallel_size: int = 1,
+    vllm_python: str | None = None,
 ) -> list[Compared]:
     """Compares vLLM with a checkpoint on prompts of chain problems, which begin alike and have different lengths.
 
@@ -74,11 +79,14 @@ def check_vllm(
     if dtype not in TOLERANCES:
         raise UserError(f"--dtype {dtype}: choose {', '.join(TOLERANCES)}")
     device, folder = default_device(), checkpoint_folder(checkpoint)
+    if tensor_parallel_size > 1 and device == "cpu":
+        raise UserError(f"--tensor-parallel-size {tensor_parallel_size}: this check runs it on GPUs only")
     tokenizer = load_tokenizer(folder)
     problems = chain_problems(prompts, SIZES, "test", seed=0)
     tokens = [encode_chat(tokenizer, problem.problem) for problem in problems]
     length, python = max(map(len, tokens)) + new_tokens, find_python(vllm_python, device)
-    with start_vllm_on(Path(folder).resolve(), device, dtype, length, MAX_NUM_SEQS, python) as ask:
+    where = device, dtype, length, MAX_NUM_SEQS, python, tensor_parallel_size
+    with start_vllm_on(Path(folder).resolve(), *where) as ask:
         samples = ask({"prompts": tokens, "new_tokens": new_tokens})["samples"]
     model, _ = load_model(folder, device, dtype=dtype)
     return list(compare(model.eval(), tokens, samples))

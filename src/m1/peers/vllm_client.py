@@ -72,14 +72,21 @@ def start_vllm(
 
 @contextmanager
 def start_vllm_on(
-    folder: Path, device: str, dtype: str, max_model_len: int, max_num_seqs: int, python: Path | None = None
-) -> Iterator[Worker]:
-    """Starts a worker on a checkpoint folder, as it is. Arguments and errors are those of `start_vllm`."""
+    folder: Path, device: str, dtype: str, max_model_len: int, max_num_seqs: int, python: Path | None = None,
+    tensor_parallel_size: int = 1,
+) -> Iterator[Worker]:  # fmt: skip
+    """Starts a worker on a checkpoint folder, as it is. Other arguments and errors are those of `start_vllm`.
+
+    Args:
+        tensor_parallel_size: number of GPUs.
+    """
     python = python or find_python(None, device)
     if python is None:
         raise UserError("vllm isn't installed: `make peers` installs it for CPUs; on a GPU, give --vllm-python")
     command = [str(python), str(WORKER), str(folder), "--device", device, "--dtype", dtype]
     command += ["--max-model-len", str(max_model_len), "--max-num-seqs", str(max_num_seqs)]
+    if tensor_parallel_size > 1:
+        command += ["--tensor-parallel-size", str(tensor_parallel_size)]
     with tempfile.TemporaryDirectory() as plugin, start_worker("vllm", command, plugin_path(Path(plugin))) as worker:
         yield worker
 

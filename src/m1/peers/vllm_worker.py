@@ -57,6 +57,7 @@ def main() -> int:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--max-model-len", type=int, required=True, help="maximum tokens of a prompt and its sample")
     parser.add_argument("--max-num-seqs", type=int, required=True, help="maximum number of samples decoded in parallel")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, help="number of GPUs")
     options = parser.parse_args()
     prepare_cpu() if options.device == "cpu" else prepare_gpu()
     with answers_only() as answers:
@@ -109,6 +110,8 @@ class VLLM:
             self.settings |= {"enforce_eager": True, "kv_cache_memory_bytes": KV_CACHE}
         else:
             self.settings |= {"gpu_memory_utilization": GPU_MEMORY, "max_num_batched_tokens": PREFILL_BUDGET}
+        if options.tensor_parallel_size > 1:
+            self.settings["tensor_parallel_size"] = options.tensor_parallel_size
         from vllm import LLM  # takes seconds, so a folder without a checkpoint is refused first
 
         self.llm = LLM(str(options.model), **self.settings)
