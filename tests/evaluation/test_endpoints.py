@@ -40,7 +40,7 @@ def answer(body, number):
 
 
 def sample(servers, asked, **options):
-    options = {"wait": 0.01, "timeout": 5.0, "concurrency": 8} | options
+    options = {"wait": 0.01, "timeout": 5.0, "concurrency": 48} | options
     return list(EndpointSampler([server.url for server in servers], "m", **options).generate(asked, PARAMS))
 
 
@@ -49,7 +49,7 @@ def texts(samples):
 
 
 @pytest.mark.parametrize(
-    ("count", "n", "most"), [(40, 6, 1), (40, 6, 4), pytest.param(1000, 16, 8, marks=pytest.mark.long)]
+    ("count", "n", "most"), [(40, 6, 1), (40, 6, 4), pytest.param(1000, 16, 16, marks=pytest.mark.long)]
 )
 def test_a_server_that_dies_loses_nothing(serve, count, n, most, caplog):
     """Every sample is there, none twice, and all are those of one server."""
