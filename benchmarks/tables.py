@@ -1,4 +1,6 @@
-"""Writes the tables of README.md and docs/ from the files in results/. `--check` only compares.
+"""Writes the tables of README.md and docs/, and results/gpu-decode.png, from the files in results/.
+
+`--check` only compares the tables.
 
 python benchmarks/tables.py [--check]
 """
@@ -10,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from m1.bench.decode import plot_result
 from m1.evaluation.intervals import percent
 
 ROOT = Path(__file__).parents[1]
@@ -272,6 +275,7 @@ def long_chains_vllm() -> str:
     )
 
 
+ENGINES = {"ours-hybrid": "hybrid", "ours-transformer": "transformer", "vllm": "transformer, vLLM"}
 # Speed against the transformer of the same size, by (batch, new tokens): arXiv 2504.10449, on an H100 under vLLM 0.6.3.
 PAPER = {
     (8, 4096): 1.11, (16, 4096): 1.27, (32, 4096): 1.43, (64, 4096): 1.73, (128, 4096): 2.15, (256, 4096): 2.64,
@@ -279,13 +283,15 @@ PAPER = {
 }  # fmt: skip
 
 
+def whole_batches() -> list[dict]:
+    return [result(f"gpu-decode-{most}") for most in (128, 512, 256)]
+
+
 def gpu_decode() -> str:
     """`benchmarks/gpu.sh decode-128 decode-256 decode-512`: whole batches beside vLLM."""
-    benches = [result(f"gpu-decode-{most}") for most in (128, 512, 256)]
-    found: dict[tuple[int, int], dict[str, dict]] = {}
-    for bench in benches:
-        for row in bench["rows"]:
-            found.setdefault((row["batch"], row["new_tokens"]), {}).setdefault(row["name"], row)
+    benches, found = whole_batches(), {}
+    for row in (row for bench in benches for row in bench["rows"]):
+        found.setdefault((row["batch"], row["new_tokens"]), {}).setdefault(row["name"], row)
     rows = []
     for (batch, new), engines in sorted(found.items()):
         hybrid, rates = engines["ours-hybrid"], []
@@ -303,40 +309,62 @@ def gpu_decode() -> str:
     )
 
 
+def plot_gpu_decode() -> None:
+    """Draws the rows of that table and of the next."""
+    rows = [row for bench in [*whole_batches(), result("gpu-decode-long")] for row in bench["rows"]]
+    rows = [row | {"name": ENGINES[row["name"]]} for row in rows]
+    first = {(row["name"], row["batch"], row["new_tokens"]): row for row in reversed(rows)}
+    plot_result({"rows": list(first.values())}, ROOT / "results" / "gpu-decode.png")
+
+
 def short_gpu_decode() -> str:
     """The first columns of it."""
     return some_columns(gpu_decode(), range(6))
 
 
 def long_gpu_decode() -> str:
-    """The cells of results/h200-decode.json that are too long to decode whole."""
-    bench = result("h200-decode")
-    cells = [(row["batch"], row["new_tokens"]) for row in bench["rows"] if row["name"] == "ours-hybrid"]
-    found = {(row["name"], row["batch"], row["new_tokens"]): row for row in bench["rows"]}
-    rows = []
-    for cell in cells:
-        if cell[1] > 4096:
-            hybrid, transformer = found["ours-hybrid", *cell], found["ours-transformer", *cell]
-            ratios = [hybrid["times_ours-transformer"], PAPER[cell]]
-            rates = [f"{row['tokens_per_second']:,.0f}" for row in (hybrid, transformer)]
-            shares = [f"{100 * row['share_of_floor']:.0f} %" for row in (hybrid, transformer)]
-            fits = [f"{row['largest_batch']:,}" for row in (hybrid, transformer)]
-            rows.append([f"{cell[0]} x {cell[1]:,}", *rates, *(f"{r:.2f}" for r in ratios), *shares, *fits])
-    columns = ["batch x new tokens", "hybrid, tokens/s", "transformer", "ratio", "paper's"]
-    columns += [f"{name}, {model}" for name in ("of floor", "fit") for model in ("hybrid", "transformer")]
-    return markdown(columns, rows)
+    """`benchmarks/gpu.sh decode-long`: steps at five contexts beside vLLM."""
+    bench = result("gpu-decode-long")
+    found = {(row["batch"], row["new_tokens"], row["name"]): row for row in bench["rows"]}
+    engines, rows = ("ours-hybrid", "ours-transformer", "vllm"), []
+    for batch, new in dict.fromkeys(cell[:2] for cell in found):
+        hybrid, transformer, vllm = (found[batch, new, name] for name in engines)
+        rates = [f"{row['tokens_per_second']:,.0f}" for row in (hybrid, transformer, vllm)]
+        ratios = [f"{ratio:.2f}" for ratio in (hybrid["times_vllm"], PAPER[batch, new], transformer["times_vllm"])]
+        shares = [f"{100 * row['share_of_floor']:.0f} %" for row in (hybrid, transformer)]
+        together = [str(row["together"]) for row in (hybrid, transformer, vllm)]
+        rows.append([f"{batch} x {new:,}", *rates, *ratios, *shares, *together])
+    columns = ["batch x new tokens", "hybrid, tokens/s", "transformer", "transformer, vLLM", "hybrid / vLLM", "paper's"]
+    columns += ["transformer / vLLM", "of floor, hybrid", "transformer", "together, hybrid", "transformer", "vLLM"]
+    return markdown(columns, rows) + f"\n{bench['machine']['gpu']}, torch {bench['machine']['torch']}.\n"
+
+
+def gpu_samples() -> str:
+    """`benchmarks/gpu.sh samples`: samples of one prompt beside vLLM."""
+    bench, rows = result("gpu-samples"), []
+    for row in bench["rows"]:
+        _, prompt, samples, new = row["job"].split("x")
+        times = f"{row['times_vllm']:.2f}" if "times_vllm" in row else ""
+        seconds = f"{1000 * row['seconds']:.0f} ms"
+        job = f"{samples} x {new} of {int(prompt):,}"
+        rows.append([job, ENGINES[row["name"]], f"{row['prompt_tokens']:,}", seconds, times])
+    columns = ["samples x new of prompt tokens", "engine", "prompt tokens computed", "job", "times vLLM"]
+    return markdown(columns, rows) + (
+        f"\n{bench['machine']['gpu']}, shape {bench['options']['shape']}, bfloat16, random weights; medians of "
+        f"{bench['rows'][0]['runs']} runs. vLLM has its prefix cache.\n"
+    )
 
 
 def gpu_jobs() -> str:
     """`benchmarks/gpu.sh jobs lengths`."""
-    rows, names = [], {"ours-hybrid": "hybrid", "ours-transformer": "transformer", "vllm": "transformer, vLLM"}
+    rows = []
     benches = [result(name) for name in ("gpu-jobs-smollm2-135m", "gpu-jobs-m1-3b", "gpu-lengths")]
     for bench in benches:
         for row in bench["rows"]:
             *sizes, new = row["job"].split("x")
             job = " x ".join([*sizes, "a trace's" if bench["options"]["lengths"] else new])
             times = [f"{row[key]:.2f}" if key in row else "" for key in ("times_vllm", "prefill_times_vllm")]
-            cells = [bench["options"]["shape"], job, names[row["name"]], f"{row['tokens_per_second']:,.0f}"]
+            cells = [bench["options"]["shape"], job, ENGINES[row["name"]], f"{row['tokens_per_second']:,.0f}"]
             rows.append([*cells, f"{row['seconds']:.2f} s", times[0], f"{row['prefill_seconds']:.2f} s", times[1]])
     columns = ["shape", "prompts x tokens x samples x new", "engine", "tokens/s", "job", "times vLLM"]
     vllm = next(row["versions"]["vllm"] for row in benches[0]["rows"] if row["name"] == "vllm")
@@ -354,7 +382,7 @@ def some_columns(table: str, chosen: Iterable[int]) -> str:
 
 TABLES: dict[str, list[Callable[[], str]]] = {
     "README.md": [pocket, short_gpu_decode, short_chat, short_long_chains],
-    "docs/engine.md": [quantization, gpu_jobs, chat, decode, decode_step],
+    "docs/engine.md": [quantization, gpu_jobs, gpu_samples, chat, decode, decode_step],
     "docs/kernels.md": [kernels],
     "docs/evaluation.md": [intervals, differences],
     "docs/grading.md": [grading],
@@ -376,6 +404,8 @@ def main() -> None:
         if "--check" in sys.argv and updated != text:
             sys.exit(f"{file}'s tables are not those of results/: run benchmarks/tables.py")
         (ROOT / file).write_text(updated)
+    if "--check" not in sys.argv:
+        plot_gpu_decode()
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ from m1.train.trainer import most_memory, trainer_arguments
 
 TASKS, MODELS = ("sft", "distill"), ("hybrid", "llama", "trl")
 GRID = {"shapes": ("smollm2-135m", "llama-1b"), "lengths": (512, 2048, 8192, 32768)}
-WARMUP = 4  # steps that compile and allocate; lengths differ, so the second one compiles again
+WARMUP = 10  # steps that compile and allocate. Lengths differ: another layout may compile again at any of the first
 Row = dict[str, Any]
 
 

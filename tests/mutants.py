@@ -166,8 +166,8 @@ MUTANTS = [
         "evaluation/test_samplers.py", "transformers' batches of one problem share a seed",
     ),
     Mutant(
-        "evaluation/endpoint.py", '"seed": fold_in(request.seed, round_) % 2**31', '"seed": request.seed % 2**31',
-        "evaluation/test_endpoint.py", "a server's samples of one problem share a seed",
+        "evaluation/endpoint.py", '"seed": fold_in(job.request.seed, job.rounds[0]) % 2**31',
+        '"seed": job.request.seed % 2**31', "evaluation/test_endpoint.py", "a server's samples of one problem share a seed",
     ),
     Mutant(
         "evaluation/time_budget.py", "fold_in(seed, i)", "fold_in(0, i)", "evaluation/test_curves.py",
@@ -182,8 +182,8 @@ MUTANTS = [
         "reasoning/test_solve.py", "equal seeds in every wave of samples",
     ),
     Mutant(
-        "engine/generate.py", "seed=fold_in(params.seed, i)), i, missing)",
-        "seed=fold_in(params.seed, i), n=len(missing)), i)", "engine/test_llm.py",
+        "engine/generate.py", "seed=one.seed), i, one.missing)", "seed=one.seed, n=len(one.missing)), i)",
+        "engine/test_llm.py",
         "a resumed `m1 generate` draws the first samples again",
     ),
     Mutant(

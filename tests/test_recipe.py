@@ -54,6 +54,17 @@ def test_mistakes_are_named(tmp_path, text, message):
         load_stage(path)
 
 
+def test_the_folder_of_data_is_the_environments(tmp_path, monkeypatch):
+    text = 'stage = "rank-layers"\nteacher = "t"\n[data]\npath = ["$M1_DATA/a.jsonl", "b"]\nexclude = ["$M1_DATA/c"]'
+    (tmp_path / "stage.toml").write_text(text + '\nprompt_template = "$M1 {problem} $x$"')
+    monkeypatch.delenv("M1_DATA", raising=False)
+    with pytest.raises(UserError, match=r"stage.toml reads \$M1_DATA/a.jsonl: set the environment variable M1_DATA to"):
+        load_stage(tmp_path / "stage.toml")
+    monkeypatch.setenv("M1_DATA", "/data/")
+    data = load_stage(tmp_path / "stage.toml").data
+    assert (data.path, data.exclude, data.prompt_template) == (["/data/a.jsonl", "b"], ["/data/c"], "$M1 {problem} $x$")
+
+
 def test_recipe_for_another_command(tmp_path):
     (tmp_path / "stage.toml").write_text(CONVERT)
     with pytest.raises(UserError, match="is a recipe for `m1 convert`, not for `m1 sft`"):

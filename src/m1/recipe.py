@@ -8,6 +8,7 @@ The table `[trainer]` holds arguments of the stage's TRL trainer (`SFTConfig` or
 import dataclasses
 import importlib
 import math
+import os
 from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from m1.text import check_name
 
 FLOAT32 = 2.0**-126, 2.0**128 - 2.0**104  # the smallest and the largest positive number, without loss of precision
 INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
+DATA_FOLDER = "$M1_DATA/"
 BUILT_IN_REWARDS = ("correct", "answered", "overlong")
 
 
@@ -56,11 +58,13 @@ class Data(ChainSizes):
     count: int = option(10_000, "Number of chain problems.")
     slip_rate: float = option(0.0, "Share of a chain's worked steps that are wrong.")
     seed: int = option(0, "Seed of the chain problems, and of the order in which several paths are mixed.")
-    limit: int | None = option(None, "Maximum number of rows of each path; the first ones are used.")
+    skip: int = option(0, "Number of rows of each path that are left out, the first ones.")
+    limit: int | None = option(None, "Maximum number of rows of each path; the first ones after `skip` are used.")
     exclude: list[str] = option(
         [], "Benchmarks whose problems are dropped from the rows, and counted: gsm8k, math500, ..., files or data sets."
     )
     prompt_template: str = option("{problem}", "User message, with {problem} in it.")
+    solution_template: str = option("{solution}", "Answer of a row with `solution`; may have the row's {answer}, too.")
     overlong: Literal["drop", "cut"] = option(
         "drop", "Rows longer than max_length: drop them, or cut them, so that the answer loses its end."
     )
@@ -77,12 +81,15 @@ class Data(ChainSizes):
             raise UserError(f"[data] slip_rate={self.slip_rate}: need 0 <= slip_rate < 1")
         if "{problem}" not in self.prompt_template:
             raise UserError(f"[data] prompt_template={self.prompt_template!r} has no {{problem}} in it")
+        if "{solution}" not in self.solution_template:
+            raise UserError(f"[data] solution_template={self.solution_template!r} has no {{solution}} in it")
         if self.weights and (len(self.weights) != len(self.sources) or min(self.weights) <= 0):
             raise UserError(f"[data] weights={self.weights}: need one positive number for each of {self.sources}")
         if self.streaming and (self.task or self.bucket):
             raise UserError("[data] streaming goes neither with `task` nor with `bucket`: remove one of them")
         try:
             _at_least_one(self, "count", "limit", "bucket")
+            check_range("skip", self.skip, 0, INT32_MAX)
         except UserError as error:
             raise UserError(f"[data] {error}") from None
 
@@ -492,6 +499,8 @@ class GenerateStage(Stage, PenaltyOptions, PromptOptions, LoadOptions, DevicesOp
     model: str = option(help="Checkpoint folder or Hub id.")
     prompts: str = option(help='JSONL of {"prompt"}, {"problem"} or {"messages"}, each with an optional "id".')
     out: str = option(help="JSONL file, one line per finished sample. Run again to resume.")
+    skip: int = option(0, "Number of prompts that are left out, the first ones.")
+    limit: int | None = option(None, "Maximum number of prompts; the first ones after `skip` are used.")
     n: int = option(1, "Number of samples per prompt.")
     stop: list[str] = option([], "Stop a sample before this text. Repeatable.")
     max_num_seqs: int = option(
@@ -502,7 +511,8 @@ class GenerateStage(Stage, PenaltyOptions, PromptOptions, LoadOptions, DevicesOp
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least_one(self, "n", "max_num_seqs")
+        _at_least_one(self, "n", "max_num_seqs", "limit")
+        check_range("skip", self.skip, 0, INT32_MAX)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -645,14 +655,14 @@ STAGES: dict[str, type[Stage]] = {
 
 
 def load_stage(path: str | Path, expected: str | None = None) -> Stage:
-    """Reads a stage's TOML file.
+    """Reads a stage's TOML file. `$M1_DATA/` in its texts is the folder that the environment variable names.
 
     Raises:
-        UserError: a missing file, bad TOML, an unknown or missing key, a value of the wrong type, or another kind of
-            stage than `expected`.
+        UserError: a missing file, bad TOML, an unknown or missing key, a value of the wrong type, another kind of stage
+            than `expected`, or no variable M1_DATA.
     """
     path = Path(path)
-    table = read_toml(path)
+    table = _with_data_folder(read_toml(path), path)
     kind = table.pop("stage", None)
     if not isinstance(kind, str) or kind not in STAGES:
         raise UserError(f"{path}: stage = {kind!r} must be one of {', '.join(STAGES)}")
@@ -671,6 +681,21 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise UserError(f"can't read recipe {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # also other encodings, and integers of thousands of digits
         raise UserError(f"{path} is not valid TOML: {error}") from None
+
+
+def _with_data_folder(value: Any, path: Path) -> Any:
+    match value:
+        case dict():
+            return {key: _with_data_folder(item, path) for key, item in value.items()}
+        case list():
+            return [_with_data_folder(item, path) for item in value]
+        case str() if DATA_FOLDER in value:
+            if not (folder := os.environ.get("M1_DATA")):
+                raise UserError(
+                    f"{path} reads {value}: set the environment variable M1_DATA to the folder of your data"
+                )
+            return value.replace(DATA_FOLDER, f"{folder.rstrip('/')}/")
+    return value
 
 
 def _at_least_one(options: Any, *names: str) -> None:

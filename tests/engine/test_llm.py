@@ -17,6 +17,8 @@ from m1.errors import UserError
 from m1.jsonl import read_jsonl
 from m1.model.gguf import import_gguf
 from m1.ops.quantize import quantize as quantized
+from m1.recipe import Data
+from m1.train.data import conversations
 
 PARAMS = SamplingParams(max_tokens=24, temperature=1.0, seed=1, ignore_eos=True)
 CHAT = [{"role": "user", "content": "2+2?"}]
@@ -146,7 +148,23 @@ def test_a_file_goes_on_where_it_was_cut_off(hybrid_dir, tmp_path):
     assert out.read_text().startswith(kept)
     assert sorted((r["id"], r["sample"]) for r in rows) == [(i, j) for i in ("0", "7", "sum") for j in (0, 1)]
     assert all(r["tokens"] == 24 and r["finish_reason"] == "length" and r["logprob"] < 0 for r in rows)
+    for row in rows:  # a training stage reads it as it is
+        (conversation,) = conversations(Data(path=str(out)), "", [row])
+        asked = {"0": "ab", "sum": "1+1?", "7": "2+2?"}[row["id"]]
+        assert [message["content"] for message in conversation.messages] == [asked, row["text"]]
     assert generate_file(llm, prompts, out, params)[0] == 0
+
+
+def test_some_prompts_of_a_file_have_the_samples_they_have_among_all(hybrid_dir, tmp_path):
+    prompts, llm = tmp_path / "in.jsonl", LLM.from_pretrained(hybrid_dir)
+    write(prompts, [{"prompt": text} for text in ("ab", "cd", "ef", "gh")])
+    found = {}
+    for name, chosen in (("all", (0, None)), ("some", (1, 2))):
+        generate_file(llm, prompts, tmp_path / name, PARAMS, chosen=chosen)
+        found[name] = {row["id"]: row["text"] for row in read_jsonl(tmp_path / name)}
+    assert found["some"] == {i: found["all"][i] for i in ("1", "2")}
+    options = ["--model", hybrid_dir, "--prompts", prompts, "--out", tmp_path / "none", "--skip", 4]
+    assert m1("generate", *options) == 2 and not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize(

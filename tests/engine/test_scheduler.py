@@ -197,7 +197,7 @@ def serve(scheduler, arrivals, late):
 @settings(max_examples=300, deadline=None)
 @given(
     arrivals=arrivals(st.integers(1, 20), st.integers(1, 6), st.booleans()),
-    num_slots=st.integers(1, 5),
+    num_slots=st.integers(1, 5) | st.just(40),  # of many, some are free before prompts are taken
     chunk=st.sampled_from([1, 3, 8, 64]),
     budget=st.sampled_from([1, 8, 64]),
     prefix_cache=st.sampled_from([0, 1, 2, 8]),
@@ -257,6 +257,14 @@ def test_many_prompts_share_a_plan():
     plans = run(scheduler_of(8), *(Request([1 + i] * 10, SamplingParams(max_tokens=3), i) for i in range(7)))
     assert [len(plan.prefill) for plan in plans[:2]] == [7, 0]  # the seventh begins below the budget of 64
     assert all(len(chunk.tokens) == 10 for chunk in plans[0].prefill)
+
+
+def test_prompts_of_a_long_queue_are_taken_together():
+    """One sequence ends in each plan. With 32 slots the next prompts wait until two are free, the last ones don't."""
+    requests = [Request([1 + i] * 2, SamplingParams(max_tokens=2 + i), i) for i in range(32)]
+    requests += [Request([50 + i], SamplingParams(max_tokens=60), i) for i in range(5)]
+    taken = [len(plan.prefill) for plan in run(scheduler_of(32), *requests)]
+    assert taken[:6] == [32, 0, 2, 0, 2, 1]
 
 
 def test_a_prompt_being_computed_is_waited_for_and_not_computed_again():

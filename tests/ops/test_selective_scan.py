@@ -1,5 +1,7 @@
 """Invariant 2 for the selective scan: every kernel equals the reference: outputs, states and gradients."""
 
+import importlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,7 @@ from m1.ops.reference import repeat_groups
 
 pytestmark = pytest.mark.filterwarnings("error:no C.. compiler", "error:compiling")
 
+SCAN = importlib.import_module("m1.ops.selective_scan")
 ACTIVATIONS = ["z", "x", "B", "C", "dt"]
 PARAMETERS = ["A", "D", "conv_weight", "conv_bias"]
 STATES = ["conv_state", "ssm_state"]
@@ -149,15 +152,21 @@ def test_padding_leaves_the_state_alone(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_strided_slices_are_read_in_place(backend):
-    """Slices of one projection's output, as the mixer passes them."""
+@pytest.mark.parametrize("spare", [16, 4])
+def test_strided_slices(backend, spare, monkeypatch):
+    """Of one projection's output, as the mixer passes them. Triton would read rows that aren't aligned one by one."""
     inputs, seq_idx = make_for(backend, 2, 19)
-    activations = to_backend(backend, *(inputs[name] for name in ACTIVATIONS))
+    activations = to_backend(backend, *(inputs[name] for name in ACTIVATIONS), inputs["z"][..., :spare])
     rest = to_backend(backend, *(inputs[name] for name in PARAMETERS), seq_idx)
-    slices = torch.cat(activations, dim=-1).split([t.shape[-1] for t in activations], dim=-1)
-    expected = selective_scan(*activations, *rest, backend=backend)
+    *slices, _ = torch.cat(activations, dim=-1).split([t.shape[-1] for t in activations], dim=-1)
+    expected = selective_scan(*activations[:5], *rest, backend=backend)
+    plain, read = SCAN._forward, []
+    monkeypatch.setattr(SCAN, "_forward", lambda *arguments: (read.extend(arguments[:5]), plain(*arguments))[1])
     for a, e in zip(selective_scan(*slices, *rest, backend=backend), expected, strict=True):
         assert torch.equal(a, e)
+    in_place = backend == "cpu" or spare == 16
+    assert all((a.data_ptr() == b.data_ptr()) == in_place for a, b in zip(read, slices, strict=True))
+    assert in_place or all(t.stride(1) % 16 == 0 for t in read)
 
 
 def test_state_carries_over():

@@ -12,7 +12,7 @@ from commands import m1
 from m1.errors import UserError
 from m1.model.tokenizer import CHAT_TEMPLATE, byte_tokenizer
 from m1.recipe import Data, GRPOStage, SFTStage
-from m1.train.data import bucketed, conversations, open_source, problems
+from m1.train.data import all_conversations, bucketed, conversations, open_source, problems
 from m1.train.data_cache import Preparation
 from m1.train.data_mask import IGNORED, ChatEncoder
 from m1.train.grpo import arguments_of as grpo_arguments
@@ -229,12 +229,41 @@ def test_arguments_that_do_not_fit(tmp_path, trainer, options, message):
         ({"path": ["a", "b"], "weights": [1, 0]}, "one positive number for each"),
         ({"path": []}, "exactly one of `path`"),
         ({"path": "a", "limit": 0}, "limit=0: need at least 1"),
+        ({"path": "a", "skip": -1}, "skip=-1 is out of range: must be 0 to"),
+        ({"path": "a", "solution_template": "{answer}"}, "solution_template='{answer}' has no {solution}"),
         ({"path": "a", "streaming": True, "bucket": 8}, "streaming goes neither with"),
     ],
 )
 def test_data_that_cannot_be(options, message):
     with pytest.raises(UserError, match=message):
         Data(**options)
+
+
+def test_some_rows_of_each_file_and_their_answers(tmp_path):
+    """`skip` and `limit` count from the beginning of each path; the solution's own braces stay as they are."""
+    rows = [{"problem": f"p{i}", "solution": f"so {{answer}} {i}", "answer": str(i)} for i in range(5)]
+    paths = [jsonl(tmp_path / name, *rows) for name in ("a.jsonl", "b.jsonl")]
+    data = Data(path=paths, skip=1, limit=2, solution_template="{solution}\n\\boxed{{answer}}")
+    found = [messages[1]["content"] for messages in all_conversations(data)]
+    assert found == ["so {answer} 1\n\\boxed{1}", "so {answer} 2\n\\boxed{2}"] * 2
+    assert [row["answers"] for row in problems(Data(path=paths[0], skip=3))] == [["3"], ["4"]]
+    with pytest.raises(UserError, match="has no rows after the first 5"):
+        all_conversations(Data(path=paths[0], skip=5))
+    path = jsonl(tmp_path / "c.jsonl", {"problem": "p", "solution": "s"})
+    with pytest.raises(UserError, match=r"a row has no text `answer`: \['problem', 'solution'\]"):
+        all_conversations(Data(path=path, solution_template="{solution}{answer}"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"skip": 1}, {"limit": 2}, {"solution_template": "{solution}."}, {"prompt_template": "{problem}?"}],
+    ids=lambda options: next(iter(options)),
+)
+def test_options_that_change_rows_prepare_them_again(tmp_path, options):
+    path = jsonl(tmp_path / "rows.jsonl", *({"problem": str(i), "solution": str(i)} for i in range(4)))
+    plain = sorted(texts(prepare(Data(path=path))))
+    assert sorted(texts(prepare(Data(path=path, **options)))) != plain
+    assert sorted(texts(prepare(Data(path=path, seed=1)))) == plain
 
 
 def test_prompts_too_long_for_rl(tmp_path, hybrid_dir, caplog):

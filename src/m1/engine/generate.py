@@ -1,13 +1,14 @@
 """`m1 generate`: samples every prompt of a file.
 
-OUT          one line per finished sample: id, sample, text, finish_reason, tokens, logprob
+OUT          one line per finished sample: id, sample, text, finish_reason, tokens, logprob; and the conversation,
+             which a training stage reads as it is: `messages`, or `prompt` and `completion` after a plain prompt
 OUT.run/     settings and manifest (runs.py)
 """
 
 from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import asdict, replace
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,7 +75,8 @@ def run(stage: GenerateStage, force: bool = False, progress: Progress = silent) 
     options = {"max_num_seqs": stage.max_num_seqs, "quantize": stage.quantize}
     loaded = load_llm(stage.model, stage.devices, stage.dtype or "auto", **options)
     with loaded as llm, progress("generate", "samples") as on_progress:
-        return generate_file(llm, stage.prompts, stage.out, params, prompt, on_progress, force, stage.settings())
+        rows = stage.skip, stage.limit
+        return generate_file(llm, stage.prompts, stage.out, params, prompt, on_progress, force, stage.settings(), rows)
 
 
 def generate_file(
@@ -86,6 +88,7 @@ def generate_file(
     on_progress: OnProgress = ignore,
     force: bool = False,
     settings: dict[str, Any] | None = None,
+    chosen: tuple[int, int | None] = (0, None),
 ) -> Generated:
     """Samples every prompt of a JSONL file with an engine. Arguments and errors are those of `sample_file`.
 
@@ -103,7 +106,7 @@ def generate_file(
                 yield Ended(s.prompt, s.index, s.text, s.finish_reason, s.tokens, s.logprob, s.seconds)
 
     identity = {"weights": weights_hash(llm.model)}
-    return sample_file(source, identity, prompts, out, params, prompt, on_progress, force, settings)
+    return sample_file(source, identity, prompts, out, params, prompt, on_progress, force, settings, chosen)
 
 
 def sample_file(
@@ -116,6 +119,7 @@ def sample_file(
     on_progress: OnProgress = ignore,
     force: bool = False,
     settings: dict[str, Any] | None = None,
+    chosen: tuple[int, int | None] = (0, None),
 ) -> Generated:
     """Samples every prompt of a JSONL file, and writes each sample as soon as it is finished.
 
@@ -133,24 +137,28 @@ def sample_file(
         on_progress: called with the number of finished samples and of all samples.
         force: move `out` aside if it holds something else.
         settings: what the samples depend on, besides the model's weights, the prompts and `params`.
+        chosen: number of prompts that are left out at the beginning, and of those sampled; None for all others.
 
     Raises:
-        UserError: a row without a prompt, an id used twice, or an `out` that is the prompts or holds anything but
-            samples with these settings.
+        UserError: no row, a row without a prompt, an id used twice, or an `out` that is the prompts or holds anything
+            but samples with these settings.
     """
     prompts, out = Path(prompts), Path(out)
     refuse_sources(out, [prompts])
-    rows = list(read_jsonl(prompts))
-    ids = [str(row.get("id", i)) for i, row in enumerate(rows)]
-    if len(set(ids)) != len(ids):
+    (skip, limit), rows = chosen, dict(enumerate(read_jsonl(prompts)))
+    rows = dict(islice(rows.items(), skip, None if limit is None else skip + limit))
+    if not rows:
+        raise UserError(f"{prompts} has no prompts" + (f" after the first {skip}" if skip else ""))
+    ids = {i: str(row.get("id", i)) for i, row in rows.items()}
+    if len(set(ids.values())) != len(ids):
         raise UserError(f"{prompts}: ids are not unique")
-    texts = [_prompt_of(row, prompt, f"{prompts}, row {i + 1}") for i, row in enumerate(rows)]
+    texts = {i: _prompt_of(row, prompt, f"{prompts}, row {i + 1}") for i, row in rows.items()}
     depends = asdict(params) | prompt.settings() | (settings or {})
     depends |= identity | {"prompts_sha256": sha256(prompts)}
     with Run("generate", out, depends, is_file=True, force=force) as run:
         done = {(row["id"], row["sample"]) for row in run.read(out.name, {"id": str, "sample": int})}
         wanted, numbers = [], []
-        for i, text in enumerate(texts):
+        for i, text in texts.items():
             if missing := tuple(j for j in range(params.n) if (ids[i], j) not in done):
                 wanted.append(Wanted(text, missing, fold_in(params.seed, i)))
                 numbers.append(i)
@@ -159,9 +167,11 @@ def sample_file(
         if wanted:
             with closing(source(wanted)) as samples:
                 for sample in samples:
-                    key = {"id": ids[numbers[sample.prompt]], "sample": sample.sample}
+                    number = numbers[sample.prompt]
+                    key = {"id": ids[number], "sample": sample.sample}
                     how = {"text": sample.text, "finish_reason": sample.finish_reason}
-                    run.append(out.name, key | how | {"tokens": sample.tokens, "logprob": sample.logprob})
+                    cost = {"tokens": sample.tokens, "logprob": sample.logprob}
+                    run.append(out.name, key | how | cost | _conversation(texts[number], sample.text))
                     ended, tokens, seconds = ended + 1, tokens + (sample.tokens or 0), max(seconds, sample.seconds)
                     on_progress(ended, total)
         run.finish()
@@ -177,3 +187,9 @@ def _prompt_of(row: dict[str, Any], prompt: ProblemPrompt, where: str) -> Prompt
         case {"prompt": str(text)}:
             return text
     raise UserError(f"{where}: needs `prompt` or `problem` (text) or `messages` (a list); has {sorted(row)}")
+
+
+def _conversation(prompt: Prompt, text: str) -> dict[str, Any]:
+    if isinstance(prompt, str):
+        return {"prompt": prompt, "completion": text}
+    return {"messages": [*prompt, {"role": "assistant", "content": text}]}

@@ -19,6 +19,8 @@ from m1.engine.sequence import Request, Sequence, TopLogprobs
 from m1.ops.inputs import MAX_STOPS
 from m1.ops.random_bits import fold_in
 
+TOGETHER = 16  # the share of the slots, 1 / TOGETHER, that is free before prompts are taken from a longer queue
+
 
 class Copy(NamedTuple):
     """Part of a `Plan`: copy a state from one slot to another. Full pages are shared and not copied.
@@ -224,7 +226,7 @@ class Scheduler:
         self.free = list(reversed(range(num_slots)))
         self.pages = pages
         self.prefill_chunk, self.prefill_budget = prefill_chunk, prefill_budget
-        self.long_prompt = long_prompt
+        self.long_prompt, self.together = long_prompt, num_slots // TOGETHER
         self.unused = list(range(num_slots, num_slots + prefix_cache))  # slots for further entries
         self.cached: list[Entry] = []  # least recently used first
         self.stop_token_ids = frozenset(stop_token_ids)
@@ -482,11 +484,15 @@ class Scheduler:
     # Admission
 
     def _admit(self) -> None:
-        """Prefills and starts the waiting requests, in order, while there are slots, pages and budget."""
-        budget = self.prefill_budget
+        """Prefills and starts the waiting requests, in order, while there are slots, pages and budget.
+
+        A step that prefills takes longer, for one prompt about as much as for many. So while more requests wait than
+        slots are free, they wait until a share of the slots is free.
+        """
+        budget, few = self.prefill_budget, len(self.free) < min(self.together, len(self.waiting))
         while self.waiting:
             request = self.waiting[0]
-            if request.slot is None and not self._open(request):
+            if request.slot is None and (few or not self._open(request)):
                 return
             while request.computed < len(request.tokens):
                 if budget <= 0:

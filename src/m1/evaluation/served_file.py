@@ -35,6 +35,7 @@ def generate_served(
 
     prompt, identity = stage.load_prompt(PLAIN.template), sampler.identity()
     with progress("generate", "samples") as on_progress:
+        rows = stage.skip, stage.limit
         return sample_file(
-            source, identity, stage.prompts, stage.out, params, prompt, on_progress, force, stage.settings()
+            source, identity, stage.prompts, stage.out, params, prompt, on_progress, force, stage.settings(), rows
         )

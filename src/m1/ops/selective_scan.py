@@ -14,6 +14,7 @@ GROUPS: dict[str, Rule] = {
     "X must be a multiple of N that divides D": lambda X, N, D: N > 0 and X > 0 and X % N == D % X == 0
 }
 CHECK = Shapes("selective_scan", **declared(ScanInputs), where=GROUPS | {"K must be at least 1": lambda K: K > 0})
+ALIGNED = {"cpu": 1, "triton": 16}  # a token's channels begin at multiples; else Triton reads them one by one
 CHUNK = {"cpu": 16, "triton": 32}  # tokens between the states that the forward pass saves for the backward pass
 
 
@@ -58,19 +59,23 @@ def selective_scan(
     backend = choose("selective_scan", backend, z, limits)
     if backend == "reference":
         return reference.selective_scan(inputs)
-    inputs = _converted(inputs, kernel_dtype(z, x, B, C, dt))
+    inputs = _converted(inputs, kernel_dtype(z, x, B, C, dt), ALIGNED[backend])
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     y, state, _ = _forward(*inputs, backend, save)
     return y.to(z.dtype), state
 
 
-def _converted(inputs: ScanInputs, dtype: torch.dtype) -> ScanInputs:
-    """The inputs as kernels read them: contiguous, with dtypes and exceptions as in `m1.ops.inputs`."""
+def _converted(inputs: ScanInputs, dtype: torch.dtype, aligned: int) -> ScanInputs:
+    """The inputs as kernels read them: contiguous, with dtypes and exceptions as in `m1.ops.inputs`.
+
+    A slice of a projection's output isn't copied, unless its rows lie other than multiples of `aligned` apart.
+    """
     seq_idx, conv_state, ssm_state = inputs[9:]
     seq_idx = None if seq_idx is None else seq_idx.to(torch.int32).contiguous()
     conv_state = None if conv_state is None else conv_state.to(dtype).contiguous()
     ssm_state = None if ssm_state is None else ssm_state.float().contiguous()
     activations = [channels_last(t.to(dtype)) for t in inputs[:5]]
+    activations = [t if t.stride(1) % aligned == 0 else t.contiguous() for t in activations]
     parameters = [t.float().contiguous() for t in inputs[5:9]]
     return ScanInputs._make([*activations, *parameters, seq_idx, conv_state, ssm_state])
 

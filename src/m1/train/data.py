@@ -34,10 +34,11 @@ def conversations(data: Data, source: str, rows: Iterable[dict[str, Any]]) -> It
         messages              [{"role", "content"}, ...]
         conversations         ShareGPT's [{"from", "value"}, ...], with an optional text `system`
         prompt, completion    texts, or lists of messages; those of the prompt aren't trained
-        problem, solution     texts; the problem is put into the recipe's `prompt_template`
+        problem, solution     texts, which are put into the recipe's `prompt_template` and `solution_template`
 
     Raises:
-        UserError: an unreadable source, or a row in none of these formats.
+        UserError: an unreadable source, a row in none of these formats, or one without the answer that the template
+            asks for.
     """
     for number, row in enumerate(rows, start=1):
         where = f"{source}, row {number}"
@@ -80,14 +81,14 @@ def check_files(data: Data) -> None:
     """Raises UserError if a file of the data can't be read, or is empty. Models take longer to load."""
     for source in () if data.task else data.sources:
         if is_file(source):
-            next(_limited(source, read_rows(source, "train"), 1))
+            next(_limited(source, read_rows(source, "train"), data.skip, 1))
     for benchmark in data.exclude:
         if is_file(benchmark):
             Overlap.of([benchmark])
 
 
 def open_source(data: Data, source: str) -> tuple[Iterator[dict[str, Any]], str | None]:
-    """Opens a source for its first `limit` rows.
+    """Opens a source for the first `limit` rows after `skip` ones.
 
     Returns:
         The rows, and a hash of the source's content; None where that takes reading it, as for streamed data sets.
@@ -101,15 +102,15 @@ def open_source(data: Data, source: str) -> tuple[Iterator[dict[str, Any]], str 
         return iter(rows), json_hash(rows)
     rows = read_rows(source, "train", streaming=data.streaming)
     content = sha256(source) if is_file(source) else getattr(rows, "_fingerprint", None)
-    return _limited(source, rows, data.limit), content
+    return _limited(source, rows, data.skip, data.limit), content
 
 
-def _limited(source: str, rows: Iterable[dict[str, Any]], limit: int | None) -> Iterator[dict[str, Any]]:
+def _limited(source: str, rows: Iterable[dict[str, Any]], skip: int, limit: int | None) -> Iterator[dict[str, Any]]:
     row = None
-    for row in islice(rows, limit):
+    for row in islice(rows, skip, None if limit is None else skip + limit):
         yield row
     if row is None:
-        raise UserError(f"{source} has no rows")
+        raise UserError(f"{source} has no rows" + (f" after the first {skip}" if skip else ""))
 
 
 def bucketed(lengths: np.ndarray, size: int, seed: int) -> list[int]:
@@ -148,7 +149,7 @@ def _messages(row: dict[str, Any], data: Data) -> tuple[Messages, Messages]:
         case {"prompt": prompt, "completion": completion}:
             return _as_messages(prompt, "user"), _as_messages(completion, "assistant")
         case {"problem": str(problem), "solution": str(solution)}:
-            return [_user(data, problem)], [{"role": "assistant", "content": solution}]
+            return [_user(data, problem)], [_assistant(data, solution, row)]
     return [], []
 
 
@@ -176,3 +177,15 @@ def _is_message(value: object) -> bool:
 
 def _user(data: Data, problem: str) -> dict[str, str]:
     return {"role": "user", "content": data.prompt_template.replace("{problem}", problem)}
+
+
+def _assistant(data: Data, solution: str, row: dict[str, Any]) -> dict[str, str]:
+    template = data.solution_template
+    if "{answer}" in template and not isinstance(row.get("answer"), str):
+        raise UserError(
+            f"[data] solution_template={template!r} has {{answer}}: a row has no text `answer`: {sorted(row)}"
+        )
+    return {
+        "role": "assistant",
+        "content": template.replace("{answer}", row.get("answer", "")).replace("{solution}", solution),
+    }

@@ -11,7 +11,7 @@ KEY is a hash of all that the rows depend on: content, template, tokenizer, opti
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -44,6 +44,20 @@ logger = logging.getLogger(__name__)
 
 COUNTS, LENGTHS, ROWS = "counts.json", "lengths.npy", "rows.arrow"
 FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
+# Options that choose and order sources. All others may change a source's rows, and with them the folder.
+OF_SOURCES = (
+    "path",
+    "weights",
+    "task",
+    "count",
+    "slip_rate",
+    "seed",
+    "min_steps",
+    "max_steps",
+    "period",
+    "streaming",
+    "bucket",
+)
 BATCH_ROWS = 32  # tokenized together: bounds memory
 SHUFFLE_BUFFER = 1000  # rows of a stream that are shuffled together
 
@@ -218,7 +232,7 @@ class Preparation:
         return json_hash(
             {
                 "content": content,
-                "data": [self.data.limit, self.data.prompt_template, self.data.overlong],
+                "data": {name: value for name, value in asdict(self.data).items() if name not in OF_SOURCES},
                 "exclude": [sha256(path) if is_file(path) else path for path in self.data.exclude],
                 "max_length": self.max_length,
                 "assistant_only": self.encoder.assistant_only,

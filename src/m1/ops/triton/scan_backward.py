@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 
 from m1.ops.triton import LOG2_E, sigmoid, silu, silu_gradient
-from m1.ops.triton.scan_forward import continues, decay, load, span_of, tile_of, token_of
+from m1.ops.triton.scan_forward import LENGTHS, continues, decay, load, span_of, tile_of, token_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def span_gradients(
     z, step, C, A, seq_idx, dy, dstates, steps, strides, T, channels,
     N: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr,
@@ -69,7 +69,7 @@ def _sweep(A, D, T, channels, REP: tl.constexpr, N: tl.constexpr, SPAN: tl.const
     return row, span, first, end, vectors, d, inside, in_tile, tile, of_B, of_C, A_log2, skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def read_gradients(
     z, step, conv, B, C, A, D, seq_idx, states, dy, dstates, dz, dC, dA_parts, dD_parts, dlog, dlog_end,
     strides, T, channels, REP: tl.constexpr, N: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr,
@@ -112,7 +112,7 @@ def read_gradients(
     tl.store(dlog_end + span * channels + d, tl.sum(dh * h * A_log2, axis=1), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def write_gradients(
     z, step, conv, B, C, dt, A, D, seq_idx, dy, dstates, dlog, dlog_end, dB_parts, ddt, dconv,
     strides, T, channels, REP: tl.constexpr, N: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr,
@@ -154,7 +154,7 @@ def write_gradients(
         dh *= decay(step_t, A_log2, goes_on)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def shared_gradients(
     x, conv_weight, seq_idx, conv_state, dconv, dB_parts, dx, dB, dconv_state, dweight_parts, dbias_parts,
     strides, T, channels, X, REP: tl.constexpr, N: tl.constexpr, K: tl.constexpr,

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from m1.ops.triton import LOG2_E, silu, softplus
 
+LENGTHS = ("T", "spans")  # they differ from batch to batch; Triton would compile for multiples of 16 again
 AHEAD = tl.constexpr(8)  # spans that `carry` loads at once, as latency bounds its loop
 
 
@@ -90,7 +91,7 @@ def decay(step, A_log2, goes_on):
     return tl.where(goes_on, tl.exp2(step[:, None] * A_log2), 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def prepare(
     x, dt, conv_weight, conv_bias, seq_idx, conv_state, step, conv, cu_seqlens, slots, strides, T, channels, X,
     REP: tl.constexpr, N: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, WIDTH: tl.constexpr,
@@ -127,7 +128,7 @@ def prepare(
     tl.store(step + at, softplus(load(token_of(dt, strides[1], row, t[:, None]) + d[None, :], here)), mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def span_states(
     step, conv, B, A, seq_idx, states, steps, cu_seqlens, strides, T, channels,
     REP: tl.constexpr, N: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr, SHORT: tl.constexpr = 0,
@@ -158,7 +159,7 @@ def span_states(
     tl.store(steps + span * channels + d, total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def carry(
     states, steps, A, start, end, cu_seqlens, slots, spans, size,
     N: tl.constexpr, REVERSE: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr, SHORT: tl.constexpr = 0,
@@ -198,7 +199,7 @@ def carry(
     tl.store(end + state * size + at, carried, mask=in_state)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def write_outputs(
     z, step, conv, B, C, A, D, seq_idx, states, y, cu_seqlens, slots, strides, T, channels,
     REP: tl.constexpr, N: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr, SHORT: tl.constexpr = 0,

@@ -1,0 +1,145 @@
+"""What a recipe made of SmolLM2: how far each stage's model is from the teacher on unseen text, and its accuracy.
+
+    python benchmarks/smollm2.py [--recipe recipes/smollm2] [--rows 500] [--out results/smollm2.json]
+
+Reads the outputs of a finished `m1 pipeline`. The texts are the first rows of the files of solutions, which the stages
+skip, and the teacher's answers to problems that no stage trains on. On a text's assistant tokens:
+
+    kl            mean of KL(teacher || model), nats a token
+    perplexity    of the model, and `ratio` to the teacher's
+    same          share of tokens at which both models have the same likeliest token
+"""
+
+import argparse
+import math
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from m1.jsonl import read_json, write_json
+from m1.machine import describe_machine
+from m1.model.checkpoint import load_model
+from m1.ops.backend import default_device
+from m1.pipeline import load_pipeline
+from m1.recipe import ConvertStage, Data, EvalStage, GenerateStage, Stage
+from m1.runs import MANIFEST, run_folder
+from m1.tasks.prompts import MATH_PROMPT
+from m1.train.data_cache import Preparation
+from m1.train.data_mask import IGNORED, ChatEncoder
+from m1.train.distill import divergence
+
+ROOT = Path(__file__).parents[1]
+LENGTH, TOKENS = 1024, 8192  # most tokens of a row, and of a batch with its padding
+Rows = list[dict[str, Tensor]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="recipes/smollm2")
+    parser.add_argument("--rows", type=int, default=500, help="of each text")
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "smollm2.json")
+    options = parser.parse_args()
+    pipeline, stages = load_pipeline(options.recipe)
+    device = default_device()
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    source = next(stage.teacher for stage in stages.values() if isinstance(stage, ConvertStage))
+    teacher, tokenizer = load_model(source, device, dtype=dtype)
+    texts = {
+        name: Preparation(data, ChatEncoder(tokenizer), LENGTH).run().rows.with_format("torch")
+        for name, data in unseen(stages, options.rows).items()
+    }
+    found: dict[str, Any] = {}
+    for name, stage in stages.items():
+        if stage.trained or isinstance(stage, ConvertStage):
+            model, _ = load_model(stage.out, device, dtype=dtype)
+            found[name] = {text: compare(model.eval(), teacher.eval(), list(rows)) for text, rows in texts.items()}
+            print(name, {text: round(numbers["kl"], 4) for text, numbers in found[name].items()}, flush=True)
+    result = {"machine": describe_machine(torch.device(device)), "recipe": pipeline.name}
+    result |= {"seconds": seconds(stages), "divergence": found, "accuracy": accuracy(stages)}
+    write_json(options.out, result)
+
+
+def unseen(stages: dict[str, Stage], rows: int) -> dict[str, Data]:
+    """The texts by name: what the training stages skip of files of solutions, and the last generated answers."""
+    folder, options = os.environ.get("M1_DATA", "."), {"limit": rows, "prompt_template": MATH_PROMPT}
+    texts = {f"{name} solutions": f"{folder}/{name}_train.jsonl" for name in ("gsm8k", "math")}
+    texts |= {f"teacher's {name}": stage.out for name, stage in stages.items() if isinstance(stage, GenerateStage)}
+    return {name: Data(path=path, **options) for name, path in [*list(texts.items())[:2], list(texts.items())[-1]]}
+
+
+def batches(rows: Rows, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows of similar lengths, padded at their ends: token ids and labels [b, T]."""
+    rows = sorted(rows, key=lambda row: len(row["input_ids"]))
+    while rows:
+        count = max(TOKENS // len(rows[-1]["input_ids"]), 1)
+        batch, rows = rows[-count:], rows[:-count]
+        padded = [
+            torch.nn.utils.rnn.pad_sequence([row[key].long() for row in batch], batch_first=True, padding_value=value)
+            for key, value in (("input_ids", 0), ("labels", IGNORED))
+        ]
+        yield padded[0].to(device), padded[1].to(device)
+
+
+@torch.inference_mode()
+def compare(model: PreTrainedModel, teacher: PreTrainedModel, rows: Rows) -> dict[str, float]:
+    """The numbers of one text. Padding comes last, so no token that counts sees any."""
+    sums: dict[str, float] = defaultdict(float)
+    for tokens, labels in batches(rows, model.device):
+        targets = labels[:, 1:]
+        at = targets != IGNORED
+        own, wanted = (m(tokens, use_cache=False).logits[:, :-1][at].float() for m in (model, teacher))
+        sums["tokens"] += int(at.sum())
+        sums["kl"] += float(divergence(own, wanted, "forward_kl").sum())
+        sums["same"] += int((own.argmax(-1) == wanted.argmax(-1)).sum())
+        for name, logits in (("own", own), ("teacher", wanted)):
+            sums[name] += float(torch.nn.functional.cross_entropy(logits, targets[at], reduction="sum"))
+    mean = {name: value / sums["tokens"] for name, value in sums.items()}
+    perplexity = math.exp(mean["own"])
+    return {
+        "kl": mean["kl"],
+        "perplexity": perplexity,
+        "ratio": perplexity / math.exp(mean["teacher"]),
+        "same": mean["same"],
+        "tokens": int(sums["tokens"]),
+    }
+
+
+def seconds(stages: dict[str, Stage]) -> dict[str, float]:
+    """Of each stage, all its sessions."""
+    return {
+        name: read_json(run_folder(stage.out, stage.is_file) / MANIFEST)["seconds"] for name, stage in stages.items()
+    }
+
+
+def accuracy(stages: dict[str, Stage]) -> dict[str, Any]:
+    """Each evaluated model's numbers."""
+    return {
+        model: {key: value for key, value in read_json(Path(stage.out, model, "result.json")).items() if key in KEPT}
+        for stage in stages.values()
+        if isinstance(stage, EvalStage)
+        for model in stage.models
+    }
+
+
+KEPT = (
+    "n_problems",
+    "pass@1",
+    "pass@1_ci95",
+    "pass@k",
+    "maj@k",
+    "tokens_per_second",
+    "tokens",
+    "seconds",
+    "no_answer",
+    "truncated",
+)
+
+
+if __name__ == "__main__":
+    main()
