@@ -167,7 +167,8 @@ MUTANTS = [
     ),
     Mutant(
         "evaluation/endpoint.py", '"seed": fold_in(job.request.seed, job.rounds[0]) % 2**31',
-        '"seed": job.request.seed % 2**31', "evaluation/test_endpoint.py", "a server's samples of one problem share a seed",
+        '"seed": job.request.seed % 2**31', "evaluation/test_endpoint.py",
+        "a server's samples of one problem share a seed",
     ),
     Mutant(
         "evaluation/time_budget.py", "fold_in(seed, i)", "fold_in(0, i)", "evaluation/test_curves.py",
