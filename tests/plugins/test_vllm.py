@@ -20,9 +20,11 @@ from m1.model import M1ForCausalLM
 from m1.model.convert import convert
 from m1.peers.vllm_client import PYTHON, plugin_path
 
+PEERS = Path(__file__).parents[2] / PYTHON
+
 pytestmark = [
     pytest.mark.long,
-    pytest.mark.skipif(not PYTHON.exists(), reason="vLLM isn't there: `make peers` installs it"),
+    pytest.mark.skipif(not PEERS.exists(), reason="vLLM isn't there: `make peers` installs it"),
 ]
 NEW, TOLERANCE = 64, 1e-3
 FAMILIES, MIXERS = ("llama", "qwen2", "qwen3"), ("mamba", "mamba2")
@@ -68,7 +70,7 @@ def run_vllm(jobs, folder, cores="0-1"):
     work.write_text(json.dumps(jobs))
     settings = {"VLLM_CPU_OMP_THREADS_BIND": cores, "VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
     settings |= {} if "|" in cores else {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    command = [PYTHON, Path(__file__).with_name("vllm_run.py"), work, answers]
+    command = [PEERS, Path(__file__).with_name("vllm_run.py"), work, answers]
     done = subprocess.run(command, env=os.environ | settings | plugin_path(plugin), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(answers.read_text())
