@@ -183,8 +183,9 @@ MUTANTS = [
         "evaluation/test_samplers.py", "transformers' batches of one problem share a seed",
     ),
     Mutant(
-        "evaluation/endpoint.py", '"seed": fold_in(request.seed, round_) % 2**31', '"seed": request.seed % 2**31',
-        "evaluation/test_endpoint.py", "a server's samples of one problem share a seed",
+        "evaluation/endpoint.py", '"seed": fold_in(job.request.seed, job.rounds[0]) % 2**31',
+        '"seed": job.request.seed % 2**31', "evaluation/test_endpoint.py",
+        "a server's samples of one problem share a seed",
     ),
     Mutant(
         "evaluation/time_budget.py", "fold_in(seed, i)", "fold_in(0, i)", "evaluation/test_curves.py",
@@ -199,8 +200,8 @@ MUTANTS = [
         "reasoning/test_solve.py", "equal seeds in every wave of samples",
     ),
     Mutant(
-        "engine/generate.py", "seed=fold_in(params.seed, i)), i, missing)",
-        "seed=fold_in(params.seed, i), n=len(missing)), i)", "engine/test_llm.py",
+        "engine/generate.py", "seed=one.seed), i, one.missing)", "seed=one.seed, n=len(one.missing)), i)",
+        "engine/test_llm.py",
         "a resumed `m1 generate` draws the first samples again",
     ),
     Mutant(
@@ -493,6 +494,24 @@ MUTANTS = [
     Mutant(
         "ops/selective_scan.py", "if len(dtypes) == 1 and dtypes <= {*KERNEL_FLOATS}", "if len(dtypes) == 1",
         "ops/test_state_update.py", "a kernel gets a dtype that it doesn't know",
+    ),
+    # pages of states, and several servers
+    Mutant(
+        "ops/cpu/state_update.cpp", "p.step.ssm_state + slot * p.step.ssm_stride + channel * N",
+        "p.step.ssm_state + (slot * channels + channel) * N", "ops/test_state_update.py",
+        "states in pages are read as if they were in one piece",
+    ),
+    Mutant(
+        "evaluation/endpoint.py", "jobs.put(job)\n                        return", "return",
+        "evaluation/test_endpoints.py", "a server that dies takes its samples with it",
+    ),
+    Mutant(
+        "evaluation/endpoint.py", "for round_ in job.rounds[len(choices) :]:", "for round_ in ():",
+        "evaluation/test_endpoints.py", "a server that gives one choice of several loses the others",
+    ),
+    Mutant(
+        "evaluation/merge.py", 'if (row["problem"], row["round"]) in rows:', "if False:",
+        "evaluation/test_endpoints.py", "a sample counts twice in a merge",
     ),
     # training
     Mutant(

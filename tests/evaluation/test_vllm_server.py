@@ -1,4 +1,4 @@
-"""`m1 eval` through a real server, vLLM's, where `make peers` has run."""
+"""`m1 eval` and `m1 solve` through a real server, vLLM's with a hybrid, where `make peers` has run."""
 
 import os
 import socket
@@ -15,8 +15,9 @@ from typer.testing import CliRunner
 
 from m1.cli import app
 from m1.jsonl import read_json, read_jsonl
+from m1.model.convert import convert
 from m1.model.tokenizer import byte_tokenizer
-from m1.peers.vllm_client import PYTHON
+from m1.peers.vllm_client import PYTHON, plugin_path
 
 PEERS = Path(__file__).parents[2] / PYTHON
 STARTS_WITHIN = 300  # seconds
@@ -33,8 +34,9 @@ def folder(tmp_path_factory):
     others = [token for token in range(model.config.vocab_size) if token not in letters]
     with torch.no_grad():
         model.get_output_embeddings().weight[others] = 0.0
-    folder = save_checkpoint(model, tmp_path_factory.mktemp("served"))
-    tokenizer.save_pretrained(folder)
+    teacher, folder = (tmp_path_factory.mktemp(name) for name in ("teacher", "served"))
+    save_checkpoint(model, teacher)
+    convert(teacher, folder, [1, 3])
     return folder
 
 
@@ -46,9 +48,9 @@ def url(folder, tmp_path_factory):
     command = [str(PEERS), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     command += ["--served-model-name", "tiny", "--port", str(port)]
     command += ["--host", "127.0.0.1", "--dtype", "float32", "--max-model-len", "256", "--enforce-eager"]
-    log = tmp_path_factory.mktemp("log") / "vllm.log"
+    log, plugin = tmp_path_factory.mktemp("log") / "vllm.log", plugin_path(tmp_path_factory.mktemp("plugin"))
     with log.open("w") as output:
-        server = subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, **SETTINGS})
+        server = subprocess.Popen(command, stdout=output, stderr=output, env={**os.environ, **SETTINGS, **plugin})
     try:
         deadline = time.monotonic() + STARTS_WITHIN
         while not ready(f"http://127.0.0.1:{port}/health"):
@@ -85,8 +87,18 @@ def test_greedy_samples_are_those_of_this_engine(url, folder, tmp_path):
 
 
 def test_many_samples(url, tmp_path):
-    rows = evaluate(tmp_path / "out", "--endpoint", url, "--model", "tiny", "--n", "20", "--temperature", "1")
+    """Several in a request."""
+    several = ("--n", "20", "--samples-per-request", "5")
+    rows = evaluate(tmp_path / "out", "--endpoint", url, "--model", "tiny", *several, "--temperature", "1")
     assert len(rows) == 60 and len({row["text"] for row in rows.values()}) > 30
     assert all(1 <= row["tokens"] <= 8 and row["logprob"] < 0 for row in rows.values())
     result = read_json(tmp_path / "out/result.json")
     assert result["sampler"] == "endpoint" and result["tokens"] == sum(row["tokens"] for row in rows.values())
+
+
+def test_a_vote(url, tmp_path):
+    options = ["--model", "tiny", "--endpoint", url, "--n", "6", "--max-new-tokens", "8", "--rule", "none"]
+    run = CliRunner().invoke(app, ["solve", "2+2", *options, "--json", str(tmp_path / "vote.json")])
+    assert run.exit_code == 0, run.output
+    vote = read_json(tmp_path / "vote.json")
+    assert (vote["finished"], vote["aborted"], vote["reason"]) == (6, 0, "all") and 6 <= vote["tokens"] <= 48

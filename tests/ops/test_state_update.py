@@ -61,6 +61,24 @@ def test_kernel_equals_reference(backend, dtype, op, make):
         assert (after[[0, 3, 6, 7]] != before[[0, 3, 6, 7]]).any()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("op", "make"), [(state_update, mamba), (ssd_update, mamba2)])
+def test_states_in_pages(backend, op, make):
+    """A slot's two states may lie in a page beside other things, as in vLLM. Those stay as they are."""
+    activations, parameters, states = make(3, 4)
+    sizes = [7, states[0][0].numel(), 5, states[1][0].numel(), 3]
+    pages = to_backend(backend, torch.full((4, sum(sizes)), torch.nan))[0]
+    paged = [pages.split(sizes, 1)[i].view_as(t) for i, t in zip((1, 3), states, strict=True)]
+    for view, state in zip(paged, states, strict=True):
+        view.copy_(state)
+    given = to_backend(backend, *activations, *parameters)
+    slots = to_backend(backend, torch.tensor([2, 0, 3]))[0]
+    y = op(*given, *paged, slots, backend=backend)
+    expected = step(op, backend, activations, parameters, states, slots.cpu())
+    assert all(torch.equal(a.cpu(), e) for a, e in zip((y, *paged), expected, strict=True))
+    assert all(pages.split(sizes, 1)[i].isnan().all() for i in (0, 2, 4))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("held", DTYPES)
 @pytest.mark.parametrize(("op", "make"), [(state_update, mamba), (ssd_update, mamba2)])

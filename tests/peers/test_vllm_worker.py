@@ -38,6 +38,11 @@ PYTHON = ROOT / PEERS_PYTHON
         '{"batch": 2, "context": 9, "warmups": 4, "steps": 8, "seed": 0, "samples": 2}',
         '{"tokens": [1], "new_tokens": 5, "temperature": 1.0, "stop": [], "seconds": 1.0, "samples": 2}',
         '{"tokens": [1], "new_tokens": 5, "seconds": 1.0}',
+        '{"prompts": [], "new_tokens": 5}',
+        '{"prompts": [[1], 2], "new_tokens": 5}',
+        '{"prompts": [["1"]], "new_tokens": 5}',
+        '{"prompts": [[1]], "new_tokens": 0}',
+        '{"prompts": [[1]], "new_tokens": 5, "seed": 0}',
         *(
             json.dumps(SAMPLING | changed)
             for changed in (
@@ -53,7 +58,8 @@ def test_bad_work_is_refused(line):
 
 
 def test_good_work():
-    assert vllm_worker.read_work(json.dumps(SAMPLING)) == SAMPLING
+    for work in (SAMPLING, {"prompts": [[1, 2], [3]], "new_tokens": 5}):
+        assert vllm_worker.read_work(json.dumps(work)) == work
 
 
 class FakeLLM:
@@ -66,10 +72,12 @@ class FakeLLM:
         pass
 
     def generate(self, prompts, params, use_tqdm):
+        params = params if isinstance(params, list) else [params] * len(prompts)
         self.asked = [
             (prompt["prompt_token_ids"], param["max_tokens"]) for prompt, param in zip(prompts, params, strict=True)
         ]
-        samples = [SimpleNamespace(token_ids=[0] * length) for _, length in self.asked]
+        logprob = {0: SimpleNamespace(logprob=-0.5)}
+        samples = [SimpleNamespace(token_ids=[0] * length, logprobs=[logprob] * length) for _, length in self.asked]
         return [SimpleNamespace(outputs=[sample], num_cached_tokens=2) for sample in samples]
 
 
@@ -78,8 +86,8 @@ def make_vllm(monkeypatch, tmp_path):
     """Returns a function that makes the worker's `VLLM`, on a stand-in for the library."""
     (tmp_path / "config.json").write_text('{"vocab_size": 100}')
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=FakeLLM, SamplingParams=dict))
-    options = SimpleNamespace(model=tmp_path, dtype="bfloat16", max_model_len=64, max_num_seqs=4)
-    return lambda device: vllm_worker.VLLM(SimpleNamespace(**vars(options), device=device))
+    given = {"model": tmp_path, "dtype": "bfloat16", "max_model_len": 64, "max_num_seqs": 4, "tensor_parallel_size": 1}
+    return lambda device, **others: vllm_worker.VLLM(SimpleNamespace(**given | others, device=device))
 
 
 def test_samples_and_lengths(make_vllm):
@@ -101,6 +109,27 @@ def test_settings_of_each_device(make_vllm, monkeypatch):
     assert on_gpu.keys() - on_cpu.keys() == {"gpu_memory_utilization", "max_num_batched_tokens"}
     assert on_cpu.keys() - on_gpu.keys() == {"enforce_eager", "kv_cache_memory_bytes"}
     assert on_gpu["max_num_seqs"] == 4 and on_gpu["enable_prefix_caching"]
+
+
+def test_settings_of_hybrids_and_several_gpus(make_vllm, monkeypatch, tmp_path):
+    """States at the ends of blocks would cost time; their blocks are counted when a cache's room is."""
+    monkeypatch.setattr(vllm_worker, "installed", lambda name: "0.1" if name == "vllm" else None)
+    assert make_vllm("cuda", tensor_parallel_size=2).llm.settings["tensor_parallel_size"] == 2
+    assert make_vllm("cpu").state_blocks == 0
+    kinds = ["linear_attention"] * 5 + ["full_attention"] * 2
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 100, "layer_types": kinds}))
+    hybrid = make_vllm("cpu")
+    assert not hybrid.llm.settings["enable_prefix_caching"] and hybrid.state_blocks == 3
+
+
+def test_the_most_likely_tokens_of_prompts(make_vllm):
+    vllm = make_vllm("cpu")
+    work = {"prompts": [[1, 2], [3]], "new_tokens": 3}
+    answer = vllm.do(vllm_worker.read_work(json.dumps(work)))
+    assert vllm.llm.asked == [([1, 2], 3), ([3], 3)]
+    assert answer == {"samples": [{"token_ids": [0, 0, 0], "logprobs": [-0.5] * 3}] * 2}
+    with pytest.raises(ValueError, match="more than --max-model-len 64"):
+        vllm.do(work | {"new_tokens": 63})
 
 
 def test_vllm_for_cpus_is_refused_on_a_gpu(make_vllm, monkeypatch):

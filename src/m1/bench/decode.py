@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from m1.bench.contest import begin
 from m1.bench.decoders import OnRun, TimedRun, ignore, is_hybrid, make_model, measure_engines, quantization_of, start
-from m1.bench.options import Cell, DecodeOptions
+from m1.bench.options import VLLM, Cell, DecodeOptions
 from m1.bench.roofline import Limits
 from m1.model.cache_layout import layer_bytes
 from m1.model.configuration import ATTENTION, layer_kinds
@@ -48,7 +48,7 @@ def rows_of(
         row |= {key: value for key, value in facts.items() if value is not None}
         if name.startswith("ours") and not quantization_of(name):
             row["share_of_floor"] = floor_seconds(options, name, cell, together, limits) / median
-        for peer in ("vllm", "ours-transformer"):
+        for peer in (*VLLM, "ours-transformer"):
             if peer in medians and name != peer:
                 row[f"times_{peer}"] = medians[peer] / median
         rows.append(row)

@@ -14,7 +14,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from m1.bench.models import SHAPES
-from m1.bench.options import DecodeOptions, EngineOptions
+from m1.bench.options import VLLM, DecodeOptions, EngineOptions
 from m1.engine import Engine, Request, SamplingParams
 from m1.errors import UserError
 from m1.model import M1Config, M1ForCausalLM
@@ -115,7 +115,7 @@ def measure_engines(
                         taken.setdefault(name, []).append(run(*work))
                         on_run(f"{name}: {'x'.join(map(str, work))} in {taken[name][-1].seconds:.2f} s", so_far())
 
-    chosen = [name for name in options.chosen_engines() if name != "vllm" or not left_out(options)]
+    chosen = [name for name in options.chosen_engines() if name not in VLLM or not left_out(options)]
     for names in [[name] for name in chosen] if options.device == "cuda" else [chosen]:
         measure(names)
         free_memory(options)
@@ -128,7 +128,7 @@ def ignore(line: str, result: dict[str, Any]) -> None:
 
 def left_out(options: EngineOptions) -> list[str]:
     """What the result says about vLLM if it was chosen but isn't there: one line or none."""
-    if "vllm" not in options.chosen_engines() or find_python(options.vllm_python, options.device):
+    if not set(VLLM) & set(options.chosen_engines()) or find_python(options.vllm_python, options.device):
         return []
     fix = "`make peers` installs it" if options.device == "cpu" else "give --vllm-python"
     return [f"vllm isn't there: {fix}"]
@@ -152,8 +152,8 @@ def clock(options: EngineOptions) -> float:
 def start(name: str, options: DecodeOptions) -> Iterator[Decoder]:
     """Starts one of ENGINES. Its processes end with the context."""
     match name:
-        case "vllm":
-            with vllm(options) as decoder:
+        case "vllm" | "vllm-hybrid":
+            with vllm(options, is_hybrid(name)) as decoder:
                 yield decoder
         case "transformers":
             yield transformers_generate(options)
@@ -169,7 +169,7 @@ def quantization_of(name: str) -> Quantization | None:
 
 def is_hybrid(name: str) -> bool:
     """Whether an engine of this name decodes the hybrid model."""
-    return name.startswith("ours-hybrid")
+    return name.startswith(("ours-hybrid", "vllm-hybrid"))
 
 
 def whole_batches(options: DecodeOptions, hybrid: bool, quantize: Quantization | None = None) -> Decoder:
@@ -317,11 +317,11 @@ def transformers_generate(options: DecodeOptions) -> Decoder:
 
 
 @contextmanager
-def vllm(options: DecodeOptions) -> Iterator[Decoder]:
-    """A decoder that runs the transformer in vLLM: every token, or with `--contexts` a few steps, see `estimate`."""
+def vllm(options: DecodeOptions, hybrid: bool) -> Iterator[Decoder]:
+    """A decoder that runs a model in vLLM: every token, or with `--contexts` a few steps, see `estimate`."""
     most = max(cell.batch for cell in options.chosen_cells())
     python = find_python(options.vllm_python, options.device)
-    with start_vllm(model_on_device(options, hybrid=False), options.max_model_len, most, python) as ask:
+    with start_vllm(model_on_device(options, hybrid), options.max_model_len, most, python) as ask:
         warm: set[int] = set()
 
         def seconds(batch: int, new: int) -> float:

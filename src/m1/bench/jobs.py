@@ -25,7 +25,7 @@ from m1.bench.decoders import (
     quantization_of,
     random_prompts,
 )  # fmt: skip
-from m1.bench.options import Job, JobsOptions
+from m1.bench.options import VLLM, Job, JobsOptions
 from m1.engine import Engine, Request, SamplingParams
 from m1.options import Quantization
 from m1.peers.vllm_client import find_python, start_vllm
@@ -65,7 +65,7 @@ def rows_of(options: JobsOptions, job: Job, runs: dict[str, list[TimedJob]]) -> 
         row = {"name": name, "job": str(job), "sampled_tokens": tokens, "runs": len(taken), "seconds": whole[name]}
         row |= {"seconds_min": min(seconds), "seconds_max": max(seconds), "tokens_per_second": tokens / whole[name]}
         row |= {"prefill_seconds": prefill[name], "max_num_seqs": options.num_seqs(job), **taken[-1].facts}
-        for peer in ("vllm", "ours-transformer"):
+        for peer in (*VLLM, "ours-transformer"):
             if peer in runs and name != peer:
                 row[f"times_{peer}"] = whole[peer] / whole[name]
                 row[f"prefill_times_{peer}"] = prefill[peer] / prefill[name]
@@ -76,11 +76,11 @@ def rows_of(options: JobsOptions, job: Job, runs: dict[str, list[TimedJob]]) -> 
 @contextmanager
 def start(name: str, options: JobsOptions) -> Iterator[JobRunner]:
     """Starts an engine. Its processes end with the context."""
-    if name != "vllm":
+    if name not in VLLM:
         yield own_engine(options, is_hybrid(name), quantization_of(name))
         return
     most, python = max(map(options.num_seqs, options.chosen_jobs())), find_python(options.vllm_python, options.device)
-    with start_vllm(model_on_device(options, hybrid=False), options.max_model_len, most, python) as ask:
+    with start_vllm(model_on_device(options, is_hybrid(name)), options.max_model_len, most, python) as ask:
         ask({"batch": 1, "prompt": options.chosen_jobs()[0].tokens, "new_tokens": 1, "seed": 0})
         facts = {
             "start_seconds": time.perf_counter() - ask.launched,

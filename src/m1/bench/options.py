@@ -22,7 +22,8 @@ Dtype = Literal["float32", "bfloat16"]
 LARGEST = 2**31 - 1  # of any size; larger ones never end
 STATE = 16  # states per channel of Mamba-1; a Mamba-2 head has head_dim x head_dim states
 OURS = tuple(f"ours-{kind}{bits}" for bits in ("", "-int8", "-int4") for kind in ("hybrid", "transformer"))
-ENGINES = (*OURS, "transformers", "vllm")
+VLLM = ("vllm", "vllm-hybrid")
+ENGINES = (*OURS, "transformers", *VLLM)
 
 # Help texts of options that several benchmarks share, with different defaults.
 DTYPE = "Data type of the activations: float32 or bfloat16."
@@ -224,7 +225,7 @@ class EngineOptions(Options):
     engines: str = option(
         "ours-hybrid,ours-transformer,vllm",
         "Engines to compare, separated by commas: ours-hybrid, ours-transformer (each also with -int8 or -int4), vllm, "
-        "and for decode transformers.",
+        "vllm-hybrid, and for decode transformers.",
     )
     dtype: Dtype = option("float32", "Data type of weights and activations: float32 or bfloat16.")
     repeats: int = option(3, "Timed runs per batch and engine. On a CPU, engines take turns.")
@@ -330,7 +331,7 @@ class JobsOptions(EngineOptions):
     """
 
     name = "jobs"
-    known = (*OURS, "vllm")
+    known = (*OURS, *VLLM)
 
     jobs: str = option("32x128x1x128,1x512x16x64", "Jobs, as PROMPTSxTOKENSxSAMPLESxNEW_TOKENS separated by commas.")
     max_num_seqs: int | None = option(None, "Maximum number of sequences decoded together. Default: all of a job's.")

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from m1.errors import UserError
+
 Command = Callable[..., Any]
 Force = Annotated[
     bool,
@@ -17,6 +19,22 @@ Force = Annotated[
         "--force", help="Rename existing output to *.replaced. An unfinished run with these settings is kept."
     ),
 ]
+
+Endpoints = Annotated[
+    list[str],
+    typer.Option(
+        "--endpoint",
+        help="Sample from an OpenAI-compatible server: its base URL. Repeatable: several share the work, and take over "
+        "from one that fails. The key is $OPENAI_API_KEY.",
+    ),
+]
+
+
+def refuse_local(options: Any) -> None:
+    """Raises UserError for options of a model in this process, which a server's doesn't have."""
+    set_ = {name: getattr(options, name, None) for name in ("dtype", "quantize", "devices")}
+    if set_["dtype"] not in (None, "auto") or set_["quantize"] or set_["devices"]:
+        raise UserError("--endpoint samples on a server: leave out --dtype, --quantize and --devices")
 
 
 def options_of(cls: type) -> Callable[[Command], Command]:

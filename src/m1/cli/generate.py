@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from m1.cli.arguments import Force, options_of
+from m1.cli.arguments import Endpoints, Force, options_of, refuse_local
 from m1.errors import UserError
 from m1.options import build
 from m1.outputs import make_room
@@ -16,13 +16,23 @@ app = typer.Typer()
 
 @app.command()
 @options_of(GenerateStage)
-def generate(force: Force = False, **options: Any) -> None:
+def generate(
+    endpoint: Endpoints = [],  # noqa: B006 (typer copies it)
+    force: Force = False,
+    **options: Any,
+) -> None:
     """Sample answers to the prompts of a file. Run again to resume."""
     from m1.cli import render
 
     stage = build(GenerateStage, options, "generate")
-    tokens, seconds = stage.run(force=force, progress=render.progress_bar)
-    render.generated(tokens, seconds, stage.out)
+    if endpoint:
+        from m1.evaluation.served_file import generate_served
+
+        refuse_local(stage)
+        generated = generate_served(stage, endpoint, force, render.progress_bar)
+    else:
+        generated = stage.run(force=force, progress=render.progress_bar)
+    render.generated(*generated, stage.out)
 
 
 @app.command()
@@ -70,7 +80,8 @@ def chat(
 @options_of(SolveOptions)
 def solve(
     problem: Annotated[str, typer.Argument(help="The question, as a user would type it.")],
-    model: Annotated[str, typer.Option(help="Checkpoint folder or Hub id.")],
+    model: Annotated[str, typer.Option(help="Checkpoint folder or Hub id; with --endpoint, the model's name there.")],
+    endpoint: Endpoints = [],  # noqa: B006 (typer copies it)
     n: Annotated[
         int | None,
         typer.Option(help="Number of samples. Default: as many as fit into --seconds; 16 without --seconds."),
@@ -96,9 +107,12 @@ def solve(
 ) -> None:
     """Answer one problem by voting over many samples."""
     from dataclasses import asdict
+    from functools import partial
 
     from m1.cli import render
     from m1.engine import LLM, SamplingParams
+    from m1.evaluation.endpoint import EndpointSampler
+    from m1.evaluation.solvers import solve_served
     from m1.grading import Grader
     from m1.jsonl import write_json
     from m1.reasoning.budget import Budget
@@ -115,11 +129,16 @@ def solve(
         make_room(json_file, "solve", ("command", "solve"), force)
     scores = vote_weights(weights)
     slots = min(budget.n or max_num_seqs, max_num_seqs)
-    llm = LLM.from_pretrained(model, chosen.dtype or "auto", max_num_seqs=slots, quantize=chosen.quantize)
+    if endpoint:
+        refuse_local(chosen)
+        ask = partial(solve_served, problem, EndpointSampler(endpoint, model, slots))
+    else:
+        llm = LLM.from_pretrained(model, chosen.dtype or "auto", max_num_seqs=slots, quantize=chosen.quantize)
+        ask = partial(run, problem, llm)
     with Grader() as grader:
         grader.start()  # before the clock starts, like the loading of the model
         with render.watch_vote(budget) as on_step:
-            solution = run(problem, llm, grader, params, budget, scores, prompt, on_step)
+            solution = ask(grader, params, budget, scores, prompt, on_step)
     render.solution(solution)
     if json_file:
         settings = {"problem": problem, "model": model, "budget": asdict(budget), "weights": weights}

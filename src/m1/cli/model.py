@@ -1,4 +1,4 @@
-"""Commands on checkpoints: convert, rank-layers, inspect, import-gguf, import-official, export-official."""
+"""Commands on checkpoints: convert, rank-layers, inspect, check-vllm, import-gguf, import-official, export-official."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -75,6 +75,34 @@ def inspect(
     if plot:
         plot_summary(summary, plot)
         render.line(f"plot written to {plot}")
+
+
+@app.command("check-vllm")
+def check_vllm(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of an M1 model or a teacher.")],
+    prompts: Annotated[int, typer.Option(min=1, help="Number of prompts.")] = 20,
+    new_tokens: Annotated[int, typer.Option(min=1, help="New tokens per prompt.")] = 64,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    tolerance: Annotated[
+        float | None,
+        typer.Option(help="Largest difference of a log-probability. Default: 0.001, in half precision more."),
+    ] = None,
+    tensor_parallel_size: Annotated[
+        int, typer.Option(min=1, help="Number of GPUs that vLLM splits the model over.")
+    ] = 1,
+    vllm_python: Annotated[
+        str | None, typer.Option(help="Python of an environment with vLLM. Default: that of `make peers` on a CPU.")
+    ] = None,
+) -> None:
+    """Compare vLLM's greedy tokens and log-probabilities with this model's. The exit code is 1 if they differ."""
+    from m1.cli import render
+    from m1.evaluation.vllm_parity import TOLERANCES
+    from m1.evaluation.vllm_parity import check_vllm as check
+
+    asked = (prompts, new_tokens, dtype, tensor_parallel_size, vllm_python)
+    compared = check(model, *asked)  # type: ignore[arg-type]  # other dtypes are refused
+    if not render.parity(compared, TOLERANCES[dtype] if tolerance is None else tolerance):
+        raise typer.Exit(1)
 
 
 @app.command("import-gguf")

@@ -24,6 +24,7 @@ from m1.text import clean
 if TYPE_CHECKING:  # they import torch
     from numpy import ndarray
 
+    from m1.evaluation.vllm_parity import Compared
     from m1.history import PastRun
     from m1.model.summary import Summary
     from m1.reasoning.budget import Budget
@@ -179,6 +180,27 @@ def comparison(compared: dict[str, Any]) -> None:
     for row in compared["most_different"]:
         line(f"{100 * row['a']:5.1f} -> {100 * row['b']:5.1f} %  {row['problem']}")
     line(json.dumps(compared))
+
+
+def parity(compared: "Sequence[Compared]", tolerance: float) -> bool:
+    """Prints how vLLM's samples compare with the model's, and a last line of JSON. Returns whether all agree."""
+    table = Table(title=f"vLLM's samples; log-probabilities may differ by {tolerance:g}")
+    for column in ("prompt", "tokens", "equal", "difference", "missed", ""):
+        table.add_column(column, justify="right")
+    agree = [sample.agrees(tolerance) for sample in compared]
+    for i, (sample, fine) in enumerate(zip(compared, agree, strict=True)):
+        numbers = (str(sample.equal), f"{sample.difference:.1e}", f"{sample.missed:.1e}")
+        table.add_row(str(i), str(sample.tokens), *numbers, "" if fine else "differs")
+    console.print(table)
+    result = {
+        "agree": all(agree),
+        "tolerance": tolerance,
+        "tokens": sum(sample.tokens for sample in compared),
+        "equal": sum(sample.equal for sample in compared),
+        "largest_difference": max(sample.difference for sample in compared),
+    }
+    line(json.dumps(result))
+    return all(agree)
 
 
 def budgets(result: dict[str, Any], out: str) -> None:
@@ -358,6 +380,7 @@ COLUMNS: list[tuple[str, str, str | Callable[[Row], str]]] = [
     ("tokens/s", "tokens_per_second", "{tokens_per_second:,.0f}"),
     ("of floor", "share_of_floor", "{share_of_floor:.0%}"),
     ("times vLLM", "times_vllm", "{times_vllm:.2f}"),
+    ("times vLLM hybrid", "times_vllm-hybrid", "{times_vllm-hybrid:.2f}"),
     ("times llama.cpp", "times_llama_cpp", "{times_llama_cpp:.2f}"),
     ("times transformer", "times_ours-transformer", "{times_ours-transformer:.2f}"),
     ("prefill", "prefill_seconds", "{prefill_seconds:.3g} s"),

@@ -5,6 +5,7 @@ OUT          one line per finished sample: id, sample, text, finish_reason, toke
 OUT.run/     settings and manifest (runs.py)
 """
 
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import asdict, replace
 from itertools import chain, islice
@@ -38,6 +39,35 @@ class Generated(NamedTuple):
     seconds: float
 
 
+class Wanted(NamedTuple):
+    """A prompt of the file, of which samples are missing.
+
+    Attributes:
+        prompt: a text, or chat messages.
+        missing: numbers of the missing samples.
+        seed: the prompt's.
+    """
+
+    prompt: Prompt
+    missing: tuple[int, ...]
+    seed: int
+
+
+class Ended(NamedTuple):
+    """A finished sample of `wanted[prompt]`, as its line says; `seconds` since sampling began."""
+
+    prompt: int
+    sample: int
+    text: str
+    finish_reason: str | None
+    tokens: int | None
+    logprob: float | None
+    seconds: float
+
+
+Source = Callable[[list[Wanted]], Generator[Ended, None, None]]
+
+
 def run(stage: GenerateStage, force: bool = False, progress: Progress = silent) -> Generated:
     """Runs the generate stage of a recipe, and `m1 generate`."""
     params = SamplingParams.of(stage, n=stage.n, seed=stage.seed, stop=tuple(stage.stop))
@@ -60,13 +90,45 @@ def generate_file(
     settings: dict[str, Any] | None = None,
     chosen: tuple[int, int | None] = (0, None),
 ) -> Generated:
+    """Samples every prompt of a JSONL file with an engine. Arguments and errors are those of `sample_file`.
+
+    Args:
+        llm: the model.
+    """
+
+    def source(wanted: list[Wanted]) -> Generator[Ended, None, None]:
+        requests = [
+            Request(llm.encode(one.prompt), replace(params, seed=one.seed), i, one.missing)
+            for i, one in enumerate(wanted)
+        ]
+        with closing(llm.run(requests)) as steps:
+            for s in chain.from_iterable(steps):
+                yield Ended(s.prompt, s.index, s.text, s.finish_reason, s.tokens, s.logprob, s.seconds)
+
+    identity = {"weights": weights_hash(llm.model)}
+    return sample_file(source, identity, prompts, out, params, prompt, on_progress, force, settings, chosen)
+
+
+def sample_file(
+    source: Source,
+    identity: dict[str, str],
+    prompts: str | Path,
+    out: str | Path,
+    params: SamplingParams,
+    prompt: ProblemPrompt = PLAIN,
+    on_progress: OnProgress = ignore,
+    force: bool = False,
+    settings: dict[str, Any] | None = None,
+    chosen: tuple[int, int | None] = (0, None),
+) -> Generated:
     """Samples every prompt of a JSONL file, and writes each sample as soon as it is finished.
 
     An interrupted run resumes with the missing samples. The random stream of a sample depends only on the seed, the
     prompt's number and the sample's, so they are the samples of an uninterrupted run.
 
     Args:
-        llm: the model.
+        source: yields the samples of prompts in the order in which they finish.
+        identity: the model's.
         prompts: JSONL file. A row has `prompt` (plain text), `problem` (a user message) or `messages`. It may have an
             `id`; the default is its number, from 0.
         out: JSONL file, one line per finished sample.
@@ -92,24 +154,25 @@ def generate_file(
         raise UserError(f"{prompts}: ids are not unique")
     texts = {i: _prompt_of(row, prompt, f"{prompts}, row {i + 1}") for i, row in rows.items()}
     depends = asdict(params) | prompt.settings() | (settings or {})
-    depends |= {"weights": weights_hash(llm.model), "prompts_sha256": sha256(prompts)}
+    depends |= identity | {"prompts_sha256": sha256(prompts)}
     with Run("generate", out, depends, is_file=True, force=force) as run:
         done = {(row["id"], row["sample"]) for row in run.read(out.name, {"id": str, "sample": int})}
-        requests = [
-            Request(llm.encode(text), replace(params, seed=fold_in(params.seed, i)), i, missing)
-            for i, text in texts.items()
-            if (missing := tuple(j for j in range(params.n) if (ids[i], j) not in done))
-        ]
+        wanted, numbers = [], []
+        for i, text in texts.items():
+            if missing := tuple(j for j in range(params.n) if (ids[i], j) not in done):
+                wanted.append(Wanted(text, missing, fold_in(params.seed, i)))
+                numbers.append(i)
         total, ended, tokens, seconds = len(ids) * params.n, len(done), 0, 0.0
         on_progress(ended, total)
-        if requests:
-            with closing(llm.run(requests)) as steps:
-                for sample in chain.from_iterable(steps):
-                    key = {"id": ids[sample.prompt], "sample": sample.index}
+        if wanted:
+            with closing(source(wanted)) as samples:
+                for sample in samples:
+                    number = numbers[sample.prompt]
+                    key = {"id": ids[number], "sample": sample.sample}
                     how = {"text": sample.text, "finish_reason": sample.finish_reason}
                     cost = {"tokens": sample.tokens, "logprob": sample.logprob}
-                    run.append(out.name, key | how | cost | _conversation(texts[sample.prompt], sample.text))
-                    ended, tokens, seconds = ended + 1, tokens + sample.tokens, max(seconds, sample.seconds)
+                    run.append(out.name, key | how | cost | _conversation(texts[number], sample.text))
+                    ended, tokens, seconds = ended + 1, tokens + (sample.tokens or 0), max(seconds, sample.seconds)
                     on_progress(ended, total)
         run.finish()
     return Generated(tokens, seconds)

@@ -29,6 +29,7 @@ from m1.engine.data_parallel import devices_of, load_llm
 from m1.errors import UserError
 from m1.evaluation.metrics import metrics_of
 from m1.evaluation.samplers import EngineSampler, Sample, Sampler, SampleRequest, TransformersSampler
+from m1.evaluation.shards import WHOLE, Shard
 from m1.grading import Grader, extract_answer
 from m1.grading.audit import audit
 from m1.jsonl import as_written, to_jsonl, write_json, write_text
@@ -85,6 +86,7 @@ def evaluate(
     out: str | Path,
     on_progress: OnProgress = ignore,
     force: bool = False,
+    shard: Shard = WHOLE,
 ) -> dict[str, Any]:
     """Measures a model's accuracy and cost on problems: pass@1, pass@k and maj@k.
 
@@ -95,25 +97,30 @@ def evaluate(
         out: the result folder. An interrupted run in it resumes.
         on_progress: called with the number of finished samples and of all samples.
         force: move `out` aside if it holds something else.
+        shard: the share of the problems to sample. `merge` joins the results of all.
 
     Returns:
         The content of OUT/result.json.
 
     Raises:
         UserError: a prompt too long for the model, a server that fails, an `out` that can't be written or that was made
-            with other settings or problems.
+            with other settings or problems, or a shard without problems.
     """
+    mine = {i: problem for i, problem in enumerate(problems) if shard.has(i)}
+    if not mine and problems:
+        raise UserError(f"shard {shard}: there are only {len(problems)} problems; give fewer shards")
     prompt = settings.task_prompt()
     params, used, identity = SamplingParams.of(settings), settings.used(EvalSettings, prompt), sampler.identity()
-    golds, problems_sha256 = {problem.id: problem.answers for problem in problems}, problems_hash(problems)
-    depends = used | identity | {"problems_sha256": problems_sha256}
+    golds, problems_sha256 = {problem.id: problem.answers for problem in mine.values()}, problems_hash(problems)
+    share = {"shard": str(shard)} if shard != WHOLE else {}
+    depends = used | identity | {"problems_sha256": problems_sha256} | share
     with Run("eval", out, depends, force=force) as run, Grader() as grader:
         rows = {(row["problem"], row["round"]): row for row in run.read("samples.jsonl", ROW)}
-        total = settings.n * len(problems)
+        total = settings.n * len(mine)
         on_progress(len(rows), total)
         step = 1 if settings.by_round else settings.n
         for first in range(0, settings.n, step):
-            requests = list(_missing(problems, prompt, settings.seed, range(first, first + step), rows))
+            requests = list(_missing(mine, prompt, settings.seed, range(first, first + step), rows))
             if not requests:
                 continue
             before = max((row["seconds"] for row in rows.values()), default=0.0)
@@ -123,40 +130,67 @@ def evaluate(
                     run.append("samples.jsonl", row)
                     rows[sample.problem, sample.round] = row
                     on_progress(len(rows), total)
-        before_votes = Counter(grader.counts)
-        with as_written(run.folder / "samples.jsonl"):
-            metrics = metrics_of(list(rows.values()), golds, settings.n, grader, settings.by_round)
-        checked = audit({**row, "golds": golds[row["problem"]]} for row in rows.values())
-        result = {
+        about = {
             "settings": used,
             "prompt_template_sha256": hashlib.sha256(prompt.template.encode()).hexdigest(),
             "problems_sha256": problems_sha256,
             "versions": versions(),
             **identity,
+            **share,
             **sampler.facts(),
-            **metrics,
-            "audit": {
-                "agreed": checked.agreed,
-                "disagreements": [{key: row[key] for key in DOUBTED} for row in checked.disagreements],
-            },
-            "grading": _sum([*(row["grading"] for row in rows.values()), _difference(grader.counts, before_votes)]),
         }
-        write_text(run.folder / "problems.jsonl", to_jsonl(map(asdict, problems)))
-        write_json(run.folder / "result.json", result)
-        _write_parquet(run.folder / "samples.parquet", list(rows.values()))
-        run.finish()
+        return write_result(run, about, problems, list(rows.values()), golds, grader)
+
+
+def write_result(
+    run: Run,
+    about: dict[str, Any],
+    problems: Sequence[Problem],
+    rows: list[dict[str, Any]],
+    golds: dict[str, tuple[str, ...]],
+    grader: Grader,
+) -> dict[str, Any]:
+    """Makes the result of all samples, writes everything but samples.jsonl, and finishes the run.
+
+    Args:
+        about: the head of the result, with the settings.
+        problems: all of them, of which `golds` may have a share.
+        rows: of samples.jsonl.
+        golds: of the sampled problems, by id.
+
+    Returns:
+        The content of result.json.
+    """
+    before_votes = Counter(grader.counts)
+    n, by_round = about["settings"]["n"], about["settings"]["by_round"]
+    with as_written(run.folder / "samples.jsonl"):
+        metrics = metrics_of(rows, golds, n, grader, by_round)
+    checked = audit({**row, "golds": golds[row["problem"]]} for row in rows)
+    result = {
+        **about,
+        **metrics,
+        "audit": {
+            "agreed": checked.agreed,
+            "disagreements": [{key: row[key] for key in DOUBTED} for row in checked.disagreements],
+        },
+        "grading": _sum([*(row["grading"] for row in rows), _difference(grader.counts, before_votes)]),
+    }
+    write_text(run.folder / "problems.jsonl", to_jsonl(map(asdict, problems)))
+    write_json(run.folder / "result.json", result)
+    _write_parquet(run.folder / "samples.parquet", rows)
+    run.finish()
     return result
 
 
 def _missing(
-    problems: Sequence[Problem],
+    problems: dict[int, Problem],
     prompt: ProblemPrompt,
     seed: int,
     rounds: range,
     rows: dict[tuple[str, int], dict[str, Any]],
 ) -> Iterator[SampleRequest]:
-    """Requests for the missing samples of these rounds."""
-    for i, problem in enumerate(problems):
+    """Requests for the missing samples of these rounds. The problems' keys are their numbers."""
+    for i, problem in problems.items():
         if missing := tuple(r for r in rounds if (problem.id, r) not in rows):
             yield SampleRequest(problem.id, prompt.messages(problem.text), missing, fold_in(seed, i))
 

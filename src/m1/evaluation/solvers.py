@@ -1,18 +1,25 @@
-"""Solvers for `m1 budget`: each samples a problem for a number of seconds, with this project's engine or with vLLM."""
+"""Solvers for `m1 budget` sample a problem for some seconds, with this engine, with vLLM or on servers."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 from m1.engine import LLM, SamplingParams
 from m1.errors import UserError
+from m1.evaluation.endpoint import EndpointSampler
+from m1.evaluation.samplers import Sample, SampleRequest
 from m1.grading import Grader, extract_answer, with_thought
 from m1.model.tokenizer import encode_chat
 from m1.peers.vllm_client import Worker, start_vllm
 from m1.reasoning.budget import Budget
-from m1.reasoning.solve import solve
-from m1.tasks.prompts import ProblemPrompt
+from m1.reasoning.solution import Solution, VotedSample
+from m1.reasoning.solve import Tally, solve
+from m1.reasoning.verifier import Weights
+from m1.tasks.prompts import MATH, ProblemPrompt
+
+MOST = 100_000  # samples of a problem that are sampled until its seconds are over
 
 
 class Ended(NamedTuple):
@@ -46,6 +53,72 @@ class Solver(Protocol):
         Returns:
             The seconds it took, and the finished samples in the order in which they finished.
         """
+
+
+def solve_served(
+    problem: str,
+    sampler: EndpointSampler,
+    grader: Grader,
+    params: SamplingParams,
+    budget: Budget,
+    weights: Weights = "uniform",
+    prompt: ProblemPrompt = MATH,
+    on_step: Callable[[Solution], None] = lambda solution: None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Solution:
+    """`reasoning.solve.solve`, with samples of servers.
+
+    Each sample is a request of its own. As soon as the vote is decided, or its seconds are over, the connections of the
+    unfinished ones are closed, and with them a server ends the samples. Arguments are those of `solve`.
+
+    Raises:
+        UserError: the servers fail, or give no log-probabilities to weigh by.
+    """
+    sampler.prepare()
+    tally = Tally(problem, grader, budget, weights, clock)
+    tally.solution.asked = budget.n or sampler.concurrency * len(sampler.servers)
+    grader.start(tally.timer.left())
+    request = SampleRequest(problem, prompt.messages(problem), tuple(range(budget.n or MOST)), params.seed)
+    with closing(sampler.generate([request], params, tally.timer.left)) as samples:
+        for sample in samples:
+            tally.add([_voted(sample, weights, tally.timer.spent())])
+            if budget.n is None:  # another request takes its place
+                tally.solution.asked += 1
+            on_step(tally.solution)
+            if tally.over:
+                break
+    return tally.finish()
+
+
+def _voted(sample: Sample, weights: Weights, seconds: float) -> VotedSample:
+    if sample.logprob is None and weights == "logprob":
+        raise UserError("weights logprob: the server gives no log-probabilities; choose others")
+    tokens = sample.tokens or 0
+    logprob = (sample.logprob or 0.0) / max(tokens, 1)
+    return VotedSample(sample.text, extract_answer(sample.text), tokens, logprob, sample.finish_reason, seconds)
+
+
+class ServedSolver:
+    """Solves problems with samples of servers.
+
+    Its clock includes the vote after each sample, but not the start of a grading worker.
+
+    Args:
+        sampler: asks the servers.
+        prompt: makes the chat messages of a problem.
+        params: of the sampling, except for the seed.
+        grader: decides which answers are equal.
+    """
+
+    def __init__(self, sampler: EndpointSampler, prompt: ProblemPrompt, params: SamplingParams, grader: Grader):
+        self.sampler, self.prompt, self.params, self.grader = sampler, prompt, params, grader
+
+    def solve(self, text: str, seed: int, seconds: float) -> tuple[float, list[Ended]]:
+        """Solves a problem by voting without an early stop (see `Solver`)."""
+        self.grader.start()
+        budget, params = Budget(seconds=seconds, rule="none"), replace(self.params, seed=seed)
+        solution = solve_served(text, self.sampler, self.grader, params, budget, prompt=self.prompt)
+        return solution.seconds, [Ended(s.seconds, s.answer, s.tokens) for s in solution.samples]
 
 
 class EngineSolver:

@@ -12,10 +12,11 @@ problem, so a disturbance affects all of them. Solvers are in solvers.py.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,7 +24,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from m1.engine import LLM, SamplingParams, fold_in
 from m1.errors import UserError
 from m1.evaluation.curves import accuracy_curves, draw
-from m1.evaluation.solvers import EngineSolver, Solver, vllm_solver
+from m1.evaluation.endpoint import EndpointSampler
+from m1.evaluation.solvers import EngineSolver, ServedSolver, Solver, vllm_solver
 from m1.grading import Grader
 from m1.jsonl import as_written, to_jsonl, write_json, write_text
 from m1.model.checkpoint import load_model, weights_hash
@@ -61,6 +63,7 @@ def measure_budgets(
     vllm: Sequence[str] = (),
     on_progress: OnProgress = ignore,
     force: bool = False,
+    served: Mapping[str, EndpointSampler] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Measures models on the same problems under a time budget. An interrupted measurement resumes.
 
@@ -72,6 +75,7 @@ def measure_budgets(
         vllm: names of models that vLLM samples as well. Its results are called "NAME, vLLM".
         on_progress: called with the number of finished runs and of all runs.
         force: move `out` aside if it holds something else.
+        served: further models by name, which servers sample.
 
     Returns:
         The content of OUT/budget.json.
@@ -88,16 +92,18 @@ def measure_budgets(
     depends = settings.settings() if isinstance(settings, BudgetStage) else used
     depends |= {
         "prompt": prompt.settings(),
-        "weights": _identities(models, vllm),
+        "weights": _identities(models, vllm) | {name: f"endpoint, {sampler.model}" for name, sampler in served.items()},
         "problems_sha256": problems_hash(problems),
     }
-    names = [own for name in models for own in (name, *([_under_vllm(name)] if name in vllm else []))]
+    names = [own for name in models for own in (name, *([_under_vllm(name)] if name in vllm else []))] + list(served)
     with Run("budget", out, depends, force=force) as run, Grader() as grader, ExitStack() as stack:
         rows = run.read("runs.jsonl", ROW)
         done = {(row["model"], row["problem"], row["seed"]) for row in rows}
         jobs = [(seed, i, name) for seed in range(settings.seeds) for i in range(len(problems)) for name in names]
         missing = [(seed, i, name) for seed, i, name in jobs if (name, problems[i].id, seed) not in done]
         solvers = _solvers(models, problems, prompt, settings, vllm, grader, stack) if missing else {}
+        for name, sampler in served.items():
+            solvers[name] = ServedSolver(sampler, prompt, SamplingParams.of(settings), grader)
         for seed, i, name in missing:
             on_progress(len(rows), len(jobs))
             seconds, samples = solvers[name].solve(problems[i].text, fold_in(seed, i), settings.seconds)

@@ -51,7 +51,8 @@ def prefill_scan(
         IndexError: on a CPU, a slot that doesn't exist.
     """
     CHECK(z, x, B, C, dt, A, D, conv_weight, conv_bias, conv_state, ssm_state, slots, cu_seqlens)
-    limits = {"state size 16": A.shape[1] == 16} | state_limits(conv_state, ssm_state)
+    contiguous = conv_state.is_contiguous() and ssm_state.is_contiguous()
+    limits = {"state size 16": A.shape[1] == 16, "contiguous states": contiguous} | state_limits(conv_state, ssm_state)
     backend = choose("prefill_scan", backend, z, limits)
     if backend != "triton":
         check_chunks("prefill_scan", cu_seqlens, slots, len(ssm_state), max_length, z=z)

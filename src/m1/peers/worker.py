@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import subprocess
 import tempfile
 import time
@@ -72,11 +73,16 @@ def _peak_bytes(pid: int) -> int:
 
 
 @contextmanager
-def start_worker(name: str, command: Sequence[str]) -> Iterator[Worker]:
-    """Starts a worker, which ends with the context. Raises UserError, beginning with its name, if it can't start."""
+def start_worker(name: str, command: Sequence[str], environment: Mapping[str, str] | None = None) -> Iterator[Worker]:
+    """Starts a worker, which ends with the context. Raises UserError, beginning with its name, if it can't start.
+
+    Args:
+        environment: variables beside those of this process.
+    """
     with tempfile.TemporaryFile("w+") as log:
         launched = time.perf_counter()
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
+        pipes: dict[str, Any] = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
+        process = subprocess.Popen(command, env=os.environ | dict(environment or {}), **pipes)
         assert process.stdin
         try:
             yield Worker(name, process, log, launched)

@@ -37,9 +37,10 @@ class Solution:
     Attributes:
         vote: the vote over all finished samples.
         samples: the finished samples, in the order in which they finished.
-        sequences: all samples that were started or queued, including aborted ones.
+        sequences: all samples that an engine here started or queued, including aborted ones.
         seconds: wall-clock time since the start, including grading and weighing.
         reason: why sampling stopped: "all" (n samples finished), "decided", "confident" or "seconds". None before.
+        asked: number of samples that servers were asked for.
     """
 
     vote: Vote = field(default_factory=lambda: Vote({}, {}))
@@ -47,6 +48,7 @@ class Solution:
     sequences: list[Sequence] = field(default_factory=list, repr=False)
     seconds: float = 0.0
     reason: str | None = None
+    asked: int = 0
 
     @property
     def answer(self) -> str | None:
@@ -55,13 +57,15 @@ class Solution:
 
     @property
     def tokens(self) -> int:
-        """Number of generated tokens, including those of aborted samples."""
+        """Number of generated tokens, including those of aborted samples, except for servers'."""
+        if self.asked:
+            return sum(sample.tokens for sample in self.samples)
         return sum(len(sequence.token_ids) for sequence in self.sequences)
 
     @property
     def aborted(self) -> int:
         """Number of unfinished samples: aborted, or still open while sampling continues."""
-        return len(self.sequences) - len(self.samples)
+        return len(self.sequences) + self.asked - len(self.samples)
 
     def as_json(self) -> dict[str, Any]:
         """The content of `m1 solve --json`."""

@@ -61,15 +61,70 @@ def solve(
     return voting.finish()
 
 
-class SelfConsistency:
-    """One problem being solved: which samples to start, the vote so far, and when to stop. It steps no engine.
+class Tally:
+    """The votes of one problem's samples, wherever they come from, and when to stop.
+
+    Its clock starts when it is made.
+
+    Args: those of `solve`.
+
+    Attributes:
+        solution: the solution so far.
+        timer: measures the budget's seconds.
+    """
+
+    def __init__(
+        self,
+        problem: str,
+        grader: Grader,
+        budget: Budget,
+        weights: Weights = "uniform",
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.problem, self.budget, self.weights = problem, budget, weights
+        self.bound = bound_of(weights)
+        if budget.rule == "decided" and self.bound is None:
+            raise UserError(
+                "rule 'decided' needs the maximum weight of a sample: give the verifier an attribute `bound`, "
+                "or choose the rule none or confident"
+            )
+        self.solution = Solution()
+        self.timer = Timer(budget.seconds, clock)
+        self._partition = timed(grader.partition, self.timer)
+
+    @property
+    def over(self) -> bool:
+        """Whether to stop: the budget's rule applies, or its seconds are over."""
+        return bool(self.solution.reason) or self.timer.left() <= 0
+
+    def add(self, samples: list[VotedSample]) -> None:
+        """Counts the votes of more samples, and sets the solution's reason to stop if there is one."""
+        solution = self.solution
+        if samples:
+            if not callable(self.weights) or self.timer.left() > 0:
+                _weigh(samples, self.problem, self.weights)
+            solution.samples += samples
+            answers = [sample.answer for sample in solution.samples]
+            solution.vote = vote(answers, self._partition, [sample.weight for sample in solution.samples])
+            solution.reason = self.budget.why_stop(solution.vote, len(answers), self.bound)
+        solution.seconds = self.timer.spent()
+
+    def finish(self) -> Solution:
+        """The solution, with the reason to stop and the seconds taken."""
+        self.solution.reason = self.solution.reason or "seconds"
+        self.solution.seconds = self.timer.spent()
+        return self.solution
+
+
+class SelfConsistency(Tally):
+    """One problem being solved by an engine: which samples to start, the vote so far, and when to stop.
+
+    It steps no engine.
 
     Args: those of `solve`, and the prompt's tokens. Its clock starts when it is made.
 
     Attributes:
         requests: of its samples. `start` appends to them.
-        solution: the solution so far.
-        timer: measures the budget's seconds.
     """
 
     def __init__(
@@ -83,23 +138,9 @@ class SelfConsistency:
         weights: Weights = "uniform",
         clock: Callable[[], float] = time.monotonic,
     ):
-        self.problem, self.tokens, self.llm = problem, tokens, llm
-        self.params, self.budget, self.weights = params, budget, weights
-        self.bound = bound_of(weights)
-        if budget.rule == "decided" and self.bound is None:
-            raise UserError(
-                "rule 'decided' needs the maximum weight of a sample: give the verifier an attribute `bound`, "
-                "or choose the rule none or confident"
-            )
+        super().__init__(problem, grader, budget, weights, clock)
+        self.tokens, self.llm, self.params = tokens, llm, params
         self.requests: list[Request] = []
-        self.solution = Solution()
-        self.timer = Timer(budget.seconds, clock)
-        self._partition = timed(grader.partition, self.timer)
-
-    @property
-    def over(self) -> bool:
-        """Whether to stop: the budget's rule applies, or its seconds are over."""
-        return bool(self.solution.reason) or self.timer.left() <= 0
 
     def start(self, free: int) -> Request | None:
         """Appends a request for the samples to start now, at most `free`. One is queued if all others have ended.
@@ -119,21 +160,7 @@ class SelfConsistency:
 
     def count(self, ended: list[Sequence]) -> None:
         """Counts the votes of samples that have ended, and sets the solution's reason to stop if there is one."""
-        solution = self.solution
-        if samples := [_read(sequence, self.llm, self.timer.spent()) for sequence in ended]:
-            if not callable(self.weights) or self.timer.left() > 0:
-                _weigh(samples, self.problem, self.weights)
-            solution.samples += samples
-            answers = [sample.answer for sample in solution.samples]
-            solution.vote = vote(answers, self._partition, [sample.weight for sample in solution.samples])
-            solution.reason = self.budget.why_stop(solution.vote, len(answers), self.bound)
-        solution.seconds = self.timer.spent()
-
-    def finish(self) -> Solution:
-        """The solution, with the reason to stop and the seconds taken."""
-        self.solution.reason = self.solution.reason or "seconds"
-        self.solution.seconds = self.timer.spent()
-        return self.solution
+        self.add([_read(sequence, self.llm, self.timer.spent()) for sequence in ended])
 
 
 def _read(sequence: Sequence, llm: LLM, seconds: float) -> VotedSample:

@@ -22,6 +22,7 @@ struct Step {
   const float *taps, *bias;     // [channels of the convolution, TAPS] oldest first, [channels]
   void* conv_state;             // [slots, channels, HELD] oldest first
   float* ssm_state;
+  int64_t conv_stride, ssm_stride;  // elements between the states of two slots
 };
 
 struct MambaStep {
@@ -81,13 +82,13 @@ void mamba_step(const MambaStep& p) {
         std::memset(y, 0, rep * N * sizeof(T));
         continue;
       }
-      T* conv_state = (T*)p.step.conv_state + (slot * p.kv_groups + kv) * N * HELD;
+      T* conv_state = (T*)p.step.conv_state + slot * p.step.conv_stride + kv * N * HELD;
       float window[TAPS][N], B[N], C[N], u[N], dt[N];
       take_window(conv_state, (const T*)p.x + i * p.x_stride + kv * N, window);
       for (int c = 0; c < N; c += W) store(B + c, load((const T*)p.B + i * p.B_stride + kv * N + c));
       for (int64_t g = kv * rep; g < (kv + 1) * rep; ++g, y += N) {
         const int64_t channel = g * N;
-        float* h = p.step.ssm_state + (slot * channels + channel) * N;
+        float* h = p.step.ssm_state + slot * p.step.ssm_stride + channel * N;
         convolve(p.step, window, channel, u);
         for (int c = 0; c < N; c += W) {
           store(C + c, load((const T*)p.C + i * p.C_stride + channel + c));
@@ -118,7 +119,7 @@ void mamba_step(const MambaStep& p) {
 template <class T>
 void ssd_step(const SsdStep& p) {
   const int64_t rep = p.heads / p.groups, P = p.P, states = p.N;
-  const int64_t of_B = p.groups * P, of_C = of_B + p.groups * states, channels = of_C + p.heads * states;
+  const int64_t of_B = p.groups * P, of_C = of_B + p.groups * states;
 #pragma omp parallel for collapse(2) schedule(static)
   for (int64_t i = 0; i < p.step.rows; ++i) {
     for (int64_t g = 0; g < p.groups; ++g) {
@@ -133,7 +134,7 @@ void ssd_step(const SsdStep& p) {
       auto activate = [&](int64_t first, int64_t count, float* u) {
         for (int64_t channel = first; channel < first + count; channel += N) {
           float window[TAPS][N];
-          T* conv_state = (T*)p.step.conv_state + (slot * channels + channel) * HELD;
+          T* conv_state = (T*)p.step.conv_state + slot * p.step.conv_stride + channel * HELD;
           take_window(conv_state, (const T*)p.xBC + i * p.stride + channel, window);
           convolve(p.step, window, channel, u + channel - first);
         }
@@ -145,7 +146,7 @@ void ssd_step(const SsdStep& p) {
         const int64_t head = g * rep + r;
         const vec dt = softplus(splat(p.dt[i * p.heads + head]));
         const vec decay = exp2_nonpositive(dt * (p.A[head] * LOG2E));
-        float* h = p.step.ssm_state + (slot * p.heads + head) * P * states;
+        float* h = p.step.ssm_state + slot * p.step.ssm_stride + head * P * states;
         for (int64_t c = 0; c < P; c += W, y += W) {
           vec products[W];
           for (int lane = 0; lane < W; ++lane) {

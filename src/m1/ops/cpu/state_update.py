@@ -27,7 +27,8 @@ def _step(kernel: str, inputs: StepInputs | SSDStepInputs, y: Tensor, *own: Tens
     rows, slots, ssm_state = inputs[0], inputs.slots, inputs.ssm_state
     conv_state = inputs.conv_state.to(rows.dtype)  # a copy if the dtype isn't the rows'
     sizes = [len(rows), len(ssm_state), ELEMENTS[rows.dtype]]
-    bad_row = call(kernel, *sizes, slots, inputs.conv_weight, inputs.conv_bias, conv_state, ssm_state, *own, y)
+    states = conv_state, ssm_state, conv_state.stride(0), ssm_state.stride(0)
+    bad_row = call(kernel, *sizes, slots, inputs.conv_weight, inputs.conv_bias, *states, *own, y)
     if bad_row >= 0:
         raise IndexError(f"row {bad_row} has slot {int(slots[bad_row])}, but there are {len(ssm_state)} slots")
     if conv_state is not inputs.conv_state:

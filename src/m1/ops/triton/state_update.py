@@ -23,7 +23,7 @@ SHIFTED = 256  # channels per program of _shift_conv_states
 def state_update(inputs: StepInputs, y: Tensor) -> None:
     """Fills y [b, D] and updates the states of the rows' slots."""
     (b, d), X, n = inputs.z.shape, inputs.x.shape[1], inputs.A.shape[1]
-    strides = tuple(t.stride(0) for t in inputs[:5])
+    strides = tuple(t.stride(0) for t in (*inputs[:5], inputs.conv_state, inputs.ssm_state))
     sizes = d // X, n, inputs.conv_weight.shape[1]
     _state_update[X // n, b](*inputs, y, strides, *sizes, num_warps=1, **overlap(y.device))
 
@@ -33,10 +33,10 @@ def ssd_update(inputs: SSDStepInputs, y: Tensor) -> None:
     xBC, conv_state, slots = inputs.xBC, inputs.conv_state, inputs.slots
     (b, channels), (_, heads, P, N) = xBC.shape, inputs.ssm_state.shape
     groups, K = (channels - heads * N) // (P + N), inputs.conv_weight.shape[1]
-    sizes = (channels, groups, P, N, K, FEATURES, triton.next_power_of_2(N))
-    strides, early = (xBC.stride(0), inputs.dt.stride(0)), overlap(y.device)
+    sizes = (groups, P, N, K, FEATURES, triton.next_power_of_2(N))
+    strides, early = tuple(t.stride(0) for t in (xBC, inputs.dt, conv_state, inputs.ssm_state)), overlap(y.device)
     _ssd_update[triton.cdiv(P, FEATURES), heads, b](*inputs, y, *strides, *sizes, **early)
-    shifted = xBC, conv_state, slots, strides[0], channels, K, SHIFTED
+    shifted = xBC, conv_state, slots, strides[0], strides[2], channels, K, SHIFTED
     _shift_conv_states[triton.cdiv(channels, SHIFTED), b](*shifted, **early)
 
 
@@ -82,8 +82,8 @@ def _state_update(
         for copy in tl.static_range(REP):
             tl.store(y + (shared * REP + copy) * N + n, tl.zeros([N], tl.float32))
     else:
-        states = ssm_state + (slot * X + shared * N) * REP * N + n[:, None] * N + n[None, :]
-        held = conv_state + slot * X * (K - 1)
+        states = ssm_state + slot * strides[6] + shared * N * REP * N + n[:, None] * N + n[None, :]
+        held = conv_state + slot * strides[5]
         inputs = _inputs(x + row * strides[1], held, shared * N + n, every, K)
         B_n = tl.load(B + row * strides[2] + shared * N + n).to(tl.float32)
         read: list = []  # all loads come before the first store, as latency is half of a small batch's time
@@ -106,8 +106,8 @@ def _state_update(
 
 @triton.jit
 def _ssd_update(
-    xBC, dt, A, D, conv_weight, conv_bias, conv_state, ssm_state, slots, y, xBC_stride, dt_stride, channels,
-    groups, P, N, K: tl.constexpr, FEATURES: tl.constexpr, STATES: tl.constexpr, EARLY: tl.constexpr,
+    xBC, dt, A, D, conv_weight, conv_bias, conv_state, ssm_state, slots, y, xBC_stride, dt_stride, conv_stride,
+    ssm_stride, groups, P, N, K: tl.constexpr, FEATURES: tl.constexpr, STATES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     await_previous(EARLY)
     p = tl.program_id(0) * FEATURES + tl.arange(0, FEATURES)
@@ -123,14 +123,14 @@ def _ssd_update(
     else:
         group = head // (heads // groups)
         token = xBC + row * xBC_stride
-        held = conv_state + slot * channels * (K - 1)
+        held = conv_state + slot * conv_stride
         of_x, of_B, of_C = group * P + p, groups * P + group * N + n, groups * (P + N) + head * N + n
         x = _convolution(_inputs(token, held, of_x, in_p, K), conv_weight, conv_bias, of_x, in_p, K)
         B = _convolution(_inputs(token, held, of_B, in_n, K), conv_weight, conv_bias, of_B, in_n, K)
         C = _convolution(_inputs(token, held, of_C, in_n, K), conv_weight, conv_bias, of_C, in_n, K)
         step = softplus(tl.load(dt + row * dt_stride + head).to(tl.float32))
         decay = tl.exp2(step * tl.load(A + head) * LOG2_E)
-        state = ssm_state + ((slot * heads + head) * P + p)[:, None] * N + n[None, :]
+        state = ssm_state + slot * ssm_stride + (head * P + p)[:, None] * N + n[None, :]
         h = decay * tl.load(state, mask=inside, other=0.0) + (step * x)[:, None] * B[None, :]
         tl.store(state, h, mask=inside)
         tl.store(out, tl.sum(h * C[None, :], axis=1) + tl.load(D + head) * x, mask=in_p)
@@ -138,12 +138,13 @@ def _ssd_update(
 
 @triton.jit
 def _shift_conv_states(
-    xBC, conv_state, slots, xBC_stride, channels, K: tl.constexpr, SHIFTED: tl.constexpr, EARLY: tl.constexpr
-):
+    xBC, conv_state, slots, xBC_stride, conv_stride, channels, K: tl.constexpr, SHIFTED: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
     await_previous(EARLY)
     channel = tl.program_id(0) * SHIFTED + tl.arange(0, SHIFTED)
     row = tl.program_id(1).to(tl.int64)
     slot = tl.load(slots + row)
     if slot >= 0:
-        held, inside = conv_state + slot * channels * (K - 1), channel < channels
+        held, inside = conv_state + slot * conv_stride, channel < channels
         _shift(_inputs(xBC + row * xBC_stride, held, channel, inside, K), held, channel, inside, K)

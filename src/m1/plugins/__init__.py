@@ -1,0 +1,1 @@
+"""M1 models in other engines."""
