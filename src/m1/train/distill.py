@@ -15,7 +15,6 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
@@ -227,8 +226,7 @@ def divergence_from_states(
 ) -> Tensor:
     """Sum over tokens of the divergence between two heads' distributions over the tokens that both have.
 
-    Logits are float32. On a CPU they exist for CHUNK_TOKENS tokens at a time, also in the backward pass, which computes
-    them again. On a GPU they exist in tiles of TRL's kernel.
+    Logits are float32. On a CPU they exist for CHUNK_TOKENS tokens at a time, on a GPU in tiles of TRL's kernel.
 
     Args:
         student_states, teacher_states: [tokens, H] of each model's own H.
@@ -246,14 +244,50 @@ def divergence_from_states(
         )
         return nothing + per_token.sum()
 
-    student_head, teacher_head = student_head.float(), teacher_head.float()
-
-    def chunk_loss(student: Tensor, teacher: Tensor) -> Tensor:
-        return divergence(student.float() @ student_head.T, teacher.float() @ teacher_head.T, kind).sum()
-
-    chunks = zip(student_states.split(CHUNK_TOKENS), teacher_states.split(CHUNK_TOKENS), strict=True)
+    if not torch.is_grad_enabled():
+        student_states, student_head = student_states.detach(), student_head.detach()
     with torch.autocast(student_states.device.type, enabled=False):
-        return sum((checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks), start=nothing)
+        return nothing + ChunkedDivergence.apply(
+            student_states.float(), student_head.float(), teacher_states.float(), teacher_head.float(), kind
+        )
+
+
+class ChunkedDivergence(torch.autograd.Function):
+    """`divergence_from_states` on a CPU. A chunk's gradients are made with its logits, which then go away.
+
+    So no logits are computed twice: the forward pass has all but the factor of the gradients.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, student_states: Tensor, student_head: Tensor, teacher_states: Tensor, teacher_head: Tensor,
+        kind: Divergence,
+    ) -> Tensor:  # fmt: skip
+        """All tensors in float32. Returns the sum over tokens."""
+        of_states, of_head = (
+            torch.zeros_like(t) if needed else None
+            for t, needed in zip((student_states, student_head), ctx.needs_input_grad, strict=False)
+        )
+        total = student_states.new_zeros(())
+        for start in range(0, len(student_states), CHUNK_TOKENS):
+            own, wanted = (t[start : start + CHUNK_TOKENS] for t in (student_states, teacher_states))
+            logits = (own @ student_head.T).requires_grad_()
+            with torch.enable_grad():
+                loss = divergence(logits, wanted @ teacher_head.T, kind).sum()
+            total += loss.detach()
+            if any(ctx.needs_input_grad):
+                (gradient,) = torch.autograd.grad(loss, logits)
+                if of_states is not None:
+                    of_states[start : start + CHUNK_TOKENS] = gradient @ student_head
+                if of_head is not None:
+                    of_head.addmm_(gradient.T, own)
+        ctx.gradients = of_states, of_head
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, factor: Tensor) -> tuple:
+        """Gradients to the student's states and head."""
+        return (*(None if gradient is None else gradient * factor for gradient in ctx.gradients), None, None, None)
 
 
 def divergence(student_logits: Tensor, teacher_logits: Tensor, kind: Divergence) -> Tensor:
