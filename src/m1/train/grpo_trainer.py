@@ -254,6 +254,7 @@ class Trainer(StageTrainer, GRPOTrainer):
         state = {
             "step": self._step,
             "passes": self.args.gradient_accumulation_steps,
+            "processes": self.accelerator.num_processes,
             "inputs": self._buffered_inputs if self._step % self.window else None,
             "entropy": (self.entropy_coef, self._last_world_entropy),
         }
@@ -268,8 +269,8 @@ class Trainer(StageTrainer, GRPOTrainer):
         state = torch.load(path, device, weights_only=True)
         self._step, self._buffered_inputs = state["step"], state["inputs"]
         self.entropy_coef, self._last_world_entropy = state["entropy"]
-        if (passes := self.args.gradient_accumulation_steps) != state["passes"]:
-            self._step = self._step * passes // state["passes"]
+        if state["processes"] != self.accelerator.num_processes:
+            self._step = self._step * self.args.gradient_accumulation_steps // state["passes"]
             if self._buffered_inputs is not None:
                 logger.warning("the number of processes has changed: the generation in training is sampled again")
                 self._buffered_inputs = None
