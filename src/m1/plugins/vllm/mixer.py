@@ -89,11 +89,14 @@ def state_layout(vllm_config: VllmConfig) -> MambaState[Buffer]:
     """What a rank keeps of a sequence in a Mamba layer. The recurrent state is float32, as rounding errors add up.
 
     Raises:
-        ValueError: another dtype for the state, or speculative decoding, which would have to roll states back.
+        ValueError: another dtype for the states, or speculative decoding, which would have to roll them back.
     """
     cache, model = vllm_config.cache_config, vllm_config.model_config
-    if cache.mamba_ssm_cache_dtype not in ("auto", "float32"):
-        raise ValueError(f"mamba_ssm_cache_dtype must be float32, not {cache.mamba_ssm_cache_dtype}, for M1 models")
+    if cache.mamba_ssm_cache_dtype not in ("auto", "float32") or cache.mamba_cache_dtype != "auto":
+        raise ValueError(
+            f"mamba_ssm_cache_dtype {cache.mamba_ssm_cache_dtype}, mamba_cache_dtype {cache.mamba_cache_dtype}: M1 "
+            "models have float32 states, and convolution inputs in the weights' dtype; leave both at auto"
+        )
     if vllm_config.speculative_config is not None:
         raise ValueError("M1 models have no speculative decoding in vLLM: their states can't be rolled back")
     config = shared_config(model.hf_config, vllm_config.parallel_config.tensor_parallel_size)
@@ -157,7 +160,10 @@ class PagedMixer(Mixer, MambaBase):
         output[:tokens] = self.out_proj(parts[0] if len(parts) == 1 else torch.cat(parts))
 
     def decode_rows(self, activations: Any, batch: PromptLengths) -> Tensor:
-        """One token per row: activations [b, ...] -> y [b, D]. The rows' pages are updated in place."""
+        """One token per row: activations [b, ...] -> y [b, D]. The rows' pages are updated in place.
+
+        Rows that pad a CUDA graph have page 0, which is nobody's.
+        """
         pages = batch.state_indices_tensor_d[: len(activations.z), 0]
         return self.step(activations, self.fixed, MambaState(*self.kv_cache), pages)
 
