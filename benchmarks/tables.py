@@ -48,6 +48,21 @@ def pocket() -> str:
     )
 
 
+def smollm2_cpu() -> str:
+    """`benchmarks/smollm2.py` on the recipe for two cores."""
+    bench = result("smollm2-cpu")
+    rows = []
+    for text, numbers in bench["divergence"]["distilled"].items():
+        more = f"{100 * (numbers['ratio'] - 1):+.0f} %"
+        same = f"{100 * numbers['same']:.0f} %"
+        rows.append(
+            [text, f"{numbers['kl']:.2f}", f"{numbers['perplexity']:.2f}", more, same, f"{numbers['tokens']:,}"]
+        )
+    columns = ["text", "KL", "perplexity", "than the teacher's", "same likeliest token", "tokens"]
+    took = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in bench["seconds"].items())
+    return markdown(columns, rows) + f"\n{processor(bench['machine'])}. Stages: {took}.\n"
+
+
 def kernels() -> str:
     """`m1 bench scan|state|attention` on a CPU and on a GPU."""
     rows, machines = [], []
@@ -371,6 +386,7 @@ def some_columns(table: str, chosen: Iterable[int]) -> str:
 TABLES: dict[str, list[Callable[[], str]]] = {
     "README.md": [short_gpu_decode],
     "recipes/pocket/README.md": [pocket],
+    "recipes/smollm2-cpu/README.md": [smollm2_cpu],
     "docs/engine.md": [quantization, gpu_jobs, gpu_samples, chat, decode, decode_step],
     "docs/kernels.md": [kernels],
     "docs/evaluation.md": [intervals, differences],
