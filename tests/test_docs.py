@@ -277,6 +277,13 @@ def test_pictures_are_drawn_by_the_script():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("recipe", sorted({path.parent.name for path in ROOT.glob("recipes/*/*.toml")}))
+def test_a_recipe_says_how_it_is_run(recipe):
+    """And how long it takes, or that nobody has run it."""
+    page = (ROOT / "recipes" / recipe / "README.md").read_text()
+    assert "```sh\n" in page and re.search(r"minutes|hours|\d s\b|not run|hasn't been run", page, re.IGNORECASE)
+
+
 def test_every_page_is_in_the_navigation():
     navigation = (ROOT / "mkdocs.yml").read_text().partition("\nnav:")[2]
     assert all(f": {page.name}" in navigation for page in PAGES if page.parent.name == "docs")
