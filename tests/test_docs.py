@@ -3,7 +3,7 @@
 A comment before a block says how it is treated:
 
     <!-- not run: why -->    its commands must parse, but aren't run
-    <!-- gpu -->             needs a GPU: benchmarks/gpu.sh runs it. <!-- cluster -->: needs several hosts
+    <!-- gpu -->             the same: benchmarks/gpu.sh runs it. <!-- cluster -->: it needs several hosts
     <!-- real -->            Python on a published model: tests/real runs it
     <!-- server -->          Python against a server, which is started for it
 """
