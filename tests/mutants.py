@@ -543,7 +543,7 @@ MUTANTS = [
         "A_log decays",
     ),
     Mutant(
-        "train/stage_trainer.py", 'raise not_finite(step, f"the {what} is {value}")', "pass", "train/test_safety.py",
+        "train/stage_trainer.py", 'return not_finite(step, f"the {what} is {value}")', "pass", "train/test_safety.py",
         "a loss that isn't finite is let through",
     ),
     Mutant(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from m1.jsonl import read_jsonl
 from m1.model.checkpoint import load_model
 from m1.recipe import Data, SFTStage
 from m1.train.checkpoints import damage
-from m1.train.distributed import split_batch
+from m1.train.distributed import load_shards, save_shards, split_batch
 
 REWARDS = """
 def length(completions, **columns):
@@ -159,6 +160,27 @@ def test_a_sharded_training_of_one_process_resumes_exactly(job):
     part.write_bytes(content)
     ranks.run(cut)
     same(whole, cut, atol=0)
+
+
+class Call:
+    """A pickle that calls a function when it is read."""
+
+    def __reduce__(self):
+        return os.system, ("true",)
+
+
+def test_shards_run_no_code(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.5)
+    save_shards(tmp_path, model, optimizer)
+    load_shards(tmp_path, model, optimizer)
+    optimizer.param_groups[0]["betas"] = Call()
+    save_shards(tmp_path / "setting", model, optimizer)
+    with pytest.raises(UserError, match=r"setting can't be resumed from.*[Ww]eights.only"):
+        load_shards(tmp_path / "setting", model, torch.optim.AdamW(model.parameters()))
+    (tmp_path / "shards" / ".metadata").write_bytes(pickle.dumps(Call()))
+    with pytest.raises(UserError, match=r"names (posix|os)\.system: it isn't one that M1 saved"):
+        load_shards(tmp_path, model)
 
 
 def test_a_batch_is_split():

@@ -5,7 +5,9 @@ torch.distributed.checkpoint, with weights and optimizer by name, so that any nu
 """
 
 import functools
+import io
 import os
+import pickle
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,9 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_state_dict,
@@ -25,9 +30,20 @@ from torch.optim import Optimizer
 from transformers import TrainingArguments
 
 from m1.errors import UserError
+from m1.model.checkpoint import reason
 from m1.recipe import TrainedStage
 
 SHARDS = "shards"  # the folder in a checkpoint
+DESCRIPTIONS = {  # what a checkpoint's metadata is pickled from
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
+        "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+    },
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))},
+    "pathlib": {"PosixPath"},
+}  # fmt: skip
 T = TypeVar("T")
 
 
@@ -129,8 +145,46 @@ def refuse_other_sharding(stage: TrainedStage, arguments: TrainingArguments) -> 
 def save_shards(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> None:
     """Saves weights and optimizer into CHECKPOINT/shards, each process its part. All processes must call this."""
     weights, states = get_state_dict(model, optimizer)
-    with warnings.catch_warnings(action="ignore"):  # that there is one process only
-        dcp.save({"model": weights, "optimizer": states}, checkpoint_id=checkpoint / SHARDS)
+    try:
+        with warnings.catch_warnings(action="ignore"):  # that there is one process only
+            dcp.save({"model": weights, "optimizer": states}, checkpoint_id=checkpoint / SHARDS)
+    except CheckpointException as error:
+        raise _first(error) from error
+
+
+def _first(error: CheckpointException) -> BaseException:
+    """What failed in the first of the processes in which something did."""
+    return next(iter(error.failures.values()))[0]
+
+
+class _Unpickler(pickle.Unpickler):
+    """Reads what describes tensors, and nothing else: a pickle could name any function, to be called."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """The class, function or dtype of a name in the pickle."""
+        if name not in DESCRIPTIONS.get(module, ()):
+            raise UserError(f"a checkpoint's shards/.metadata names {module}.{name}: it isn't one that M1 saved")
+        return super().find_class(module, name)
+
+
+class _Reader(dcp.FileSystemReader):
+    """torch's reader, which would unpickle any metadata."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The metadata, once it is known to be harmless."""
+        with open(Path(self.path, ".metadata"), "rb") as file:
+            _Unpickler(file).load()
+        return super().read_metadata(*args, **kwargs)
+
+
+class _Planner(dcp.DefaultLoadPlanner):
+    """torch's planner, which would unpickle any setting of the optimizer."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        """Loads a setting, once it is known to be harmless."""
+        torch.load(value, weights_only=True)
+        value.seek(0)
+        super().load_bytes(read_item, value)
 
 
 def load_shards(checkpoint: str | Path, model: nn.Module, optimizer: Optimizer | None = None) -> None:
@@ -140,14 +194,20 @@ def load_shards(checkpoint: str | Path, model: nn.Module, optimizer: Optimizer |
         checkpoint: its folder.
         model: sharded or not.
         optimizer: the model's; None to load the weights alone.
+
+    Raises:
+        UserError: it can't be read, or holds anything but tensors and plain settings.
     """
     if optimizer is None:
         state: dict[str, Any] = {"model": get_model_state_dict(model)}
     else:
         weights, states = get_state_dict(model, optimizer)
         state = {"model": weights, "optimizer": states}
-    with warnings.catch_warnings(action="ignore"):
-        dcp.load(state, checkpoint_id=Path(checkpoint) / SHARDS)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            dcp.load(state, storage_reader=_Reader(Path(checkpoint) / SHARDS), planner=_Planner())
+    except CheckpointException as error:
+        raise UserError(f"{checkpoint} can't be resumed from: {reason(_first(error))}") from error
     if optimizer is None:
         set_model_state_dict(model, state["model"])
     else:
