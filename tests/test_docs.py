@@ -3,7 +3,7 @@
 A comment before a block says how it is treated:
 
     <!-- not run: why -->    its commands must parse, but aren't run
-    <!-- gpu -->             needs a GPU: benchmarks/gpu.sh runs it. <!-- cluster -->: needs several hosts
+    <!-- gpu -->             the same: benchmarks/gpu.sh runs it. <!-- cluster -->: it needs several hosts
     <!-- real -->            Python on a published model: tests/real runs it
     <!-- server -->          Python against a server, which is started for it
 """
@@ -275,6 +275,13 @@ def test_pictures_are_drawn_by_the_script():
         [sys.executable, str(ROOT / "docs" / "pictures.py"), "--check"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("recipe", sorted({path.parent.name for path in ROOT.glob("recipes/*/*.toml")}))
+def test_a_recipe_says_how_it_is_run(recipe):
+    """And how long it takes, or that nobody has run it."""
+    page = (ROOT / "recipes" / recipe / "README.md").read_text()
+    assert "```sh\n" in page and re.search(r"minutes|hours|\d s\b|not run|hasn't been run", page, re.IGNORECASE)
 
 
 def test_every_page_is_in_the_navigation():
