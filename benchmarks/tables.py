@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/, and results/gpu-decode.png, from the files in results/.
+"""Writes the tables of README.md, docs/ and recipes/, and results/gpu-decode.png, from the files in results/.
 
 `--check` only compares the tables.
 
@@ -48,6 +48,21 @@ def pocket() -> str:
     )
 
 
+def smollm2_cpu() -> str:
+    """`benchmarks/smollm2.py` on the recipe for two cores."""
+    bench = result("smollm2-cpu")
+    rows = []
+    for text, numbers in bench["divergence"]["distilled"].items():
+        more = f"{100 * (numbers['ratio'] - 1):+.0f} %"
+        same = f"{100 * numbers['same']:.0f} %"
+        rows.append(
+            [text, f"{numbers['kl']:.2f}", f"{numbers['perplexity']:.2f}", more, same, f"{numbers['tokens']:,}"]
+        )
+    columns = ["text", "KL", "perplexity", "than the teacher's", "same likeliest token", "tokens"]
+    took = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in bench["seconds"].items())
+    return markdown(columns, rows) + f"\n{processor(bench['machine'])}. Stages: {took}.\n"
+
+
 def kernels() -> str:
     """`m1 bench scan|state|attention` on a CPU and on a GPU."""
     rows, machines = [], []
@@ -88,13 +103,6 @@ def decode() -> str:
 def chat() -> str:
     """`m1 bench chat`."""
     return chat_table(result("bench-chat-cpu"))
-
-
-def short_chat() -> str:
-    """The fewest and the most chats of `m1 bench chat`."""
-    bench = result("bench-chat-cpu")
-    numbers = [row["chats"] for row in bench["rows"]]
-    return chat_table(bench | {"rows": [row for row in bench["rows"] if row["chats"] in (min(numbers), max(numbers))]})
 
 
 def chat_table(bench: dict) -> str:
@@ -237,11 +245,6 @@ def long_chains() -> str:
     )
 
 
-def short_long_chains() -> str:
-    """Some columns of it."""
-    return some_columns(long_chains(), [0, 6, 7, 8, 9])
-
-
 def after_16(slow: dict, fast: dict) -> list[str]:
     """Median seconds after which 16 samples had ended, and their ratio; empty where a budget was too short for it."""
     waits = [model["seconds_to_samples"]["16"] for model in (slow, fast)]
@@ -381,7 +384,9 @@ def some_columns(table: str, chosen: Iterable[int]) -> str:
 
 
 TABLES: dict[str, list[Callable[[], str]]] = {
-    "README.md": [pocket, short_gpu_decode, short_chat, short_long_chains],
+    "README.md": [short_gpu_decode],
+    "recipes/pocket/README.md": [pocket],
+    "recipes/smollm2-cpu/README.md": [smollm2_cpu],
     "docs/engine.md": [quantization, gpu_jobs, gpu_samples, chat, decode, decode_step],
     "docs/kernels.md": [kernels],
     "docs/evaluation.md": [intervals, differences],

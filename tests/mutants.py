@@ -41,6 +41,23 @@ SAMPLING, SCHEDULER = "engine/test_sampling.py", "engine/test_scheduler.py"
 PROCESSORS = "engine/test_logits_processors.py"
 MASK = "train/test_data_mask.py"
 MUTANTS = [
+    # what a newcomer meets first
+    Mutant(
+        "doctor.py", "if not found or not requirement.specifier.contains(found, prereleases=True):", "if not found:",
+        "test_doctor.py", "a package of a wrong version isn't named",
+    ),
+    Mutant(
+        "doctor.py", "if path.is_relative_to(Path.home()) else str(path)", "if False else str(path)", "test_doctor.py",
+        "the user's name in a public issue",
+    ),
+    Mutant(
+        "doctor.py", "    elif failure:\n        yield", "    elif False:\n        yield", "test_doctor.py",
+        "kernels that don't compile aren't named",
+    ),
+    Mutant(
+        "model/gguf.py", "parsed = functools.cache(own)", "parsed = own", "model/test_gguf.py",
+        "a GGUF file's vocabulary is parsed three times",
+    ),
     # the prefix cache and admission
     Mutant(
         "engine/scheduler.py", "self.cached.remove(entry)\n            self.cached.append(entry)", "pass", SCHEDULER,
@@ -114,12 +131,12 @@ MUTANTS = [
         "the gate lets a NaN pass",
     ),
     Mutant(
-        "train/grpo_trainer.py", "generation = self._step // self.window", "generation = 0", "train/test_grpo.py",
+        "train/grpo_trainer.py", "generation = self._step // self.window if", "generation = 0 if", "train/test_grpo.py",
         "the seed of a rollout has no step",
     ),
     Mutant(
-        "train/grpo_trainer.py", "self.num_generations if self.model.training else self.num_generations_eval",
-        "self.num_generations", "train/test_grpo.py", "evaluation rollouts with training's n",
+        "train/grpo_trainer.py", 'n = self._group_size("train" if self.model.training else "eval")',
+        "n = self.num_generations", "train/test_grpo.py", "evaluation rollouts with training's n",
     ),
     Mutant(
         "train/grpo_trainer.py", "self._buffered_inputs if self._step % self.window else None", "None",
@@ -526,7 +543,7 @@ MUTANTS = [
         "A_log decays",
     ),
     Mutant(
-        "train/stage_trainer.py", 'raise not_finite(step, f"the {what} is {value}")', "pass", "train/test_safety.py",
+        "train/stage_trainer.py", 'return not_finite(step, f"the {what} is {value}")', "pass", "train/test_safety.py",
         "a loss that isn't finite is let through",
     ),
     Mutant(

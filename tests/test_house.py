@@ -19,7 +19,7 @@ SOURCES = ROOT / "src" / "m1"
 FLOORS = [
     {"__main__"},
     {"cli"},
-    {"pipeline"},
+    {"pipeline", "doctor"},
     {"train", "evaluation", "serve", "bench"},
     {"reasoning"},
     {"engine"},
@@ -200,7 +200,7 @@ def test_tables_are_the_committed_results():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("name", ["lock", "dev", "test"])
+@pytest.mark.parametrize("name", ["lock", "dev", "test", "docs"])
 def test_locks_have_hashes(name):
     """pip checks every file that it installs, and users get no development tools."""
     text = (ROOT / "requirements" / f"{name}.txt").read_text()
@@ -212,9 +212,14 @@ def test_locks_have_hashes(name):
 
 
 def test_the_makefile_has_its_supply_chain():
-    done = subprocess.run(["make", "-n", "-B", "locks", "sbom", "fuzz"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        ["make", "-n", "-B", "locks", "sbom", "fuzz", "docs"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
-    assert all(word in done.stdout for word in ("--generate-hashes", "cyclonedx", "--require-hashes", "tests/fuzz"))
+    assert all(
+        word in done.stdout
+        for word in ("--generate-hashes", "cyclonedx", "--require-hashes", "tests/fuzz", "mkdocs build --strict")
+    )
     renew = (ROOT / ".ci/renew-locks").read_text()
     assert all(word in renew for word in ("checkout -B renew-locks", "make locks", ".ci/run"))
 

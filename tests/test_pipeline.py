@@ -123,3 +123,9 @@ def test_real_problems_are_graded_and_a_cut_off_run_goes_on(pocket, tmp_path, ca
     assert (out / "samples.jsonl").read_text().splitlines(keepends=True)[:4] == samples[:4]
     rows = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     assert sorted((row["problem"], row["round"]) for row in rows) == [(f"p{i}", r) for i in range(3) for r in range(2)]
+
+
+def test_several_processes_are_refused(pocket, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert m1("pipeline", pocket / "recipe") == 2
+    assert "m1 pipeline runs in one process: run its training stages with torchrun" in capsys.readouterr().err

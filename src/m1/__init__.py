@@ -9,11 +9,27 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from m1.engine import LLM, Engine, Request, SamplingParams
     from m1.evaluation.evaluate import evaluate
+    from m1.grading import Grader
     from m1.model import M1Config, M1ForCausalLM
     from m1.model.convert import convert
+    from m1.reasoning.budget import Budget
+    from m1.reasoning.solve import solve
     from m1.reasoning.voting import vote
 
-__all__ = ["LLM", "Engine", "M1Config", "M1ForCausalLM", "Request", "SamplingParams", "convert", "evaluate", "vote"]
+__all__ = [
+    "LLM",
+    "Budget",
+    "Engine",
+    "Grader",
+    "M1Config",
+    "M1ForCausalLM",
+    "Request",
+    "SamplingParams",
+    "convert",
+    "evaluate",
+    "solve",
+    "vote",
+]
 
 # The module of each public name. It is imported on first use, because `m1 --help` needs no torch.
 HOME = {
@@ -21,6 +37,9 @@ HOME = {
     **dict.fromkeys(("M1Config", "M1ForCausalLM"), "m1.model"),
     "convert": "m1.model.convert",
     "evaluate": "m1.evaluation.evaluate",
+    "Grader": "m1.grading",
+    "Budget": "m1.reasoning.budget",
+    "solve": "m1.reasoning.solve",
     "vote": "m1.reasoning.voting",
 }
 

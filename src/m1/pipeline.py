@@ -1,5 +1,6 @@
 """Runs a recipe folder's stages in order and writes a report. Finished stages are skipped, others resume."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +72,11 @@ def run_pipeline(
     """
     from m1.evaluation.report import refuse_foreign_report  # imports matplotlib
 
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError(
+            "m1 pipeline runs in one process: run its training stages with torchrun, e.g. "
+            f"`torchrun ... -m m1 distill {folder}/distill.toml`, then m1 pipeline, which skips what is finished"
+        )
     pipeline, stages = load_pipeline(folder)
     refuse_foreign_report(pipeline.out)
     made: list[str] = []

@@ -271,6 +271,14 @@ class TrainedStage(Stage, ChatTemplateOption):
     compile: Literal["auto", True, False] = option(
         False, "Compile the layers (torch.compile): faster steps after a minute or two. auto: on a GPU."
     )
+    global_batch: int | None = option(
+        None,
+        "Rows per optimizer step over all processes; for grpo, completions. per_device_train_batch_size is then a "
+        "process's maximum per pass, and gradient_accumulation_steps follows. Default: as these two say.",
+    )
+    shard: bool = option(
+        False, "Split weights, gradients and optimizer over the processes (FSDP2), and the teacher, too."
+    )
     trainer: dict[str, Any] = option({}, "Arguments of TRL's trainer: SFTConfig, for grpo GRPOConfig.")
 
     def __post_init__(self) -> None:
@@ -278,6 +286,7 @@ class TrainedStage(Stage, ChatTemplateOption):
             raise UserError(f"eval_rows={self.eval_rows}: must not be negative")
         if not 0 < self.mixer_lr_scale < math.inf:
             raise UserError(f"mixer_lr_scale={self.mixer_lr_scale}: need a positive, finite number")
+        _at_least_one(self, "global_batch")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from transformers import Qwen2Tokenizer
 from m1.errors import UserError
 from m1.model.checkpoint import load_model
 from m1.model.convert import convert
-from m1.model.gguf import import_gguf
+from m1.model.gguf import import_gguf, read_gguf
 
 PRE = {"llama": "smollm", "qwen2": "qwen2", "qwen3": "qwen2"}
 
@@ -129,6 +129,14 @@ def test_bos_is_added_where_the_file_says_so(tmp_path):
     facts = {"tokenizer.ggml.bos_token_id": PAD, "tokenizer.ggml.add_bos_token": True}
     _, tokenizer = imported(tmp_path, gguf_teacher(), facts=facts)
     assert ids(tokenizer, "a") == [PAD, TOKENS.index("a")]
+
+
+def test_a_file_is_parsed_once(tmp_path, monkeypatch):
+    """Its vocabulary takes seconds, and transformers reads it three times."""
+    own, made = gguf.GGUFReader, []
+    monkeypatch.setattr(gguf, "GGUFReader", lambda path: made.append(path) or own(path))
+    read_gguf(write_gguf(tmp_path / "tiny.gguf", gguf_teacher()), "float32")
+    assert len(made) == 1
 
 
 def test_convert_takes_the_file_itself(tmp_path):

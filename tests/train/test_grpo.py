@@ -190,9 +190,10 @@ def test_the_correction_keeps_the_losss_direction(stage, hybrid_dir, tmp_path, m
 def test_the_correction_can_be_switched_off(stage, monkeypatch):
     skewed(monkeypatch, -0.1)
     monkeypatch.setattr("m1.train.grpo_trainer.check_drift", lambda *_: None)
-    plain = stage({"max_steps": 1, "vllm_importance_sampling_correction": False}, out="off")
+    options = {"max_steps": 1, "seed": 2}  # completions of different lengths: else the advantages cancel
+    plain = stage(options | {"vllm_importance_sampling_correction": False}, out="off")
     plain.run()
-    corrected = stage({"max_steps": 1}, out="on")
+    corrected = stage(options, out="on")
     corrected.run()
     losses = [rows(made)[0]["policy_loss"] for made in (plain, corrected)]
     assert losses[1] == pytest.approx(losses[0] * math.exp(0.1), rel=1e-3)
@@ -234,8 +235,8 @@ def test_a_resume_is_exact_at_any_step(stage, monkeypatch, how, step):
 
 def test_seeds_never_repeat():
     """Seed 1 at step t was seed 0 at step t + 1, and generations of one step shared theirs."""
-    seeds = [seed_of(*numbers) for numbers in itertools.product(range(3), range(-3, 9), range(4), range(3))]
-    assert len(set(seeds)) == len(seeds) == 3 * 12 * 4 * 3
+    seeds = [seed_of(*numbers) for numbers in itertools.product(range(3), range(-3, 9), range(3))]
+    assert len(set(seeds)) == len(seeds) == 3 * 12 * 3
 
 
 def test_a_prompt_gets_other_samples_each_time(stage, tmp_path):
@@ -406,9 +407,9 @@ def test_evaluation_has_its_own_n_and_the_best_checkpoint_is_saved(stage, monkey
     """A reward on held-out problems that is best at step 2 of 4. Seeds are the same at each evaluation."""
     asked, evaluated, scores = [], [], [0.25, 0.75, 0.5, 0.0]
 
-    def sample(self, prompts, n, seed, stop, plain=EngineRollouts.sample):
-        asked.append((len(prompts), n, seed))
-        return plain(self, prompts, n, seed, stop)
+    def sample(self, prompts, n, first, seed, stop, plain=EngineRollouts.sample):
+        asked.append((len(prompts) // n, n, (seed, first)))
+        return plain(self, prompts, n, first, seed, stop)
 
     def evaluate(self, *arguments, plain=Trainer.evaluation_loop, **options):
         output = plain(self, *arguments, **options)

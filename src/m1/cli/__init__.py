@@ -18,7 +18,7 @@ from typer.core import TyperGroup
 from typer.main import get_group
 
 import m1
-from m1.cli import data, evaluate, generate, model, serve, train
+from m1.cli import data, doctor, evaluate, generate, model, serve, train
 from m1.errors import M1Warning, UserError, is_panic
 from m1.text import clean_logs, encodable
 
@@ -45,7 +45,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # rich's boxes would take a third of the time of `m1 --help`
     help=m1.__doc__,
 )
-for group in (model.app, train.app, generate.app, serve.app):
+for group in (model.app, train.app, generate.app, serve.app, doctor.app):
     app.add_typer(group)
 app.add_typer(data.app, name="data")
 app.add_typer(evaluate.app, name="eval")

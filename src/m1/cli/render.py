@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # they import torch
     from m1.model.summary import Summary
     from m1.reasoning.budget import Budget
     from m1.reasoning.solution import Solution
+    from m1.train.plan import StagePlan
 
 REDRAW_SECONDS = 0.1
 BAR_WIDTH = 40
@@ -92,6 +93,31 @@ def stage_result(stage: Stage, result: Any) -> None:
             n = measured["settings"]["n"]
             accuracy = f"pass@1 {percent(measured['pass@1'], measured['pass@1_ci95'])}"
             line(f"{name}: {accuracy}, maj@{n} {percent(**measured['maj@k'][str(n)])}", to=errors)
+
+
+def plan(stages: "Iterable[StagePlan]", title: str) -> None:
+    """Prints what a recipe's training stages take on these GPUs, and then the parts of their memory."""
+    numbers = ("parameters", "GiB per GPU", "rows x passes", "steps", "tokens", "hours")
+    table = Table("stage", *(Column(name, justify="right") for name in numbers), title=title)
+    parts, hours = [], 0.0
+    for stage in stages:
+        hours += stage.hours or 0.0
+        counted = ["?", "?", "?"]
+        if stage.steps is not None and stage.tokens is not None and stage.hours is not None:
+            counted = [f"{stage.steps:,}", f"{stage.tokens / 1e9:.3g} B", f"{stage.hours:.3g}"]
+        memory = {part: size / 2**30 for part, size in stage.memory.items()}
+        table.add_row(
+            stage.name,
+            f"{stage.parameters / 1e9:.3f} B",
+            f"{sum(memory.values()):.1f}",
+            f"{stage.rows[0]} x {stage.rows[1]}",
+            *counted,
+        )
+        parts.append(f"{stage.name}, GiB: " + ", ".join(f"{part} {size:.1f}" for part, size in memory.items()))
+    console.print(table)
+    for text in parts:
+        line(text)
+    line(f"{hours:.3g} hours together, computed and not measured; ?: only the data tells")
 
 
 def json_data(data: Any) -> None:

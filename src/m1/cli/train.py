@@ -39,11 +39,24 @@ add_training("grpo", "Learn from verifiable rewards (TRL's GRPOTrainer).")
 
 
 @app.command()
-def pipeline(recipe_dir: Annotated[Path, typer.Argument(help="Recipe folder with a pipeline.toml.")]) -> None:
+def pipeline(
+    recipe_dir: Annotated[Path, typer.Argument(help="Recipe folder with a pipeline.toml.")],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what the training stages would take, and run nothing.")
+    ] = False,
+    gpus: Annotated[int, typer.Option(help="With --dry-run: number of GPUs.")] = 1,
+    card: Annotated[str, typer.Option(help="With --dry-run: a100, h100, h200 or b200.")] = "h100",
+    mfu: Annotated[float, typer.Option(help="With --dry-run: share of the card's rate that training reaches.")] = 0.3,
+) -> None:
     """Run all stages of a recipe folder. Run again to resume."""
     from m1.cli import render
-    from m1.pipeline import run_pipeline
+    from m1.pipeline import load_pipeline, run_pipeline
 
+    if dry_run:
+        from m1.train.plan import plan
+
+        render.plan(plan(load_pipeline(recipe_dir)[1], gpus, card, mfu), f"{gpus} x {card}, {mfu:.0%} of its rate")
+        return
     render.json_data(run_pipeline(recipe_dir, render.stage_begins, render.stage_result, render.progress_bar))
 
 

@@ -17,6 +17,7 @@ from m1.errors import UserError
 from m1.model.cache_layout import AttentionCache, MambaState
 from m1.model.checkpoint import refuse_quantized_model
 from m1.model.configuration import ATTENTION, layer_kinds
+from m1.model.parallelize import whole
 from m1.ops import PackedLinear, add_rms_norm, decode_attention, embedding, prefill_attention, rotate_and_cache
 from m1.options import Quantization
 
@@ -121,7 +122,7 @@ class Runner:
         own = self.model.state_dict(keep_vars=True)
         for name, new in model.state_dict(keep_vars=True).items():
             if own[name] is not new:
-                own[name].data.copy_(new)
+                own[name].data.copy_(whole(new))  # a sharded model is gathered weight by weight
         self._pack.repeat()
         for layer in self.layers:
             if isinstance(layer, MambaLayer):

@@ -10,6 +10,7 @@ transformers reads the weights and the configuration. What it reads wrongly or d
     biases and the like     tensors that its model has no place for
 """
 
+import functools
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -131,6 +132,25 @@ def read_gguf(file: Path, dtype: Dtype) -> tuple[PreTrainedModel, PreTrainedToke
                 raise UserError(f"{file} isn't a GGUF file")
     except OSError as error:
         raise UserError(f"can't read {file}: {error.strerror}") from None
+    with _parsed_once():
+        return _read_gguf(file, dtype)
+
+
+@contextmanager
+def _parsed_once() -> Iterator[None]:
+    """Lets all readers of a file share one parser: parsing a vocabulary takes seconds, and transformers makes three."""
+    import gguf
+
+    own = gguf.GGUFReader
+    parsed = functools.cache(own)
+    gguf.GGUFReader = lambda path: parsed(Path(path).resolve())  # type: ignore[misc, assignment]
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = own  # type: ignore[misc]
+
+
+def _read_gguf(file: Path, dtype: Dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     try:
         facts, tensors = _read(file)
     except DAMAGED as error:

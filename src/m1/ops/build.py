@@ -56,15 +56,20 @@ def flags() -> list[str]:
     return [*FLAGS, *march, *shlex.split(os.environ.get("M1_CXXFLAGS", ""))]
 
 
+def compiler() -> str | None:
+    """The C++ compiler's command: `$CXX`, else g++ or clang++ on the path. None if there is none."""
+    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+
+
 @functools.cache
 def load_cpu_kernels() -> ctypes.CDLL | None:
     """The compiled kernels of `cpu/*.cpp`. None, with one warning, if they can't be compiled."""
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
+    found = compiler()
+    if found is None:
         warnings.warn("no C++ compiler (g++ or clang++) found: M1 runs slow pure-PyTorch kernels", stacklevel=2)
         return None
     try:
-        command = [*shlex.split(compiler), *flags()]
+        command = [*shlex.split(found), *flags()]
         texts = [path.read_text() for path in sorted(SOURCES.glob("*.[ch]*"))]
         key = hashlib.sha256("\0".join([*texts, platform.machine(), *command]).encode()).hexdigest()
         folder = private_folder(cache_dir() / "kernels")

@@ -42,6 +42,8 @@ def arguments_of(stage: AlignStage) -> SFTConfig:
     """The trainer's arguments. Raises UserError for an invalid `[trainer]`."""
     ignored = ["gradient_checkpointing"] if stage.trainer.get("gradient_checkpointing") else []
     refuse_ignored(stage.trainer, ignored, "a mixer's gradient passes through no other layer")
+    if stage.shard:
+        raise UserError("align: shard = true can't be: mixers train inside their layers; remove it")
     arguments = distill.arguments_of(stage)
     arguments.gradient_checkpointing = False
     return arguments
@@ -106,7 +108,7 @@ class AlignTrainer(DistillTrainer):
         outputs = model(**forward)
         self._wanted.clear()
         loss = torch.stack(self._errors).mean()
-        self._metrics["train" if self.model.training else "eval"]["attention_error"].append(loss.detach())
+        self.note("attention_error", loss, 1)
         return (loss, outputs) if return_outputs else loss
 
     def _keeps(self, i: int) -> Any:

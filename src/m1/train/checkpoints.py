@@ -22,7 +22,13 @@ logger = logging.getLogger(__name__)
 
 def seal(checkpoint: Path) -> None:
     """Notes the hashes of a complete checkpoint's files."""
-    write_json(checkpoint / SEAL, {path.name: sha256(path) for path in checkpoint.iterdir() if path.name != SEAL})
+    write_json(checkpoint / SEAL, {name: sha256(checkpoint / name) for name in files_of(checkpoint)})
+
+
+def files_of(checkpoint: Path) -> list[str]:
+    """The checkpoint's files, without its seal. Sharded ones are in a folder of their own."""
+    paths = [path.relative_to(checkpoint) for path in checkpoint.rglob("*") if path.is_file()]
+    return sorted(str(path) for path in paths if str(path) != SEAL)
 
 
 def last_checkpoint(out: Path) -> str | None:

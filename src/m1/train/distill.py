@@ -15,16 +15,17 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
 from m1.errors import UserError
 from m1.model.checkpoint import load_model
+from m1.model.parallelize import is_sharded, shard
 from m1.recipe import DistillStage, TaughtStage
 from m1.train import sft
-from m1.train.stage_trainer import StageTrainer, weights_in_products
+from m1.train.distributed import world_size
+from m1.train.stage_trainer import weights_in_products
 from m1.train.trainer import model_options, refuse_ignored, run_training, split
 
 Divergence = Literal["reverse_kl", "forward_kl", "jsd"]
@@ -65,6 +66,8 @@ def load_pair(stage: TaughtStage, arguments: SFTConfig) -> dict[str, Any]:
         "eval_dataset": held_out,
         "processing_class": tokenizer,
         "mixer_lr_scale": stage.mixer_lr_scale,
+        "shard": stage.shard,
+        "global_batch": stage.global_batch,
         "teacher": teacher,
         "teacher_device": stage.teacher_device,
         "teacher_autocast": stage.teacher_dtype is None,
@@ -93,8 +96,8 @@ def arguments_of(stage: TaughtStage) -> SFTConfig:
     return sft.arguments_of(stage)
 
 
-class DistillTrainer(StageTrainer, SFTTrainer):
-    """TRL's SFTTrainer with a divergence from a teacher in place of the cross-entropy.
+class DistillTrainer(sft.Trainer):
+    """The trainer of sft with a divergence from a teacher in place of the cross-entropy.
 
     Args:
         teacher: a causal LM with the student's vocabulary. One may have more padding rows at the end of its head.
@@ -115,10 +118,18 @@ class DistillTrainer(StageTrainer, SFTTrainer):
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
-        self.teacher = teacher.to(teacher_device or self.accelerator.device).eval().requires_grad_(False)
+        self.teacher = teacher.eval().requires_grad_(False)
+        self.shards_teacher = self.shard and world_size() > 1 and teacher_device is None
+        if not self.shards_teacher:
+            self.teacher.to(teacher_device or self.accelerator.device)
         self.teacher_autocast = teacher_autocast
-        self.teacher_head = self.teacher.get_output_embeddings().weight.to(self.accelerator.device)
         self.divergence, self.forward_kl_steps = divergence, forward_kl_steps
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Shards the teacher, too, whose head stays whole after its first forward pass."""
+        if self.shards_teacher and not is_sharded(self.teacher):
+            shard(self.teacher, self.args.device)
+        return super()._prepare_for_training(*args, **kwargs)
 
     @property
     def networks(self) -> list[PreTrainedModel]:
@@ -150,21 +161,29 @@ class DistillTrainer(StageTrainer, SFTTrainer):
             states.flatten(0, 1)[positions],
             student.get_output_embeddings().weight,
             teacher_states.flatten(0, 1)[positions],
-            self.teacher_head,
+            self.teacher.get_output_embeddings().weight.to(self.accelerator.device),
             self.current_divergence,
         )
         count = len(positions) if num_items_in_batch is None else num_items_in_batch
         loss = total / torch.as_tensor(count, device=total.device).clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
-        mode = "train" if self.model.training else "eval"
-        self._metrics[mode][self.current_divergence].append(total.detach() / max(len(positions), 1))
+        self.note(self.current_divergence, total, len(positions))
         return (loss, outputs) if return_outputs else loss
 
+    def note(self, name: str, total: Tensor, count: int) -> None:
+        """Notes a sum and how many numbers it is of, for the mean that is logged."""
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode][name].append(torch.stack([total.detach(), torch.as_tensor(count, device=total.device)]))
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Logs as TRL does. The divergences since the last log are read now, which waits for a GPU once."""
-        for values in self._metrics["train" if self.model.training else "eval"].values():
-            values[:] = torch.stack(values).tolist()
+        """Logs as TRL does, with the means of what was noted since the last log, in all processes.
+
+        The sums are read now, which waits for a GPU once.
+        """
+        for sums in self._metrics["train" if self.model.training else "eval"].values():
+            total, count = self.accelerator.reduce(torch.stack(sums).sum(dim=0)).tolist()
+            sums[:] = [total / max(count, 1)]
         super().log(logs, start_time)
 
     @torch.no_grad()
@@ -207,8 +226,7 @@ def divergence_from_states(
 ) -> Tensor:
     """Sum over tokens of the divergence between two heads' distributions over the tokens that both have.
 
-    Logits are float32. On a CPU they exist for CHUNK_TOKENS tokens at a time, also in the backward pass, which computes
-    them again. On a GPU they exist in tiles of TRL's kernel.
+    Logits are float32. On a CPU they exist for CHUNK_TOKENS tokens at a time, on a GPU in tiles of TRL's kernel.
 
     Args:
         student_states, teacher_states: [tokens, H] of each model's own H.
@@ -226,14 +244,50 @@ def divergence_from_states(
         )
         return nothing + per_token.sum()
 
-    student_head, teacher_head = student_head.float(), teacher_head.float()
-
-    def chunk_loss(student: Tensor, teacher: Tensor) -> Tensor:
-        return divergence(student.float() @ student_head.T, teacher.float() @ teacher_head.T, kind).sum()
-
-    chunks = zip(student_states.split(CHUNK_TOKENS), teacher_states.split(CHUNK_TOKENS), strict=True)
+    if not torch.is_grad_enabled():
+        student_states, student_head = student_states.detach(), student_head.detach()
     with torch.autocast(student_states.device.type, enabled=False):
-        return sum((checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks), start=nothing)
+        return nothing + ChunkedDivergence.apply(
+            student_states.float(), student_head.float(), teacher_states.float(), teacher_head.float(), kind
+        )
+
+
+class ChunkedDivergence(torch.autograd.Function):
+    """`divergence_from_states` on a CPU. A chunk's gradients are made with its logits, which then go away.
+
+    So no logits are computed twice: the forward pass has all but the factor of the gradients.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, student_states: Tensor, student_head: Tensor, teacher_states: Tensor, teacher_head: Tensor,
+        kind: Divergence,
+    ) -> Tensor:  # fmt: skip
+        """All tensors in float32. Returns the sum over tokens."""
+        of_states, of_head = (
+            torch.zeros_like(t) if needed else None
+            for t, needed in zip((student_states, student_head), ctx.needs_input_grad, strict=False)
+        )
+        total = student_states.new_zeros(())
+        for start in range(0, len(student_states), CHUNK_TOKENS):
+            own, wanted = (t[start : start + CHUNK_TOKENS] for t in (student_states, teacher_states))
+            logits = (own @ student_head.T).requires_grad_()
+            with torch.enable_grad():
+                loss = divergence(logits, wanted @ teacher_head.T, kind).sum()
+            total += loss.detach()
+            if any(ctx.needs_input_grad):
+                (gradient,) = torch.autograd.grad(loss, logits)
+                if of_states is not None:
+                    of_states[start : start + CHUNK_TOKENS] = gradient @ student_head
+                if of_head is not None:
+                    of_head.addmm_(gradient.T, own)
+        ctx.gradients = of_states, of_head
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, factor: Tensor) -> tuple:
+        """Gradients to the student's states and head."""
+        return (*(None if gradient is None else gradient * factor for gradient in ctx.gradients), None, None, None)
 
 
 def divergence(student_logits: Tensor, teacher_logits: Tensor, kind: Divergence) -> Tensor:

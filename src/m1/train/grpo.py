@@ -17,6 +17,7 @@ from m1.model.checkpoint import load_model
 from m1.model.tokenizer import encode_chat
 from m1.recipe import GRPOStage
 from m1.train.data import problems
+from m1.train.distributed import with_batch
 from m1.train.grpo_trainer import Trainer
 from m1.train.rewards import reward_functions
 from m1.train.rollout import EngineRollouts
@@ -115,7 +116,7 @@ def arguments_of(stage: GRPOStage) -> GRPOConfig:
     if stage.data.streaming or stage.data.weights:
         raise UserError("[data] streaming and weights are for sft and distill: remove them")
     defaults = DEFAULTS | eval_defaults(stage) | best_defaults(stage) | {"reward_weights": [*stage.rewards.values()]}
-    arguments = trainer_arguments(GRPOConfig, stage.out, given, **defaults)
+    arguments = trainer_arguments(GRPOConfig, stage.out, with_batch(GRPOConfig, stage), **defaults)
     if arguments.loss_type == "cispo" and arguments.epsilon_high is None:
         raise UserError("[trainer]: loss_type = 'cispo' cuts ratios off at epsilon_high itself: set it, e.g. to 5.0")
     if arguments.loss_type == "vespo" and arguments.vllm_importance_sampling_mode.startswith("sequence"):

@@ -21,7 +21,7 @@ from datasets import Dataset
 from torch import Tensor
 from trl import GRPOTrainer
 
-from m1.engine import Sequence
+from m1.engine import Sequence, fold_in
 from m1.history import SAMPLES
 from m1.model.tokenizer import encode_chat
 from m1.recipe import GRPOStage
@@ -49,7 +49,8 @@ class Trainer(StageTrainer, GRPOTrainer):
     files = (SAMPLES,)
 
     def __init__(self, stage: GRPOStage, rollouts: EngineRollouts, **options: Any):
-        super().__init__(rollout_func=self.rollout, mixer_lr_scale=stage.mixer_lr_scale, **options)
+        options |= {"mixer_lr_scale": stage.mixer_lr_scale, "shard": stage.shard}
+        super().__init__(rollout_func=self.rollout, **options)
         self.stage, self.rollouts = stage, rollouts
         self.use_vllm, self.vllm_generation, self._last_loaded_step = True, rollouts, -1
         self.vllm_importance_sampling_correction = True  # TRL then asks the trainer for its log-probabilities
@@ -73,10 +74,11 @@ class Trainer(StageTrainer, GRPOTrainer):
 
     def rollout(self, prompts: list[Any], _: Any = None) -> dict[str, list]:
         """TRL's `rollout_func`: samples one completion per prompt. Equal ones that follow each other are a group."""
-        n = self.num_generations if self.model.training else self.num_generations_eval
-        if len(prompts) % n or any(prompts[i] != prompts[i - i % n] for i in range(len(prompts))):
-            n = 1  # groups are split over processes, so samples can't share a prefill
-        sequences = self._drawn or self._sample(prompts[::n], n)
+        batch = 0
+        if not self.model.training:
+            batch, self._eval_batches = self._eval_batches, self._eval_batches + 1
+        place = (batch * self.accelerator.num_processes + self.accelerator.process_index) * len(prompts)
+        sequences = self._drawn or self._sample(prompts, place)
         self._drawn = []
         return {
             "prompt_ids": [encode_chat(self.processing_class, prompt) for prompt in prompts],
@@ -84,15 +86,12 @@ class Trainer(StageTrainer, GRPOTrainer):
             "logprobs": [s.logprobs for s in sequences],
         }
 
-    def _sample(self, prompts: list[Any], n: int, attempt: int = 0) -> list[Sequence]:
-        if self.model.training:
-            generation = self._step // self.window
-        else:
-            self._eval_batches += 1
-            generation = -self._eval_batches
-        seed = seed_of(self.args.seed, generation, self.accelerator.process_index, attempt)
+    def _sample(self, prompts: list[Any], first: int, attempt: int = 0) -> list[Sequence]:
+        generation = self._step // self.window if self.model.training else -1
+        n = self._group_size("train" if self.model.training else "eval")
+        seed = seed_of(self.args.seed, generation, attempt)
         with self._timed("rollout"):
-            sequences = self.rollouts.sample(prompts, n, seed, self.eos_token_ids)
+            sequences = self.rollouts.sample(prompts, n, first, seed, self.eos_token_ids)
         if not check_samples(sequences):
             raise not_finite(self.state.global_step + 1, "a sampled token's log-probability isn't finite")
         return sequences
@@ -170,14 +169,15 @@ class Trainer(StageTrainer, GRPOTrainer):
         varied: list[Group] = []
         left: list[Group] = []
         for attempt in range(1 + RESAMPLINGS):
-            sequences = self._sample([row["prompt"] for row in rows], n, attempt)
+            prompts = [row["prompt"] for row in rows for _ in range(n)]
+            sequences = self._sample(prompts, self.accelerator.process_index * len(inputs), attempt)
             groups = [(row, sequences[i * n : (i + 1) * n]) for i, row in enumerate(rows)]
             for group, equal in zip(groups, self._are_equal(groups), strict=True):
                 (left if equal else varied).append(group)
             missing = len(inputs) // n - len(varied)
             if not missing:
                 break
-            seed = seed_of(self.args.seed, self._step // self.window, self.accelerator.process_index, attempt)
+            seed = fold_in(seed_of(self.args.seed, self._step // self.window, attempt), self.accelerator.process_index)
             rows = [self._any_problem(seed, i) for i in range(missing)]
         chosen = (varied + left)[: len(inputs) // n]
         self._metrics["train"]["resampled_groups"].append(len(varied) + len(left) - len(chosen))
@@ -253,6 +253,8 @@ class Trainer(StageTrainer, GRPOTrainer):
         super()._save_optimizer_and_scheduler(output_dir)
         state = {
             "step": self._step,
+            "passes": self.args.gradient_accumulation_steps,
+            "processes": self.accelerator.num_processes,
             "inputs": self._buffered_inputs if self._step % self.window else None,
             "entropy": (self.entropy_coef, self._last_world_entropy),
         }
@@ -260,10 +262,18 @@ class Trainer(StageTrainer, GRPOTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            state = torch.load(self._generation_file(checkpoint), self.accelerator.device, weights_only=True)
-            self._step, self._buffered_inputs = state["step"], state["inputs"]
-            self.entropy_coef, self._last_world_entropy = state["entropy"]
+        if checkpoint is None:
+            return
+        path, device = self._generation_file(checkpoint), self.accelerator.device
+        path = path if os.path.exists(path) else os.path.join(checkpoint, "generation_0.pt")  # of fewer processes
+        state = torch.load(path, device, weights_only=True)
+        self._step, self._buffered_inputs = state["step"], state["inputs"]
+        self.entropy_coef, self._last_world_entropy = state["entropy"]
+        if state["processes"] != self.accelerator.num_processes:
+            self._step = self._step * self.args.gradient_accumulation_steps // state["passes"]
+            if self._buffered_inputs is not None:
+                logger.warning("the number of processes has changed: the generation in training is sampled again")
+                self._buffered_inputs = None
 
     def _generation_file(self, checkpoint: str) -> str:
         return os.path.join(checkpoint, f"generation_{self.accelerator.process_index}.pt")

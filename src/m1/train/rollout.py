@@ -3,15 +3,19 @@
 import copy
 import math
 from collections.abc import Iterable
+from dataclasses import replace
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from trl import GRPOConfig
 
-from m1.engine import LLM, SamplingParams, Sequence
+from m1.engine import LLM, Request, SamplingParams, Sequence
 from m1.errors import UserError
+from m1.model.parallelize import is_sharded, whole_weights
 from m1.model.tokenizer import encode_chat
 from m1.ops.random_bits import fold_in
 
@@ -22,7 +26,8 @@ class EngineRollouts:
     """Samples GRPO's completions with this project's engine, which stays and takes over the weights as they change.
 
     Under mixed precision the trainer's weights are float32, and its products are rounded to bfloat16 or float16. The
-    engine then has a copy of the weights in that dtype.
+    engine then has a copy of the weights in that dtype. Sharded weights, too, are copied: each is gathered, rounded and
+    freed before the next, so that no process ever holds two whole models.
 
     Args:
         model: the model that is trained.
@@ -49,13 +54,17 @@ class EngineRollouts:
         if self.llm is not None:
             self.llm.reload_weights(self.model)
 
-    def sample(self, prompts: Iterable[Any], n: int, seed: int, stop: Iterable[int]) -> list[Sequence]:
-        """Samples n completions of each prompt, in the order of the prompts.
+    def sample(self, prompts: list[Any], n: int, first: int, seed: int, stop: Iterable[int]) -> list[Sequence]:
+        """Samples one completion of each prompt, in the order of the prompts.
+
+        The prompts are a part of a batch, in which n equal ones follow each other, and share a prefill where they are
+        together. A sample depends on its place in the batch, not on the part.
 
         Args:
             prompts: lists of messages.
-            n: samples per prompt.
-            seed: of these samples; the prompts' numbers are folded into it.
+            n: samples per problem.
+            first: place of the first prompt in the batch.
+            seed: of the batch; the problems' numbers are folded into it.
             stop: tokens that end a completion.
 
         Raises:
@@ -64,38 +73,52 @@ class EngineRollouts:
         args = self.arguments
         if self.llm is None:
             dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else self.model.dtype
-            self.llm = LLM(in_dtype(self.model, dtype), self.tokenizer, stop, **self.options)
+            self.llm = LLM(engine_model(self.model, dtype), self.tokenizer, stop, **self.options)
         params = SamplingParams(
-            n=n,
             max_tokens=args.max_completion_length,
             temperature=args.temperature,
             top_p=args.top_p,
             top_k=args.top_k or 0,
             min_p=args.min_p or 0.0,
-            seed=seed,
         )
-        tokens = [encode_chat(self.tokenizer, prompt) for prompt in prompts]
-        return self.llm.engine_for(tokens, params.max_tokens).generate(tokens, params)
+        requests = []
+        for problem, group in groupby(range(first, first + len(prompts)), key=lambda place: place // n):
+            places = list(group)
+            tokens = encode_chat(self.tokenizer, prompts[places[0] - first])
+            of_problem = replace(params, seed=fold_in(seed, problem))
+            requests.append(Request(tokens, of_problem, problem, tuple(place % n for place in places)))
+        for _ in self.llm.engine_for([r.tokens for r in requests], params.max_tokens).run(requests):
+            pass
+        return [sequence for request in requests for sequence in request.sequences]
 
 
-def in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """The model, or a copy with its parameters in this dtype if they have another. Buffers keep theirs."""
+def engine_model(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The model, or a copy with whole parameters in this dtype if they are sharded or of another. Buffers keep theirs.
+
+    All processes must call this if the model is sharded.
+    """
+    if is_sharded(model):
+        with init_empty_weights():
+            empty = AutoModelForCausalLM.from_config(model.config, trust_remote_code=False)
+        weights = {name: weight.to(dtype) for name, weight in whole_weights(model)}
+        empty.load_state_dict(weights, strict=False, assign=True)  # a tied head has no name of its own here
+        empty.tie_weights()
+        return empty.to(model.device).eval().requires_grad_(False)
     if model.dtype == dtype:
         return model
     cast = {id(p): nn.Parameter(p.detach().to(dtype), requires_grad=False) for p in model.parameters()}
     return copy.deepcopy(model, cast)
 
 
-def seed_of(seed: int, generation: int, rank: int, attempt: int = 0) -> int:
-    """The seed of one process's part of a generation. No two of a training are the same.
+def seed_of(seed: int, generation: int, attempt: int = 0) -> int:
+    """The seed of a generation. No two of a training are the same.
 
     Args:
         seed: of the training.
-        generation: number of the generation from 0; -1 - i for an evaluation's i-th batch.
-        rank: of the process.
+        generation: number of the generation from 0; -1 for an evaluation.
         attempt: number of the draw within the generation.
     """
-    for number in (generation, rank, attempt):
+    for number in (generation, attempt):
         seed = fold_in(seed, number)
     return seed
 

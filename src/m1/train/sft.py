@@ -19,6 +19,7 @@ from m1.recipe import SFTStage, TaughtStage
 from m1.train.data_cache import Preparation
 from m1.train.data_mask import ChatEncoder
 from m1.train.data_report import report
+from m1.train.distributed import with_batch
 from m1.train.stage_trainer import StageTrainer
 from m1.train.trainer import eval_defaults, model_options, run_training, split, trainer_arguments
 
@@ -41,7 +42,23 @@ def sft(stage: SFTStage, resume: bool = False, force: bool = False) -> None:
 
 
 class Trainer(StageTrainer, SFTTrainer):
-    """TRL's SFTTrainer with what all stages have in common."""
+    """TRL's SFTTrainer with what all stages have in common.
+
+    Args:
+        global_batch: rows per optimizer step. Rows that don't fill an epoch's last step are then left out: several
+            processes would repeat other rows there, and the steps would depend on their number.
+    """
+
+    def __init__(self, *args: Any, global_batch: int | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        rows: Any = vars(self)["train_dataset"]
+        if global_batch and isinstance(rows, Dataset):
+            steps, left = divmod(len(rows), global_batch)
+            if not steps:
+                raise UserError(f"global_batch={global_batch}: the data has only {left} rows")
+            if left:
+                logger.info("%d of %d rows are left out: they don't fill a step", left, len(rows))
+                self.train_dataset = rows.select(range(steps * global_batch))
 
 
 def sft_trainer(stage: SFTStage, arguments: SFTConfig) -> Trainer:
@@ -59,6 +76,8 @@ def sft_trainer(stage: SFTStage, arguments: SFTConfig) -> Trainer:
         eval_dataset=held_out,
         processing_class=tokenizer,
         mixer_lr_scale=stage.mixer_lr_scale,
+        shard=stage.shard,
+        global_batch=stage.global_batch,
     )
 
 
@@ -137,7 +156,7 @@ def arguments_of(stage: SFTStage | TaughtStage) -> SFTConfig:
     defaults = DEFAULTS | eval_defaults(stage)
     if stage.data.streaming:
         defaults["dataloader_num_workers"] = 0  # each worker would read the stream
-    arguments = trainer_arguments(SFTConfig, stage.out, stage.trainer, **defaults)
+    arguments = trainer_arguments(SFTConfig, stage.out, with_batch(SFTConfig, stage), **defaults)
     if stage.data.streaming and arguments.max_steps < 1:
         raise UserError("[data] streaming needs max_steps in [trainer]: a stream's length isn't known")
     if stage.data.streaming and stage.eval_rows:

@@ -1,7 +1,9 @@
 """What the trainers of all stages have in common at a step: parameter groups, and numbers that must be finite."""
 
 import math
+import os
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +16,11 @@ from transformers import PreTrainedModel, Trainer
 from m1.errors import UserError
 from m1.model.checkpoint import one_line
 from m1.model.mixer import Mixer
+from m1.model.parallelize import is_sharded, shard, whole, whole_weights
+from m1.train.distributed import any_process, load_shards, save_shards, world_size
 
 UNDECAYED = ("A_log", "D")  # as in the mamba_ssm package; transformers itself leaves out biases and norms
+SCHEDULE = "scheduler.pt"  # transformers' name
 COUNTED = ("attention_mask", "prompt_mask", "completion_mask")  # the masks of a batch's real tokens
 
 
@@ -24,6 +29,8 @@ class StageTrainer(Trainer):
 
     Args:
         mixer_lr_scale: the learning rate of Mamba mixers, as a multiple of `learning_rate`.
+        shard: split weights, gradients and optimizer over the processes. One process has them whole, and stores them
+            in checkpoints as several do.
 
     Attributes:
         files: names of JSONL files that the trainer writes with `write_row`. A resumed run drops later steps' rows.
@@ -36,9 +43,9 @@ class StageTrainer(Trainer):
 
     files: tuple[str, ...] = ()
 
-    def __init__(self, *args: Any, mixer_lr_scale: float = 1.0, **kwargs: Any):
+    def __init__(self, *args: Any, mixer_lr_scale: float = 1.0, shard: bool = False, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.mixer_lr_scale = mixer_lr_scale
+        self.mixer_lr_scale, self.shard = mixer_lr_scale, shard
         self.write_row: Callable[[str, dict[str, Any]], None] = lambda name, row: None
         self.tokens: Tensor | int = 0
         self._unread: list[tuple[int, str, Tensor]] = []
@@ -114,22 +121,76 @@ class StageTrainer(Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The gradient norm, noted for `check_finite`. In float16 it may overflow: then the loss scale is lowered."""
-        grad_norm = super()._get_grad_norm(model, grad_norm)
+        grad_norm = whole(torch.as_tensor(super()._get_grad_norm(model, grad_norm), device=self.args.device))
         if self.accelerator.scaler is None:
-            self._unread.append((self.state.global_step + 1, "gradient norm", torch.as_tensor(grad_norm)))
+            self._unread.append((self.state.global_step + 1, "gradient norm", grad_norm))
         return grad_norm
 
+    # Sharding
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Shards the model before the optimizer is made. transformers then takes it for one that was loaded sharded."""
+        if self.shard and world_size() > 1 and not is_sharded(self.model):
+            shard(self.model, self.args.device)
+            self.is_distributed_loading_by_transformers = True
+        return super()._prepare_for_training(*args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves the whole model. In checkpoints of a sharded training, the weights are in the shards instead."""
+        if self.shard and _internal_call:
+            return
+        if not is_sharded(self.model):
+            super().save_model(output_dir, _internal_call)
+            return
+        weights = {}
+        for name, weight in whole_weights(self.model):
+            if self.args.should_save:
+                weights[name] = weight.cpu()
+        if self.args.should_save:
+            self._save(output_dir, weights)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.shard:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        save_shards(Path(output_dir), self.model, self.optimizer.optimizer)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULE))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Loads a checkpoint's weights. Those in shards are loaded later, with the optimizer."""
+        if not self.shard:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.shard or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        load_shards(checkpoint, self.model, self.optimizer.optimizer)
+        self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, SCHEDULE), weights_only=True))
+
+    def _load_best_model(self) -> None:
+        if self.shard:
+            load_shards(self.state.best_model_checkpoint, self.model)
+        else:
+            super()._load_best_model()
+
     def check_finite(self) -> None:
-        """Raises UserError if a loss or gradient norm since the last check, or a weight, isn't finite."""
+        """Raises UserError if a loss or gradient norm since the last check, or a weight, isn't finite anywhere."""
+        problem = self._not_finite()
+        if any_process(problem is not None):
+            raise problem or not_finite(self.state.global_step, "another process has a number that isn't finite")
+
+    def _not_finite(self) -> UserError | None:
         noted, self._unread = self._unread, []
         if noted:
-            device = noted[0][2].device
-            values = torch.stack([value.to(device, torch.float32).reshape(()) for *_, value in noted]).tolist()
+            values = torch.stack([value.to(torch.float32).reshape(()) for *_, value in noted]).tolist()
             for (step, what, _), value in zip(noted, values, strict=True):
                 if not math.isfinite(value):
-                    raise not_finite(step, f"the {what} is {value}")
+                    return not_finite(step, f"the {what} is {value}")
         if name := first_not_finite(self.model.named_parameters()):
-            raise not_finite(self.state.global_step, f"the weight {name} isn't finite")
+            return not_finite(self.state.global_step, f"the weight {name} isn't finite")
+        return None
 
 
 def not_finite(step: int, what: str) -> UserError:

@@ -40,6 +40,7 @@ from m1.runs import Run, sha256
 from m1.secrets import redact_settings
 from m1.train.checkpoints import last_checkpoint, seal
 from m1.train.data import check_files
+from m1.train.distributed import any_process, from_first, refuse_other_sharding
 from m1.train.speed import speed_up
 from m1.train.stage_trainer import StageTrainer
 
@@ -175,14 +176,12 @@ def run_training(
         UserError: `out` holds an interrupted run of this stage, and `resume` is False; a loss, gradient norm or weight
             isn't finite; as `last_checkpoint`; as `Run`.
     """
+    refuse_other_sharding(stage, arguments)
+    run = Run(stage.kind, stage.out, stage.settings(), force=force, ranks=True)
     with ExitStack() as stack:
-        with arguments.main_process_first(local=False):  # it may move or delete what the others then look at
-            run = stack.enter_context(Run(stage.kind, stage.out, stage.settings(), force=force, ranks=True))
-            last = last_checkpoint(run.folder)
-            if last and not run.finished and not resume:
-                raise UserError(f"{stage.out} holds this stage, interrupted: give --resume, or delete it to restart")
-            if not last and not run.finished:
-                run.clear(*MADE)
+        last = from_first(lambda: _opened(stage, stack.enter_context(run), resume))
+        if not run.writes:
+            stack.enter_context(run)  # which looks at what the first has left there
         if run.finished:
             return
         check_files(stage.data)
@@ -213,6 +212,18 @@ def run_training(
             run.finish(**provenance(trainer, run.folder))
         if run.writes:
             shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
+
+
+def _opened(stage: TrainedStage, run: Run, resume: bool) -> str | None:
+    """The checkpoint that training resumes from, if any. Without one, deletes what an interrupted run left."""
+    if run.finished:
+        return None
+    last = last_checkpoint(run.folder)
+    if last and not resume:
+        raise UserError(f"{stage.out} holds this stage, interrupted: give --resume, or delete it to restart")
+    if not last:
+        run.clear(*MADE)
+    return last
 
 
 def _made(make_trainer: Callable[[S, Any], StageTrainer], stage: S, arguments: TrainingArguments) -> StageTrainer:
@@ -429,7 +440,8 @@ class _InterruptCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """After a signal, makes the trainer save a checkpoint and stop."""
+        """After a signal, makes the trainer save a checkpoint and stop: all processes at the same step."""
+        self.requested = any_process(self.requested)
         if self.requested:
             control.should_save = control.should_training_stop = True
         return control
