@@ -32,6 +32,9 @@ LORA = {"enable_lora": True, "max_lora_rank": 8}
 # Prompts are longer than a step's tokens: they are prefilled in chunks, beside samples that decode.
 CACHED = {"enable_prefix_caching": True, "max_num_batched_tokens": 160}  # chunks end with blocks, of 128 tokens
 UNCACHED = {"enable_prefix_caching": False, "max_num_batched_tokens": 90}
+SPECULATIVE = {
+    "speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3},
+}
 SETTINGS = {"llama": CACHED | LORA, "qwen2": UNCACHED, "qwen3": CACHED}
 
 
@@ -91,7 +94,9 @@ def models(tmp_path_factory):
 @pytest.fixture(scope="module")
 def answers(models, tmp_path_factory):
     jobs = [job(out, SETTINGS[family]) for (family, _), out in models.items()]
-    return dict(zip(models, run_vllm(jobs, tmp_path_factory.mktemp("vllm")), strict=True))
+    jobs.append(job(models["llama", "mamba"], SPECULATIVE))
+    *answered, refused = run_vllm(jobs, tmp_path_factory.mktemp("vllm"))
+    return dict(zip(models, answered, strict=True)) | {"speculative": refused}
 
 
 def agree(model, samples):
@@ -121,6 +126,10 @@ def test_adapters_are_applied(models, answers, mixer):
     out, answer = models["llama", mixer], answers["llama", mixer]
     agree(PeftModel.from_pretrained(M1ForCausalLM.from_pretrained(out), f"{out}-adapter"), answer["adapted"])
     assert all(a["token_ids"] != b["token_ids"] for a, b in zip(answer["all"], answer["adapted"], strict=True))
+
+
+def test_speculative_decoding_is_refused(answers):
+    assert "no speculative decoding in vLLM" in answers["speculative"]["refused"]
 
 
 def test_two_ranks_compute_the_same(models, answers, tmp_path):

@@ -4,7 +4,7 @@
 
 JOBS is a list of {"model": folder, "prompts": [[token, ...], ...], "settings": arguments of vLLM's `LLM`, "adapter":
 folder or null}. Each answer has greedy tokens and their log-probabilities: of "all" prompts together, of all "again" in
-reverse after requests were aborted, and with the adapter ("adapted").
+reverse after requests were aborted, and with the adapter ("adapted"); or why vLLM has "refused" to start.
 """
 
 import gc
@@ -51,7 +51,10 @@ def run(job):
     from vllm.lora.request import LoRARequest
 
     began = time.perf_counter()
-    llm = LLM(job["model"], dtype="float32", enforce_eager=True, skip_tokenizer_init=True, **job["settings"])
+    try:
+        llm = LLM(job["model"], dtype="float32", enforce_eager=True, skip_tokenizer_init=True, **job["settings"])
+    except ValueError as error:
+        return {"refused": str(error)}
     started = time.perf_counter() - began
     answers = {"all": greedy(llm, job["prompts"])}
     abort_some(llm, job["prompts"])
