@@ -543,6 +543,17 @@ MUTANTS = [
         "A_log decays",
     ),
     Mutant(
+        "train/distributed.py", "if left or not share or share % rows:", "if not share:", "train/test_distributed.py",
+        "a batch that processes can't share is cut short",
+    ),
+    Mutant(
+        "train/distributed.py", "_Unpickler(file).load()", "pass", "train/test_distributed.py",
+        "a checkpoint's metadata runs code",
+    ),
+    Mutant(
+        "train/plan.py", "if total > has:", "if False:", "train/test_plan.py", "a stage that can't fit is planned",
+    ),
+    Mutant(
         "train/stage_trainer.py", 'return not_finite(step, f"the {what} is {value}")', "pass", "train/test_safety.py",
         "a loss that isn't finite is let through",
     ),

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from m1.errors import UserError
 from m1.jsonl import read_jsonl
 from m1.model.checkpoint import load_model
+from m1.model.convert import convert
 from m1.recipe import Data, SFTStage
 from m1.train.checkpoints import damage
 from m1.train.distributed import load_shards, save_shards, split_batch
@@ -121,6 +122,17 @@ def test_two_processes_equal_one(job, hybrid_dir, tmp_path):
     assert not Path(broken["out"], "model.safetensors").exists()
     ranks.run(halved)  # what was left of its generation is sampled again
     assert [row["step"] for row in read_jsonl(Path(halved["out"], "metrics.jsonl")) if "loss" in row] == [1, 2, 3, 4]
+
+
+@pytest.mark.long
+def test_uneven_shards(job, teacher_dir, tmp_path):
+    """Three processes share Mamba-2's vectors of four heads: one has nothing of them."""
+    convert(teacher_dir, tmp_path / "mamba2", [1, 3], mixer="mamba2")
+    keys = {"model": str(tmp_path / "mamba2"), "global_batch": 12}
+    one, three = (job("sft", name, {"max_steps": 2}, shard=name == "three", **keys) for name in ("one", "three"))
+    run_on(3, [three], tmp_path)
+    ranks.run(one)
+    same(one, three)
 
 
 @pytest.mark.long

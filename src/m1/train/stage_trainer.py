@@ -204,7 +204,8 @@ def not_finite(step: int, what: str) -> UserError:
 @torch.no_grad()
 def first_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
     """The name of the first tensor with a NaN or an infinity; None if there is none."""
-    named = [(name, t.to_local() if isinstance(t, DTensor) else t) for name, t in tensors if t.numel()]
+    local = [(name, t.to_local() if isinstance(t, DTensor) else t) for name, t in tensors]
+    named = [(name, t) for name, t in local if t.numel()]  # of a short one a process may have no part
     if get_total_norm([t for _, t in named], math.inf).isfinite():  # the largest magnitude: one pass, one number
         return None
     return next(name for name, t in named if not t.isfinite().all())
