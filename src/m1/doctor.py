@@ -133,7 +133,7 @@ def _compiler_version() -> str:
     try:
         done = subprocess.run([*shlex.split(command), "--version"], capture_output=True, text=True, timeout=10)
         return done.stdout.partition("\n")[0] or command
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, ValueError, subprocess.SubprocessError) as error:  # ValueError: a quote is open
         return f"{command}: {error}"
 
 

@@ -62,6 +62,11 @@ def test_unfinished_or_foreign_folders(tmp_path):
     (old / "result.json").write_text('{"settings": {}, "maj@k": {}}')
     with pytest.raises(UserError, match="no results per problem"):
         compare(old, a)
+    shard = result(tmp_path / "shard", {"x": (0.5, 1.0)})
+    (shard / "result.json").write_text((shard / "result.json").read_text().replace("{", '{"shard": "1/4", ', 1))
+    for sides in ((a, shard), (shard, a)):
+        with pytest.raises(UserError, match="shard is shard 1/4 of an evaluation: join all with `m1 eval merge` first"):
+            compare(*sides)
     (old / "result.json").write_text('{"settings"')
     with pytest.raises(UserError, match="not valid JSON"):
         compare(old, a)

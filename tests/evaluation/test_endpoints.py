@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from contextlib import ExitStack, contextmanager
 
 import pytest
@@ -86,6 +87,27 @@ def test_a_busy_server_is_not_left_out(serve, caplog):
     assert len(sample([busy, serve(answer)], requests(3, n=2), concurrency=1)) == 6 and not caplog.text
 
 
+def test_an_early_end_is_no_servers_failure(serve, caplog):
+    """A vote that is decided closes open requests. The servers are asked again at the next problem."""
+    servers = [serve(answer), serve(answer)]
+    sampler = EndpointSampler([server.url for server in servers], "m", concurrency=4, wait=0.01, timeout=5.0)
+    for _ in range(2):
+        samples = sampler.generate(requests(1, n=400), PARAMS)
+        next(samples)
+        samples.close()
+        time.sleep(0.2)  # the threads notice
+    assert all(server.alive for server in sampler.servers) and not caplog.text
+
+
+def test_a_server_that_failed_is_asked_no_more(serve):
+    """Its other threads, which waited for a request, don't try it again."""
+    failing = serve(lambda body, number: (500, {}) if number >= 3 else answer(body, number))
+    slow = serve(lambda body, number: (time.sleep(0.05), answer(body, number))[1])
+    assert len(sample([failing, slow], requests(6, n=2), concurrency=3, tries=2)) == 12
+    asked = len(failing.bodies)
+    assert asked <= 3 + 2 * 3  # the tries of requests that were open when it failed
+
+
 def test_several_samples_in_one_request(serve):
     server = serve(answer)
     samples = sample([server], requests(2, n=5), samples_per_request=3)
@@ -99,11 +121,13 @@ def test_a_count_of_several_choices_is_nobodys(serve):
     assert sorted((s.round, s.text, s.tokens) for s in samples) == [(0, "a", None), (1, "b", None), (2, "a", 7)]
 
 
-@pytest.mark.parametrize("refusal", [(400, {"error": "one choice at a time"}), (200, completion("a"))])
-def test_servers_that_give_one_sample_per_request(serve, refusal):
+@pytest.mark.parametrize("status", [400, 422, 200])
+def test_servers_that_give_one_sample_per_request(serve, status):
+    refusal = (200, completion("a")) if status == 200 else (status, {"error": "one choice at a time"})
     server = serve(lambda body, number: refusal if "n" in body else answer(body, number))
-    samples = sample([server], requests(2, n=3), samples_per_request=3)
-    assert sorted(texts(samples)) == [(f"p{i}", r) for i in range(2) for r in range(3)]
+    samples = sample([server], requests(4, n=3), samples_per_request=3, concurrency=3)
+    assert sorted(texts(samples)) == [(f"p{i}", r) for i in range(4) for r in range(3)]
+    assert status == 200 or sum("n" in body for body in server.bodies) == 1  # it is remembered
 
 
 class Scripted:

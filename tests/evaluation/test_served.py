@@ -69,9 +69,9 @@ def test_seconds_end_it_while_a_server_hangs(serve, grader):
             hang.wait(20)
         return says(4)(body, number)
 
-    solution = solve(grader, [serve(answer)], Budget(seconds=1))
+    solution = solve(grader, [serve(answer)], Budget(seconds=3))
     hang.set()
-    assert solution.reason == "seconds" and 1 <= solution.seconds < 5 and solution.answer == "4"
+    assert solution.reason == "seconds" and 3 <= solution.seconds < 10 and solution.answer == "4"
 
 
 def test_weights_are_mean_log_probabilities(serve, grader):

@@ -241,12 +241,15 @@ def test_data_that_cannot_be(options, message):
 
 def test_some_rows_of_each_file_and_their_answers(tmp_path):
     """`skip` and `limit` count from the beginning of each path; the solution's own braces stay as they are."""
-    rows = [{"problem": f"p{i}", "solution": f"so {{answer}} {i}", "answer": str(i)} for i in range(5)]
+    rows = [{"problem": f"p{i}", "solution": f"so {{answer}} {i}", "answer": str(i)} for i in range(4)]
+    rows.append({"problem": "p4", "solution": "s", "answer": "{solution}"})
     paths = [jsonl(tmp_path / name, *rows) for name in ("a.jsonl", "b.jsonl")]
     data = Data(path=paths, skip=1, limit=2, solution_template="{solution}\n\\boxed{{answer}}")
     found = [messages[1]["content"] for messages in all_conversations(data)]
     assert found == ["so {answer} 1\n\\boxed{1}", "so {answer} 2\n\\boxed{2}"] * 2
-    assert [row["answers"] for row in problems(Data(path=paths[0], skip=3))] == [["3"], ["4"]]
+    assert [row["answers"] for row in problems(Data(path=paths[0], skip=3))] == [["3"], ["{solution}"]]
+    (messages,) = all_conversations(Data(path=paths[0], skip=4, solution_template="{solution}: {answer}"))
+    assert messages[1]["content"] == "s: {solution}"
     with pytest.raises(UserError, match="has no rows after the first 5"):
         all_conversations(Data(path=paths[0], skip=5))
     path = jsonl(tmp_path / "c.jsonl", {"problem": "p", "solution": "s"})

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,12 +12,14 @@ import pytest
 import ranks
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerControl
 
 from m1.errors import UserError
 from m1.jsonl import read_jsonl
 from m1.model.checkpoint import load_model
 from m1.model.convert import convert
 from m1.recipe import Data, SFTStage
+from m1.train import trainer
 from m1.train.checkpoints import damage
 from m1.train.distributed import load_shards, save_shards, split_batch
 
@@ -224,6 +227,19 @@ def test_a_batch_larger_than_the_data(job):
 def test_other_sharding_is_refused(job, monkeypatch):
     with pytest.raises(UserError, match="fp16 can't be sharded: set bf16 = true instead"):
         ranks.run(job("sft", "out", {"fp16": True}, shard=True))
+    with pytest.raises(UserError, match="save_only_model = true: sharded checkpoints hold the optimizer"):
+        ranks.run(job("sft", "out", {"save_only_model": True}, shard=True))
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(UserError, match="remove it, and set the stage's shard = true"):
         ranks.run(job("sft", "out"))
+
+
+def test_a_signal_after_another_processs_is_the_first_here(monkeypatch):
+    """It comes while the checkpoint is saved that the other one asked for."""
+    monkeypatch.setattr(trainer, "any_process", lambda flag: True)
+    interrupt, control = trainer._InterruptCallback(), TrainerControl()
+    interrupt.on_step_end(None, None, control)
+    assert control.should_save and control.should_training_stop and interrupt.requested
+    interrupt._on_signal(signal.SIGTERM, None)
+    with pytest.raises(KeyboardInterrupt):
+        interrupt._on_signal(signal.SIGTERM, None)

@@ -72,6 +72,13 @@ def test_what_cant_fit_is_refused(recipe):
         list(plan(load_pipeline(recipe)[1], 8, "h100", 0.3))
 
 
+def test_a_refusal_says_that_rows_have_no_maximum(recipe):
+    path = recipe / "math.toml"
+    path.write_text(path.read_text().replace("max_length = 8192\n", ""))
+    with pytest.raises(UserError, match=r"math.toml needs .*without max_length in \[trainer\], rows count with the"):
+        list(plan(load_pipeline(recipe)[1], 8, "h100", 0.3))
+
+
 @pytest.mark.parametrize(("gpus", "card", "mfu"), [(0, "h100", 0.3), (1, "h100", 1.5), (1, "tpu", 0.3)])
 def test_impossible_machines(gpus, card, mfu):
     with pytest.raises(UserError, match=r"need at least one|choose one of a100, h100"):

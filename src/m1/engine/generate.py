@@ -154,7 +154,7 @@ def sample_file(
         raise UserError(f"{prompts}: ids are not unique")
     texts = {i: _prompt_of(row, prompt, f"{prompts}, row {i + 1}") for i, row in rows.items()}
     depends = asdict(params) | prompt.settings() | (settings or {})
-    depends |= identity | {"prompts_sha256": sha256(prompts)}
+    depends |= identity | {"prompts_sha256": sha256(prompts), "chosen": list(chosen)}
     with Run("generate", out, depends, is_file=True, force=force) as run:
         done = {(row["id"], row["sample"]) for row in run.read(out.name, {"id": str, "sample": int})}
         wanted, numbers = [], []

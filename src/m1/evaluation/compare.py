@@ -69,6 +69,8 @@ def _result(folder: Path) -> dict[str, Any]:
     result = read_json(path)
     if "per_problem" not in result or not (folder / "problems.jsonl").exists():
         raise UserError(f"{folder} has no results per problem: it isn't from this version's `m1 eval`; run it again")
+    if "shard" in result:
+        raise UserError(f"{folder} is shard {result['shard']} of an evaluation: join all with `m1 eval merge` first")
     return result
 
 

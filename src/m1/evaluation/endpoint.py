@@ -137,7 +137,7 @@ class EndpointSampler:
                         choices = server.ask(self._body(job, params), stop)
                     except ServerLost as error:
                         jobs.put(job)
-                        return self._leave_out(server, error)
+                        return None if stop.is_set() else self._leave_out(server, error)
                     for round_, choice in zip(job.rounds, choices, strict=False):
                         results.put(Sample(job.request.problem, round_, *choice, time.monotonic() - started))
                     for round_ in job.rounds[len(choices) :]:  # of a server that gives one sample per request
@@ -228,6 +228,7 @@ class Server:
         # A dummy key, such as "x" for a local server, is a part of words and numbers.
         self._secret = self._key if self._key and len(self._key) >= SHORTEST else None
         self._unknown: set[str] = set()  # fields that this server refused
+        self._single = False  # whether it refused several samples per request
         self._reached = False
         self._client: httpx2.Client | None = None
         self._certificates: ssl.SSLContext | None = None
@@ -263,8 +264,10 @@ class Server:
             UserError: it refuses the request.
         """
         assert self._client
-        wait, problem, attempt = self.sampler.wait, "", 0
-        while attempt < self.sampler.tries:
+        if "n" in body and self._single:
+            return []
+        wait, problem, attempt = self.sampler.wait, "another request failed", 0
+        while attempt < self.sampler.tries and self.alive:
             if attempt and stop.wait(min(wait * random.uniform(0.8, 1.2), LONGEST_WAIT)):
                 break
             wait = self.sampler.wait * 2**attempt
@@ -295,10 +298,11 @@ class Server:
                     return _choices(json.loads(text), self._secret)
                 except Exception as error:
                     problem = f"a reply that isn't a chat completion ({type(error).__name__}: {_excerpt(text)})"
-            elif response.status_code == 400 and (named := _named(text, asked)):
+            elif response.status_code in (400, 422) and (named := _named(text, asked)):
                 self._unknown.add(named)
                 wait = 0.0
-            elif response.status_code == 400 and "n" in asked:
+            elif response.status_code in (400, 422) and "n" in asked:
+                self._single = True
                 return []  # each sample is asked for alone
             elif response.status_code == 429 or response.status_code >= 500:
                 wait = max(wait, _retry_after(response))

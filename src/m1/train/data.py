@@ -185,7 +185,5 @@ def _assistant(data: Data, solution: str, row: dict[str, Any]) -> dict[str, str]
         raise UserError(
             f"[data] solution_template={template!r} has {{answer}}: a row has no text `answer`: {sorted(row)}"
         )
-    return {
-        "role": "assistant",
-        "content": template.replace("{answer}", row.get("answer", "")).replace("{solution}", solution),
-    }
+    parts = (part.replace("{answer}", row.get("answer", "")) for part in template.split("{solution}"))
+    return {"role": "assistant", "content": solution.join(parts)}

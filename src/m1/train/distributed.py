@@ -69,16 +69,19 @@ def _cpu_group() -> Any:
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """What rank 0's `make` returns, in every process. Only rank 0 calls it. Its UserError is raised by all."""
+    """What rank 0's `make` returns, in every process. Only rank 0 calls it. If it fails, all do."""
     if not is_distributed():
         return make()
     answer: list[Any] = [None, None]
+    failure: Exception | None = None
     if is_first():
         try:
             answer[0] = make()
-        except UserError as error:
-            answer[1] = str(error)
+        except Exception as error:
+            failure, answer[1] = error, str(error)
     dist.broadcast_object_list(answer, src=0, group=_cpu_group())
+    if failure is not None:
+        raise failure
     if answer[1] is not None:
         raise UserError(answer[1])
     return answer[0]
@@ -135,9 +138,17 @@ def with_batch(cls: type[TrainingArguments], stage: TrainedStage) -> dict[str, A
 
 
 def refuse_other_sharding(stage: TrainedStage, arguments: TrainingArguments) -> None:
-    """Raises UserError for the FSDP of accelerate or transformers, and for float16, whose overflows aren't shared."""
+    """Raises UserError for arguments that don't go with sharding here.
+
+    That is: the FSDP of accelerate or transformers; float16, whose overflows aren't shared; and checkpoints without the
+    optimizer, as the shards hold both.
+    """
     if arguments.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         raise UserError("FSDP of accelerate or transformers isn't used: remove it, and set the stage's shard = true")
+    if stage.shard and arguments.save_only_model:
+        raise UserError(
+            "[trainer]: save_only_model = true: sharded checkpoints hold the optimizer, too; remove the key"
+        )
     if stage.shard and arguments.fp16:
         raise UserError("[trainer]: fp16 can't be sharded: set bf16 = true instead, or shard = false")
 

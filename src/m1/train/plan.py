@@ -143,7 +143,7 @@ def plan(stages: Mapping[str, Stage], gpus: int, card_name: str, mfu: float) -> 
             configs[stage.out] = _config(stage) or config_of(str(getattr(stage, "model", None)))
             taught = size_of(config_of(stage.teacher)) if isinstance(stage, TaughtStage) else None
             planned = plan_stage(name, stage, size_of(configs[stage.out]), taught, gpus, card, mfu)
-            refuse_too_large(planned, card_name)
+            refuse_too_large(planned, card_name, "max_length" in stage.trainer or isinstance(stage, GRPOStage))
             yield planned
 
 
@@ -239,8 +239,8 @@ def memory_of(stage: TrainedStage, model: Size, teacher: Size | None, tokens: in
     return {part: size for part, size in parts.items() if size}
 
 
-def refuse_too_large(planned: StagePlan, card_name: str) -> None:
-    """Raises UserError if the stage needs more memory than the card has."""
+def refuse_too_large(planned: StagePlan, card_name: str, limited: bool) -> None:
+    """Raises UserError if the stage needs more memory than the card has. `limited`: the length of rows is given."""
     total, has = sum(planned.memory.values()), CARDS[card_name].memory
     if total > has:
         largest = sorted(planned.memory, key=lambda part: -planned.memory[part])[:3]
@@ -248,6 +248,7 @@ def refuse_too_large(planned: StagePlan, card_name: str) -> None:
         raise UserError(
             f"{planned.name}.toml needs {total / GIB:.1f} GiB per GPU (above all {parts}), and {card_name} has "
             f"{has / GIB:.0f}: set shard = true, or take more GPUs, fewer rows per pass or shorter ones"
+            + ("" if limited else "; without max_length in [trainer], rows count with the model's whole context")
         )
 
 

@@ -423,7 +423,8 @@ class _SafetyCallback(TrainerCallback):
 class _InterruptCallback(TrainerCallback):
     """Makes Ctrl-C and SIGTERM finish the step, save a checkpoint and stop. A second one stops at once."""
 
-    requested = False
+    requested = False  # by a signal in any process
+    _signalled = False  # in this one
 
     def __enter__(self) -> None:
         self._previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -433,15 +434,15 @@ class _InterruptCallback(TrainerCallback):
             signal.signal(number, handler)
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if self._signalled:
             raise KeyboardInterrupt
-        self.requested = True
+        self._signalled = True
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """After a signal, makes the trainer save a checkpoint and stop: all processes at the same step."""
-        self.requested = any_process(self.requested)
+        self.requested = any_process(self._signalled)
         if self.requested:
             control.should_save = control.should_training_stop = True
         return control
