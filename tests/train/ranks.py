@@ -25,7 +25,7 @@ def run(job):
     stage, stop = build(STAGES[job["stage"]], keys, "job"), job.get("stop")
 
     def interrupted(self, args, state, control, plain=_InterruptCallback.on_step_end, **kwargs):
-        self._signalled = self._signalled or (state.global_step == stop and IS_LAST)
+        self.requested = self.requested or (state.global_step == stop and IS_LAST)
         return plain(self, args, state, control, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -442,7 +442,7 @@ class _InterruptCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """After a signal, makes the trainer save a checkpoint and stop: all processes at the same step."""
-        self.requested = any_process(self._signalled)
+        self.requested = any_process(self.requested or self._signalled)
         if self.requested:
             control.should_save = control.should_training_stop = True
         return control
