@@ -28,6 +28,7 @@ FLOORS = [
     {"model"},
     {"ops"},
     {"recipe"},
+    {"data_options", "sampling_options"},
     {"tasks", "layer_choice", "history"},
     {"grading", "runs"},
     {"outputs"},
@@ -43,6 +44,8 @@ ONLY = {
     "peers": {"errors"},
     "ops": {"options", "errors"},
 }
+# Rooms that are imported at once: they need no heavy library.
+LIGHT = ("grading", "recipe", "data_options", "sampling_options", "runs", "options")
 # Libraries that a room does without. Anything that is printed is the command line's.
 WITHOUT = {
     "ops": {"transformers", "trl", "datasets"},
@@ -51,7 +54,7 @@ WITHOUT = {
     "reasoning": {"trl", "datasets"},
     "evaluation": {"trl"},
     "tasks": {"torch", "transformers", "trl"},
-    **{name: {"torch", "transformers", "trl", "datasets"} for name in ("grading", "recipe", "runs", "options")},
+    **{name: {"torch", "transformers", "trl", "datasets"} for name in LIGHT},
 }
 PRINTING = {"rich", "typer"}
 
