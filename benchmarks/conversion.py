@@ -15,9 +15,10 @@ import math
 import sys
 from pathlib import Path
 
+from m1.data_options import Data
 from m1.jsonl import read_jsonl, write_json
 from m1.pipeline import load_pipeline
-from m1.recipe import Data, DistillStage, RankLayersStage, SFTStage, Stage
+from m1.recipe import DistillStage, RankLayersStage, SFTStage, Stage
 
 ROOT = Path(__file__).parents[1]
 ALIGNMENTS = ("attention", "official")

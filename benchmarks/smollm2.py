@@ -22,12 +22,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from m1.data_options import Data
 from m1.jsonl import read_json, write_json
 from m1.machine import describe_machine
 from m1.model.checkpoint import load_model
 from m1.ops.backend import default_device
 from m1.pipeline import load_pipeline
-from m1.recipe import ConvertStage, Data, EvalStage, GenerateStage, Stage
+from m1.recipe import ConvertStage, EvalStage, GenerateStage, Stage
 from m1.runs import MANIFEST, run_folder
 from m1.tasks.prompts import MATH_PROMPT
 from m1.train.data_cache import Preparation

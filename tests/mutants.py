@@ -251,7 +251,7 @@ MUTANTS = [
         SAMPLING, "top_p and min_p before the temperature",
     ),
     Mutant(
-        "recipe.py", "tiny <= params.temperature", "0 < params.temperature", SAMPLING,
+        "sampling_options.py", "tiny <= params.temperature", "0 < params.temperature", SAMPLING,
         "a temperature that is 0 in float32",
     ),
     # penalties, bias, minimum length, top log-probabilities

@@ -28,6 +28,7 @@ FLOORS = [
     {"model"},
     {"ops"},
     {"recipe"},
+    {"data_options", "sampling_options"},
     {"tasks", "layer_choice", "history"},
     {"grading", "runs"},
     {"outputs"},
@@ -43,6 +44,8 @@ ONLY = {
     "peers": {"errors"},
     "ops": {"options", "errors"},
 }
+# Rooms that are imported at once: they need no heavy library.
+LIGHT = ("grading", "recipe", "data_options", "sampling_options", "runs", "options")
 # Libraries that a room does without. Anything that is printed is the command line's.
 WITHOUT = {
     "ops": {"transformers", "trl", "datasets"},
@@ -51,7 +54,7 @@ WITHOUT = {
     "reasoning": {"trl", "datasets"},
     "evaluation": {"trl"},
     "tasks": {"torch", "transformers", "trl"},
-    **{name: {"torch", "transformers", "trl", "datasets"} for name in ("grading", "recipe", "runs", "options")},
+    **{name: {"torch", "transformers", "trl", "datasets"} for name in LIGHT},
 }
 PRINTING = {"rich", "typer"}
 
@@ -130,7 +133,8 @@ def test_no_code_comes_with_data():
 
 def test_the_scheduler_knows_integers_alone():
     tensors = {"torch", "numpy", "m1.engine.executor", "m1.engine.runner", "m1.engine.slots"}
-    assert not tensors & set(imports(SOURCES / "engine" / "scheduler.py"))
+    for name in ("scheduler.py", "plan.py"):
+        assert not tensors & set(imports(SOURCES / "engine" / name))
 
 
 def python(code, *arguments):

@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 from m1.errors import UserError
 
 T = TypeVar("T")
+INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
 MAX_COUNT = 2**53
 Quantization = Literal["int8", "int4"]  # of linear layers' weights (ops/quantize.py)
 MAX_SECONDS = 7 * 24 * 3600.0  # of a time limit: what is longer is a mistake, and no socket takes it
@@ -78,6 +79,19 @@ def check_count(value: int, name: str) -> None:
     """Raises UserError for an integer that can't be a count: below 0, or more than a float or a table holds exactly."""
     if not 0 <= value <= MAX_COUNT:
         raise UserError(f"{name} = {shown(value)} should be 0 to {MAX_COUNT}")
+
+
+def check_at_least_one(options: Any, *names: str) -> None:
+    """Raises UserError for an option that isn't None and not 1 to INT32_MAX: larger work would never end."""
+    for name in names:
+        if (value := getattr(options, name)) is not None and not 1 <= value <= INT32_MAX:
+            raise UserError(f"{name}={shown(value)}: need at least 1 and at most {INT32_MAX}")
+
+
+def check_range(name: str, value: float, least: float, most: float) -> None:
+    """Raises UserError if a value is out of range."""
+    if not least <= value <= most:
+        raise UserError(f"{name}={value} is out of range: must be {least:g} to {most:g}")
 
 
 def shown(value: Any) -> str:

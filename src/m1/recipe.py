@@ -16,89 +16,21 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from m1 import runs
+from m1.data_options import ChatTemplateOption, Data
 from m1.errors import UserError
 from m1.hub import checkpoint_folder, hub_commit
 from m1.layer_choice import check_choice, ranking_file
-from m1.options import MAX_SECONDS, Quantization, build, option, shown
+from m1.options import INT32_MAX, MAX_SECONDS, build, check_at_least_one, check_range, option, shown
 from m1.outputs import refuse_sources
 from m1.progress import Progress, silent
+from m1.sampling_options import DevicesOption, LoadOptions, PenaltyOptions, PromptOptions, TaskOptions
 from m1.tasks.benchmarks import Columns, check_task, load_task
-from m1.tasks.chain import ChainSizes
-from m1.tasks.prompts import ProblemPrompt, read_examples, read_template, read_text, task_template
+from m1.tasks.prompts import read_text
 from m1.tasks.rows import is_file
 from m1.text import check_name
 
-FLOAT32 = 2.0**-126, 2.0**128 - 2.0**104  # the smallest and the largest positive number, without loss of precision
-INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
 DATA_FOLDER = "$M1_DATA/"
 BUILT_IN_REWARDS = ("correct", "answered", "overlong")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Data(ChainSizes):
-    """Training data of a stage: files, data sets or generated chain problems.
-
-    Rows for fine-tuning and distillation have `messages`, ShareGPT's `conversations`, `prompt` with `completion`, or
-    `problem` with `solution`. For RL they have `problem` with `answer` or `answers`. Each field's metadata has its help
-    text.
-
-    Raises:
-        UserError: both or neither of `path` and `task`, a value out of range, or options that exclude each other.
-    """
-
-    path: str | list[str] | None = option(
-        None,
-        "JSONL or Parquet file, folder of a data set, or ORG/NAME[/CONFIG][@REVISION][:SPLIT] on the Hub; or a list of "
-        "them.",
-    )
-    weights: list[int | float] = option(
-        [], "Share of each path among the rows; the smaller repeat. Default: every row once, in random order."
-    )
-    task: Literal["chain"] | None = option(None, "Generate chain problems instead of reading a file.")
-    count: int = option(10_000, "Number of chain problems.")
-    slip_rate: float = option(0.0, "Share of a chain's worked steps that are wrong.")
-    seed: int = option(0, "Seed of the chain problems, and of the order in which several paths are mixed.")
-    skip: int = option(0, "Number of rows of each path that are left out, the first ones.")
-    limit: int | None = option(None, "Maximum number of rows of each path; the first ones after `skip` are used.")
-    exclude: list[str] = option(
-        [], "Benchmarks whose problems are dropped from the rows, and counted: gsm8k, math500, ..., files or data sets."
-    )
-    prompt_template: str = option("{problem}", "User message, with {problem} in it.")
-    solution_template: str = option("{solution}", "Answer of a row with `solution`; may have the row's {answer}, too.")
-    overlong: Literal["drop", "cut"] = option(
-        "drop", "Rows longer than max_length: drop them, or cut them, so that the answer loses its end."
-    )
-    streaming: bool = option(False, "Read and prepare rows while training, for data that fits no disk.")
-    bucket: int | None = option(
-        None, "Group rows by length, this many per group. It saves padding with sequential sampling."
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if (not self.path) == (self.task is None):
-            raise UserError('[data] needs exactly one of `path` (a file or a data set) and `task` ("chain")')
-        if not 0 <= self.slip_rate < 1:
-            raise UserError(f"[data] slip_rate={self.slip_rate}: need 0 <= slip_rate < 1")
-        if "{problem}" not in self.prompt_template:
-            raise UserError(f"[data] prompt_template={self.prompt_template!r} has no {{problem}} in it")
-        if "{solution}" not in self.solution_template:
-            raise UserError(f"[data] solution_template={self.solution_template!r} has no {{solution}} in it")
-        if self.weights and (len(self.weights) != len(self.sources) or min(self.weights) <= 0):
-            raise UserError(f"[data] weights={self.weights}: need one positive number for each of {self.sources}")
-        if self.streaming and (self.task or self.bucket):
-            raise UserError("[data] streaming goes neither with `task` nor with `bucket`: remove one of them")
-        try:
-            _at_least_one(self, "count", "limit", "bucket")
-            check_range("skip", self.skip, 0, INT32_MAX)
-        except UserError as error:
-            raise UserError(f"[data] {error}") from None
-
-    @property
-    def sources(self) -> list[str]:
-        """The paths; for generated problems, the task's name."""
-        if self.task:
-            return [self.task]
-        return [self.path] if isinstance(self.path, str) else list(self.path or [])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,18 +162,6 @@ class ConvertStage(Stage, ConversionOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatTemplateOption:
-    """How conversations become text."""
-
-    chat_template: str | None = option(None, "Chat template in Jinja, or @FILE. Default: the tokenizer's own.")
-
-    def use_chat_template(self, tokenizer: Any) -> None:
-        """Gives the tokenizer this template, if there is one. Raises UserError for an unreadable file."""
-        if self.chat_template is not None:
-            tokenizer.chat_template = read_text(self.chat_template, "chat template")
-
-
-@dataclass(frozen=True, kw_only=True)
 class RankLayersStage(Stage, ConversionOptions, ChatTemplateOption):
     """Stage `rank-layers`: measures the cost of replacing each layer alone, in KL divergence from the teacher."""
 
@@ -255,7 +175,7 @@ class RankLayersStage(Stage, ConversionOptions, ChatTemplateOption):
     batch_size: int = option(8, "Rows per forward pass.")
 
     def __post_init__(self) -> None:
-        _at_least_one(self, "max_length", "batch_size")
+        check_at_least_one(self, "max_length", "batch_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,7 +206,7 @@ class TrainedStage(Stage, ChatTemplateOption):
             raise UserError(f"eval_rows={self.eval_rows}: must not be negative")
         if not 0 < self.mixer_lr_scale < math.inf:
             raise UserError(f"mixer_lr_scale={self.mixer_lr_scale}: need a positive, finite number")
-        _at_least_one(self, "global_batch")
+        check_at_least_one(self, "global_batch")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -369,7 +289,7 @@ class GRPOStage(TrainedStage):
                 raise UserError(f"[rewards] {entry} = {weight}: need a finite number")
         if not any(self.rewards.values()):
             raise UserError("[rewards]: need at least one reward with a weight other than 0")
-        _at_least_one(self, "max_num_seqs", "gate_steps", "overlong_tokens")
+        check_at_least_one(self, "max_num_seqs", "gate_steps", "overlong_tokens")
         if self.logged_samples < 0:
             raise UserError(f"logged_samples={shown(self.logged_samples)}: must not be negative")
 
@@ -377,124 +297,6 @@ class GRPOStage(TrainedStage):
         """The files and folders that the stage reads, those of its own rewards included."""
         own = [entry.rpartition(":")[0] for entry in self.rewards]
         return [*super().sources(), *(Path(where) for where in own if where.endswith(".py"))]
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoadOptions:
-    """How a command loads the models that it samples."""
-
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = option(
-        "auto", "Weights and caches in float32, bfloat16 or float16; auto: the checkpoint's own."
-    )
-    quantize: Quantization | None = option(None, "int8 or int4: round the weights of linear layers (on a CPU).")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DevicesOption:
-    """Which devices share a command's samples. Samples don't depend on it."""
-
-    devices: str | None = option(
-        None,
-        "all: one engine per GPU of this host; or a list such as cuda:0,cuda:1. Default, auto: one device. "
-        "max_num_seqs is per engine.",
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingOptions:
-    """How a command samples tokens: the user's part of the engine's `SamplingParams`.
-
-    Raises:
-        UserError: a value out of range.
-    """
-
-    max_new_tokens: int = option(1024, "Maximum number of new tokens per sample.")
-    temperature: float = option(0.7, "Divides the logits; 0 is greedy.")
-    top_k: int = option(0, "Sample only from the k likeliest tokens (0: all).")
-    top_p: float = option(1.0, "Sample only from the likeliest tokens that together have this probability (1: all).")
-    min_p: float = option(
-        0.0, "Sample only from tokens with this share of the likeliest one's probability or more (0: all)."
-    )
-
-    def __post_init__(self) -> None:
-        _at_least_one(self, "max_new_tokens")
-        check_distribution(self)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PenaltyOptions(SamplingOptions):
-    """`SamplingOptions`, and those that only this project's engine has."""
-
-    min_new_tokens: int = option(0, "Minimum number of new tokens per sample: no earlier stop.")
-    repetition_penalty: float = option(
-        1.0, "Divides positive logits of the prompt's and the sample's tokens, and multiplies negative ones (1: off)."
-    )
-    presence_penalty: float = option(0.0, "Subtracted from the logits of the sample's tokens (0: off).")
-    frequency_penalty: float = option(
-        0.0, "Subtracted from the logits of the sample's tokens, once per occurrence (0: off)."
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_penalties(self)
-        check_range("min_new_tokens", self.min_new_tokens, 0, self.max_new_tokens)
-
-
-def check_range(name: str, value: float, least: float, most: float) -> None:
-    """Raises UserError if a value is out of range."""
-    if not least <= value <= most:
-        raise UserError(f"{name}={value} is out of range: must be {least:g} to {most:g}")
-
-
-def check_penalties(params: Any) -> None:
-    """Raises UserError if a penalty, of options or of `SamplingParams`, is out of range."""
-    check_range("repetition_penalty", params.repetition_penalty, 0.01, 100)  # beyond, logits may become infinite
-    for name in ("presence_penalty", "frequency_penalty"):
-        check_range(name, getattr(params, name), -2, 2)
-
-
-def check_distribution(params: Any) -> None:
-    """Raises UserError if temperature, top_k, top_p or min_p, of options or of `SamplingParams`, is out of range."""
-    tiny, most = FLOAT32
-    checks = {
-        "temperature": (
-            params.temperature == 0 or tiny <= params.temperature <= most,
-            f"0 (greedy) or a number that float32 holds, {tiny:.2g} to {most:.2g}",
-        ),
-        "top_k": (0 <= params.top_k <= INT64_MAX, f"0 (all tokens) to {INT64_MAX}"),
-        "top_p": (0 < params.top_p <= 1, "above 0, and 1 at most"),
-        "min_p": (0 <= params.min_p <= 1, "0 to 1"),
-    }
-    for name, (fits, range_) in checks.items():
-        if not fits:
-            raise UserError(f"{name}={getattr(params, name)} is out of range: must be {range_}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PromptOptions:
-    """How a command puts a problem to the model."""
-
-    prompt_template: str | None = option(
-        None,
-        "User message with {problem} in it, or @FILE. Default: the task's own, which asks for steps and a \\boxed{} "
-        "answer; for chain problems {problem} alone.",
-    )
-    system_prompt: str | None = option(None, "System message, or @FILE. Default: the chat template's own.")
-    few_shot: str | None = option(
-        None, "JSONL of {problem, solution} or {problem, answer}: examples, shown as earlier turns of the chat."
-    )
-
-    def load_prompt(self, default: str) -> ProblemPrompt:
-        """Reads the prompt with its files. `default` is the template when none is given.
-
-        Raises:
-            UserError: an unreadable file, a template without {problem}, an example without problem or solution.
-        """
-        return ProblemPrompt(
-            default if self.prompt_template is None else read_template(self.prompt_template),
-            None if self.system_prompt is None else read_text(self.system_prompt, "system prompt"),
-            () if self.few_shot is None else read_examples(self.few_shot),
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -520,45 +322,8 @@ class GenerateStage(Stage, PenaltyOptions, PromptOptions, LoadOptions, DevicesOp
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least_one(self, "n", "max_num_seqs", "limit")
+        check_at_least_one(self, "n", "max_num_seqs", "limit")
         check_range("skip", self.skip, 0, INT32_MAX)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SolveOptions(PenaltyOptions, PromptOptions, LoadOptions):
-    """Options that `m1 solve` shares with other commands: the sampling, the prompt and the loading."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChatOptions(PenaltyOptions, LoadOptions):
-    """Options that `m1 chat` shares with other commands: the sampling and the loading."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TaskOptions(ChainSizes, SamplingOptions, PromptOptions):
-    """Options that all measurements of accuracy share: the task, its sampling and its prompt."""
-
-    task: str = option(
-        "chain",
-        "chain, math500, aime24, aime25, amc23, olympiadbench, minerva or gsm8k; or any name, for problems of `data`.",
-    )
-
-    def __post_init__(self) -> None:
-        ChainSizes.__post_init__(self)
-        SamplingOptions.__post_init__(self)
-
-    def task_prompt(self) -> ProblemPrompt:
-        """The prompt, with the task's own template as the default. Raises UserError as `load_prompt`."""
-        return self.load_prompt(task_template(self.task))
-
-    def used(self, settings: type, prompt: ProblemPrompt) -> dict[str, Any]:
-        """The options that the dataclass `settings` declares, with the prompt's content in place of its files.
-
-        The sizes of chains are left out: a hash of the problems covers them.
-        """
-        names = {field.name for field in dataclasses.fields(settings)}
-        names -= {field.name for field in dataclasses.fields(ChainSizes)}
-        return {name: value for name, value in dataclasses.asdict(self).items() if name in names} | prompt.settings()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -573,7 +338,7 @@ class EvalSettings(TaskOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least_one(self, "n")
+        check_at_least_one(self, "n")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -591,7 +356,7 @@ class BudgetSettings(TaskOptions, LoadOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least_one(self, "seeds", "max_num_seqs")
+        check_at_least_one(self, "seeds", "max_num_seqs")
         if not 0 < self.seconds <= MAX_SECONDS:
             raise UserError(f"seconds={self.seconds}: need a positive number of at most {MAX_SECONDS:.0f}")
 
@@ -610,7 +375,7 @@ class MeasuredStage(Stage, Columns):
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[misc]  # that of the settings with which it is combined
-        _at_least_one(self, "limit", "max_num_seqs")
+        check_at_least_one(self, "limit", "max_num_seqs")
         check_task(self.task, self.data, self.limit)  # type: ignore[attr-defined]  # as above
         for name in self.models:
             check_name(name, "[models]")
@@ -705,10 +470,3 @@ def _with_data_folder(value: Any, path: Path) -> Any:
                 )
             return value.replace(DATA_FOLDER, f"{folder.rstrip('/')}/")
     return value
-
-
-def _at_least_one(options: Any, *names: str) -> None:
-    """Raises UserError for an option that isn't None and not 1 to INT32_MAX: larger work would never end."""
-    for name in names:
-        if (value := getattr(options, name)) is not None and not 1 <= value <= INT32_MAX:
-            raise UserError(f"{name}={shown(value)}: need at least 1 and at most {INT32_MAX}")

@@ -5,7 +5,7 @@ import torch
 from checkpoints import FAMILIES, save_checkpoint, scramble, tiny_teacher
 
 from m1.engine import Engine, SamplingParams
-from m1.engine.scheduler import Chunk, Placed, Plan
+from m1.engine.plan import Chunk, Placed, Plan
 from m1.errors import UserError
 from m1.model.checkpoint import load_model
 from m1.model.convert import convert

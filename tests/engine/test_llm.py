@@ -10,6 +10,7 @@ from gguf_files import gguf_teacher, write_gguf
 from typer.testing import CliRunner
 
 from m1.cli import app
+from m1.data_options import Data
 from m1.engine import Request, SamplingParams, fold_in
 from m1.engine.generate import generate_file
 from m1.engine.llm import LLM, TextSequence
@@ -17,7 +18,6 @@ from m1.errors import UserError
 from m1.jsonl import read_jsonl
 from m1.model.gguf import import_gguf
 from m1.ops.quantize import quantize as quantized
-from m1.recipe import Data
 from m1.train.data import conversations
 
 PARAMS = SamplingParams(max_tokens=24, temperature=1.0, seed=1, ignore_eos=True)

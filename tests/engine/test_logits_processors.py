@@ -13,7 +13,7 @@ from transformers import MinNewTokensLengthLogitsProcessor, RepetitionPenaltyLog
 from m1.engine import Engine, Request, SamplingParams
 from m1.engine.llm import LLM
 from m1.engine.logits_processors import LogitsProcessors, TokenCounts
-from m1.engine.scheduler import Copy, Fork
+from m1.engine.plan import Copy, Fork
 from m1.errors import UserError
 
 VOCAB = 50

@@ -6,9 +6,10 @@ import pytest
 import torch
 from test_stages import CHAIN, TRAINER, distill_stage, metrics
 
+from m1.data_options import Data
 from m1.errors import UserError
 from m1.model.checkpoint import load_model
-from m1.recipe import AlignStage, Data
+from m1.recipe import AlignStage
 
 
 def align_stage(model, teacher, out, **options):

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from commands import m1
 
+from m1.data_options import Data
 from m1.errors import UserError
 from m1.model.tokenizer import CHAT_TEMPLATE, byte_tokenizer
-from m1.recipe import Data, GRPOStage, SFTStage
+from m1.recipe import GRPOStage, SFTStage
 from m1.train.data import all_conversations, bucketed, conversations, open_source, problems
 from m1.train.data_cache import Preparation
 from m1.train.data_mask import IGNORED, ChatEncoder

@@ -14,11 +14,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerControl
 
+from m1.data_options import Data
 from m1.errors import UserError
 from m1.jsonl import read_jsonl
 from m1.model.checkpoint import load_model
 from m1.model.convert import convert
-from m1.recipe import Data, SFTStage
+from m1.recipe import SFTStage
 from m1.train import trainer
 from m1.train.checkpoints import damage
 from m1.train.distributed import load_shards, save_shards, split_batch

@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 from test_stages import CHAIN, TRAINER, metrics
 from trl import GRPOConfig
 
+from m1.data_options import Data
 from m1.errors import UserError
 from m1.jsonl import read_jsonl
-from m1.recipe import Data, GRPOStage
+from m1.recipe import GRPOStage
 from m1.train import trainer as trainer_module
 from m1.train.grpo import arguments_of
 from m1.train.grpo_trainer import Trainer

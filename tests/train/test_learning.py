@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from test_stages import metrics
 
-from m1.recipe import Data, Stage, load_stage
+from m1.data_options import Data
+from m1.recipe import Stage, load_stage
 from m1.tasks.chain import solve_chain
 
 POCKET = Path(__file__).parents[2] / "recipes" / "pocket"

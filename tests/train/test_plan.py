@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from commands import m1
 
+from m1.data_options import Data
 from m1.errors import UserError
 from m1.model.checkpoint import load_model
 from m1.pipeline import load_pipeline
-from m1.recipe import Data, DistillStage, GRPOStage, SFTStage
+from m1.recipe import DistillStage, GRPOStage, SFTStage
 from m1.train.plan import GIB, plan, size_of
 from m1.train.stage_trainer import weights_in_products
 

@@ -7,10 +7,11 @@ import pytest
 import torch
 from checkpoints import save_checkpoint, tiny_teacher
 
+from m1.data_options import Data
 from m1.errors import UserError
 from m1.model.checkpoint import load_model
 from m1.model.convert import convert
-from m1.recipe import Data, RankLayersStage
+from m1.recipe import RankLayersStage
 from m1.train import rank_layers as module
 
 

@@ -13,9 +13,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from test_stages import CHAIN, TRAINER, distill_stage, metrics
 
+from m1.data_options import Data
 from m1.errors import UserError
 from m1.model.checkpoint import load_model
-from m1.recipe import Data, DistillStage, GRPOStage, SFTStage
+from m1.recipe import DistillStage, GRPOStage, SFTStage
 from m1.train import distill, grpo, sft
 from m1.train.checkpoints import last_checkpoint, seal
 from m1.train.stage_trainer import StageTrainer, first_not_finite

@@ -8,10 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from m1.data_options import Data
 from m1.errors import UserError
 from m1.jsonl import read_jsonl
 from m1.model.checkpoint import load_model, saved_dtype
-from m1.recipe import Data, DistillStage, GRPOStage, SFTStage
+from m1.recipe import DistillStage, GRPOStage, SFTStage
 from m1.train.distill import DistillTrainer
 
 CHAIN = Data(task="chain", count=64, min_steps=1, max_steps=2)

@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from m1.errors import UserError
-from m1.recipe import INT32_MAX, SFTStage, TaughtStage, load_stage
+from m1.options import INT32_MAX
+from m1.recipe import SFTStage, TaughtStage, load_stage
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at training data.")
 

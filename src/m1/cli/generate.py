@@ -9,7 +9,8 @@ from m1.cli.arguments import Endpoints, Force, options_of, refuse_local
 from m1.errors import UserError
 from m1.options import build
 from m1.outputs import make_room
-from m1.recipe import ChatOptions, GenerateStage, SolveOptions
+from m1.recipe import GenerateStage
+from m1.sampling_options import ChatOptions, SolveOptions
 
 app = typer.Typer()
 

@@ -6,9 +6,10 @@ from typing import Annotated, Any
 import typer
 
 from m1.cli.arguments import Force, options_of
+from m1.data_options import Data
 from m1.options import build
 from m1.outputs import make_room
-from m1.recipe import ConvertStage, Data, RankLayersStage
+from m1.recipe import ConvertStage, RankLayersStage
 
 app = typer.Typer()
 

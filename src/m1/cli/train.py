@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from m1.cli.arguments import Force
-from m1.recipe import STAGES, Data, load_stage
+from m1.data_options import Data
+from m1.recipe import STAGES, load_stage
 
 app = typer.Typer()
 

@@ -13,8 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from m1.engine.executor import Drawn, Executor
 from m1.engine.pages import Pages
+from m1.engine.plan import Plan
 from m1.engine.sampling import SamplingParams
-from m1.engine.scheduler import Plan, Scheduler
+from m1.engine.scheduler import Scheduler
 from m1.engine.sequence import Request, Sequence, requests_for, shortened
 from m1.engine.slots import PAGE_SIZE
 from m1.errors import UserError

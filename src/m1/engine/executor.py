@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 
 from m1.engine.graphs import Graphs, Step
 from m1.engine.logits_processors import LogitsProcessors, TokenCounts
+from m1.engine.plan import Chunk, Fork, Plan, Swap
 from m1.engine.recordings import Recordings
 from m1.engine.runner import DecodeBatch, PrefillBatch, Runner
 from m1.engine.sampling import SamplingBatch, SamplingParams, scores_of
-from m1.engine.scheduler import Chunk, Fork, Plan, Swap
 from m1.engine.sequence import TopLogprobs
 from m1.engine.slots import LayerState, Slots, capacity_for
 from m1.ops import sample_token

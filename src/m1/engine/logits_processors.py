@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from m1.engine.scheduler import Fork
+from m1.engine.plan import Fork
 
 
 class TokenCounts:

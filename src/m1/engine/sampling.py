@@ -12,9 +12,8 @@ from torch import Tensor
 from m1.errors import UserError
 from m1.ops import sample_token
 from m1.ops.random_bits import signed, uniforms
-from m1.recipe import INT64_MAX, PenaltyOptions, SamplingOptions, check_distribution, check_penalties, check_range
-
-INT32_MAX = 2**31 - 1
+from m1.options import INT32_MAX, INT64_MAX, check_range
+from m1.sampling_options import PenaltyOptions, SamplingOptions, check_distribution, check_penalties
 
 
 @dataclass(frozen=True)

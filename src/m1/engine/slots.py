@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from m1.engine.scheduler import Copy, Placed, Swap
+from m1.engine.plan import Copy, Placed, Swap
 from m1.machine import free_host_memory
 from m1.model.cache_layout import AttentionCache, MambaState, layer_bytes, layer_layout
 from m1.model.configuration import ATTENTION, layer_kinds

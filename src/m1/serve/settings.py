@@ -4,8 +4,8 @@ import ipaddress
 from dataclasses import dataclass
 
 from m1.errors import UserError
-from m1.options import option
-from m1.recipe import LoadOptions, check_range
+from m1.options import check_range, option
+from m1.sampling_options import LoadOptions
 
 KEY_VARIABLE = "M1_API_KEY"
 MOST_SECONDS = 86_400.0

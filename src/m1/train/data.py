@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from m1.data_options import Data
 from m1.errors import UserError
-from m1.recipe import Data
 from m1.runs import sha256
 from m1.tasks.chain import chain_problems
 from m1.tasks.overlap import Overlap

@@ -27,10 +27,10 @@ from datasets import Dataset, Features, IterableDataset, List, Value, concatenat
 from datasets.utils import tqdm
 from filelock import FileLock
 
+from m1.data_options import Data
 from m1.errors import UserError
 from m1.jsonl import read_json, write_json
 from m1.model import tokenizer as model_tokenizer
-from m1.recipe import Data
 from m1.runs import sha256
 from m1.tasks import overlap
 from m1.tasks.overlap import Overlap

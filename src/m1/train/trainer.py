@@ -34,8 +34,8 @@ from m1.history import METRICS, SAMPLES
 from m1.jsonl import to_jsonl, write_text
 from m1.machine import describe_machine, gemm_rate, process_bytes
 from m1.model.checkpoint import reason, saved_dtype
-from m1.options import check_keys, fitted, shown
-from m1.recipe import INT32_MAX, INT64_MAX, TrainedStage
+from m1.options import INT32_MAX, INT64_MAX, check_keys, fitted, shown
+from m1.recipe import TrainedStage
 from m1.runs import Run, sha256
 from m1.secrets import redact_settings
 from m1.train.checkpoints import last_checkpoint, seal
