@@ -300,3 +300,16 @@ def test_valid_calls_keep_their_promise(op, backend, dtype, parameters):
         shape, promised = promise if isinstance(promise[0], tuple) else (promise, dtype)
         assert result.shape == shape and result.dtype == promised
         assert_rms_close([result.cpu()], [exact], 1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("op", [op for op in OPS if "slots" in OPS[op]], ids=lambda op: op.__name__)
+def test_a_slot_that_does_not_exist_is_named(op, backend):
+    """Where no kernel runs, too: torch itself names neither the row nor the op's slots."""
+    slots = OPS[op]["slots"].clone()
+    slots[-1] = 9
+    arguments = {name: t.clone() for name, t in OPS[op].items()} | {"slots": slots} | NUMBERS.get(op, {})
+    if "backend" in inspect.signature(op).parameters:
+        arguments["backend"] = backend
+    with pytest.raises(IndexError, match=r"(row|chunk) \d+ has slot 9.* there are \d+"):
+        op(**arguments)

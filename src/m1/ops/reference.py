@@ -102,7 +102,7 @@ def causal_conv(
 def state_update(inputs: StepInputs) -> Tensor:
     """`selective_scan` of one token per row. It continues and updates the states of the row's slot."""
     z, x, *_, conv_state, ssm_state, slots = inputs
-    rows, at = occupied(slots)
+    rows, at = occupied(slots, len(ssm_state))
     tokens = [t[rows, None] for t in inputs[:5]]
     scan = ScanInputs._make([*tokens, *inputs[5:9], None, conv_state[at], ssm_state[at]])
     y, ssm_state[at] = selective_scan(scan)
@@ -115,7 +115,7 @@ def ssd_update(inputs: SSDStepInputs) -> Tensor:
     xBC, dt, A, D, conv_weight, conv_bias, conv_state, ssm_state, slots = inputs
     _, heads, P, N = ssm_state.shape
     groups = (xBC.shape[1] - heads * N) // (P + N)
-    rows, at = occupied(slots)
+    rows, at = occupied(slots, len(ssm_state))
     token = xBC[rows, None].float()
     u = F.silu(causal_conv(token, conv_weight.float(), conv_bias.float(), None, conv_state[at].float()))
     x, B, C = u.split([groups * P, groups * N, heads * N], dim=-1)
@@ -150,9 +150,17 @@ def prefill_ssd(inputs: SSDPrefillInputs) -> Tensor:
     return y
 
 
-def occupied(slots: Tensor) -> tuple[Tensor, Tensor]:
-    """The indices of the rows that have a slot, and those slots. A negative slot means no slot."""
-    rows = (slots >= 0).nonzero().flatten()
+def existing(slots: Tensor, count: int) -> Tensor:
+    """The slots, if there are so many. Raises IndexError on a CPU for one that doesn't exist."""
+    if slots.device.type == "cpu" and (unknown := (slots >= count).nonzero().flatten().tolist()):
+        row = unknown[0]
+        raise IndexError(f"row {row} has slot {int(slots[row])}, but there are {count} slots")
+    return slots
+
+
+def occupied(slots: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The indices of the rows that have one of `count` slots, and those. A negative slot means no slot."""
+    rows = (existing(slots, count) >= 0).nonzero().flatten()
     return rows, slots[rows]
 
 
@@ -165,7 +173,7 @@ def decode_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, page_table: Tensor, slots: Tensor, scale: float
 ) -> Tensor:
     """softmax(scale q k^T) v over the first `length` keys of each row's slot. Zero when there are none."""
-    out = torch.zeros_like(q)
+    out, slots = torch.zeros_like(q), existing(slots, len(page_table))
     for row, (slot, length) in enumerate(zip(slots.tolist(), lengths.tolist(), strict=True)):
         if slot >= 0 and length > 0:
             k, v = (keys_of(t, page_table[slot], length) for t in (k_cache, v_cache))
@@ -261,7 +269,7 @@ def rotate_and_cache(
     cos, sin = cos.to(dtype)[:, None], sin.to(dtype)[:, None]
     rotated = (qk.to(dtype) * cos + torch.cat([-second, first], dim=-1).to(dtype) * sin).to(qkv.dtype)
     queries, keys = rotated.split([q_heads, kv_heads], dim=1)
-    kept = slots >= 0
+    kept = existing(slots, len(page_table)) >= 0
     if not kept.all():
         slots, positions, keys, values = (t[kept] for t in (slots, positions, keys, values))
     positions = positions.long()  # bytes would be read as a mask
@@ -272,7 +280,7 @@ def rotate_and_cache(
 
 def read_registers(integers: Tensor, floats: Tensor, slots: Tensor) -> tuple[Tensor, ...]:
     """The specification of ops/registers.py: tokens, active, lengths, keys, uniform, temperature."""
-    rows = integers[slots]
+    rows = integers[existing(slots, len(integers))]
     tokens, lengths = rows[:, columns.TOKEN].contiguous(), rows[:, columns.LENGTH].contiguous()
     active = torch.where(rows[:, columns.ENDED] > 0, -1, slots)
     uniform = uniforms(rows[:, columns.STREAM], rows[:, columns.DRAWN])
@@ -281,7 +289,7 @@ def read_registers(integers: Tensor, floats: Tensor, slots: Tensor) -> tuple[Ten
 
 def advance_registers(integers: Tensor, slots: Tensor, tokens: Tensor) -> None:
     """The specification of ops/registers.py."""
-    rows = integers[slots]
+    rows = integers[existing(slots, len(integers))]
     runs = 1 - rows[:, columns.ENDED]
     rows[:, columns.TOKEN] = tokens
     rows[:, columns.LENGTH] += runs
