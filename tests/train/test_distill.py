@@ -98,7 +98,8 @@ def test_an_evaluation_makes_no_gradients(monkeypatch):
     monkeypatch.setattr(torch.autograd, "grad", None)
     states, head = torch.randn(6, 8, requires_grad=True), torch.randn(20, 8)
     with torch.no_grad():
-        divergence_from_states(states, head, torch.randn(6, 8), head, "reverse_kl")
+        loss = divergence_from_states(states, head, torch.randn(6, 8), head, "reverse_kl")
+    assert loss.isfinite() and not loss.requires_grad
 
 
 # Through the stage

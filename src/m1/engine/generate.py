@@ -8,7 +8,7 @@ OUT.run/     settings and manifest (runs.py)
 from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import asdict, replace
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from m1.progress import OnProgress, Progress, ignore, silent
 from m1.recipe import GenerateStage
 from m1.runs import Run, sha256
 from m1.tasks.prompts import PLAIN, ProblemPrompt
+from m1.tasks.rows import some_rows
 
 
 class Generated(NamedTuple):
@@ -43,11 +44,13 @@ class Wanted(NamedTuple):
     """A prompt of the file, of which samples are missing.
 
     Attributes:
+        id: the prompt's.
         prompt: a text, or chat messages.
         missing: numbers of the missing samples.
         seed: the prompt's.
     """
 
+    id: str
     prompt: Prompt
     missing: tuple[int, ...]
     seed: int
@@ -145,10 +148,7 @@ def sample_file(
     """
     prompts, out = Path(prompts), Path(out)
     refuse_sources(out, [prompts])
-    (skip, limit), rows = chosen, dict(enumerate(read_jsonl(prompts)))
-    rows = dict(islice(rows.items(), skip, None if limit is None else skip + limit))
-    if not rows:
-        raise UserError(f"{prompts} has no prompts" + (f" after the first {skip}" if skip else ""))
+    rows = dict(some_rows(str(prompts), enumerate(read_jsonl(prompts)), *chosen))
     ids = {i: str(row.get("id", i)) for i, row in rows.items()}
     if len(set(ids.values())) != len(ids):
         raise UserError(f"{prompts}: ids are not unique")
@@ -157,21 +157,21 @@ def sample_file(
     depends |= identity | {"prompts_sha256": sha256(prompts), "chosen": list(chosen)}
     with Run("generate", out, depends, is_file=True, force=force) as run:
         done = {(row["id"], row["sample"]) for row in run.read(out.name, {"id": str, "sample": int})}
-        wanted, numbers = [], []
-        for i, text in texts.items():
-            if missing := tuple(j for j in range(params.n) if (ids[i], j) not in done):
-                wanted.append(Wanted(text, missing, fold_in(params.seed, i)))
-                numbers.append(i)
+        wanted = [
+            Wanted(ids[i], text, missing, fold_in(params.seed, i))
+            for i, text in texts.items()
+            if (missing := tuple(j for j in range(params.n) if (ids[i], j) not in done))
+        ]
         total, ended, tokens, seconds = len(ids) * params.n, len(done), 0, 0.0
         on_progress(ended, total)
         if wanted:
             with closing(source(wanted)) as samples:
                 for sample in samples:
-                    number = numbers[sample.prompt]
-                    key = {"id": ids[number], "sample": sample.sample}
+                    asked = wanted[sample.prompt]
+                    key = {"id": asked.id, "sample": sample.sample}
                     how = {"text": sample.text, "finish_reason": sample.finish_reason}
                     cost = {"tokens": sample.tokens, "logprob": sample.logprob}
-                    run.append(out.name, key | how | cost | _conversation(texts[number], sample.text))
+                    run.append(out.name, key | how | cost | _conversation(asked.prompt, sample.text))
                     ended, tokens, seconds = ended + 1, tokens + (sample.tokens or 0), max(seconds, sample.seconds)
                     on_progress(ended, total)
         run.finish()

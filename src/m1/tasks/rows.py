@@ -2,8 +2,9 @@
 
 import re
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from m1.errors import UserError
 from m1.jsonl import read_jsonl
@@ -12,6 +13,7 @@ HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+?)(/(?P<config>[\w.-]+))?(@(?P<revis
 FILE_ENDINGS = (".jsonl", ".json", ".txt", ".csv", ".parquet")  # a name with such an ending means a file
 
 PARQUET_ROWS = 256  # read at a time: bounds memory
+T = TypeVar("T")
 
 
 def read_rows(source: str, split: str, advice: str = "", streaming: bool = False) -> Iterable[dict[str, Any]]:
@@ -37,6 +39,19 @@ def read_rows(source: str, split: str, advice: str = "", streaming: bool = False
     if Path(source).is_file() and source.endswith(".parquet"):
         return _parquet(source)
     return read_jsonl(source)
+
+
+def some_rows(source: str, rows: Iterable[T], skip: int, limit: int | None) -> Iterator[T]:
+    """Yields the first `limit` rows after `skip` ones; all of them if None.
+
+    Raises:
+        UserError: there are none.
+    """
+    row = None
+    for row in islice(rows, skip, None if limit is None else skip + limit):
+        yield row
+    if row is None:
+        raise UserError(f"{source} has no rows" + (f" after the first {skip}" if skip else ""))
 
 
 def is_file(source: str) -> bool:

@@ -5,7 +5,7 @@ import json
 import logging
 import random
 from collections.abc import Iterable, Iterator
-from itertools import chain, islice
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from m1.tasks.chain import chain_problems
 from m1.tasks.overlap import Overlap
 from m1.tasks.problem import problem_and_golds
 from m1.tasks.prompts import Messages
-from m1.tasks.rows import is_file, read_rows
+from m1.tasks.rows import is_file, read_rows, some_rows
 from m1.train.data_mask import Conversation
 
 logger = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ def check_files(data: Data) -> None:
     """Raises UserError if a file of the data can't be read, or is empty. Models take longer to load."""
     for source in () if data.task else data.sources:
         if is_file(source):
-            next(_limited(source, read_rows(source, "train"), data.skip, 1))
+            next(some_rows(source, read_rows(source, "train"), data.skip, 1))
     for benchmark in data.exclude:
         if is_file(benchmark):
             Overlap.of([benchmark])
@@ -102,15 +102,7 @@ def open_source(data: Data, source: str) -> tuple[Iterator[dict[str, Any]], str 
         return iter(rows), json_hash(rows)
     rows = read_rows(source, "train", streaming=data.streaming)
     content = sha256(source) if is_file(source) else getattr(rows, "_fingerprint", None)
-    return _limited(source, rows, data.skip, data.limit), content
-
-
-def _limited(source: str, rows: Iterable[dict[str, Any]], skip: int, limit: int | None) -> Iterator[dict[str, Any]]:
-    row = None
-    for row in islice(rows, skip, None if limit is None else skip + limit):
-        yield row
-    if row is None:
-        raise UserError(f"{source} has no rows" + (f" after the first {skip}" if skip else ""))
+    return some_rows(source, rows, data.skip, data.limit), content
 
 
 def bucketed(lengths: np.ndarray, size: int, seed: int) -> list[int]:

@@ -46,18 +46,8 @@ COUNTS, LENGTHS, ROWS = "counts.json", "lengths.npy", "rows.arrow"
 FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
 # Options that choose and order sources. All others may change a source's rows, and with them the folder.
 OF_SOURCES = (
-    "path",
-    "weights",
-    "task",
-    "count",
-    "slip_rate",
-    "seed",
-    "min_steps",
-    "max_steps",
-    "period",
-    "streaming",
-    "bucket",
-)
+    "path", "weights", "task", "count", "slip_rate", "seed", "min_steps", "max_steps", "period", "streaming", "bucket",
+)  # fmt: skip
 BATCH_ROWS = 32  # tokenized together: bounds memory
 SHUFFLE_BUFFER = 1000  # rows of a stream that are shuffled together
 
