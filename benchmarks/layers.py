@@ -7,10 +7,12 @@ A variant is a choice of layers, a mixer and a seed, which is that of new weight
     even      the recipe's own layers, evenly spaced
     cost      as many as `m1 rank-layers` ranks first: the cost of converting each layer alone, untrained
     greedy    as many as `m1 rank-layers --aligned` ranks first: what is left after alignment
+    gates     those that `m1 choose-layers` chooses: what is left after training both in every layer
 
 The stages are the recipe's, on those of its files that no stage makes. For each mixer and seed, the mixers of all
 layers are aligned once. Each variant takes from there those that it needs, and is distilled for as many steps on the
-same rows. Then it is measured as by benchmarks/smollm2.py, on the rows that the stages skip.
+same rows. The training that chooses with gates comes on top, a third of these steps. Then a variant is measured as by
+benchmarks/smollm2.py, on the rows that the stages skip.
 
 Writes results/layers-DEVICE.json after each variant. Run again, it resumes; rows of another machine or of other
 options are dropped. With `--minutes` no variant begins that would take longer, as the longest one so far did.
@@ -36,11 +38,12 @@ from m1.machine import describe_machine
 from m1.model.checkpoint import load_model
 from m1.ops.backend import default_device
 from m1.pipeline import load_pipeline
-from m1.recipe import RankLayersStage, Stage
+from m1.recipe import ChooseLayersStage, RankLayersStage, Stage
 from m1.runs import MANIFEST
+from m1.train.choose_layers import RANKING
 
 ROOT = Path(__file__).parents[1]
-CHOICES, MIXERS = ("even", "cost", "greedy"), ("mamba", "mamba2")
+CHOICES, MIXERS = ("even", "cost", "greedy", "gates"), ("mamba", "mamba2")
 RANKED_ROWS, RANKED_LENGTH = 16, 512  # rows of each file that the rankings are made on, and most tokens of a row
 Stages = dict[str, Any]
 
@@ -63,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = options.out or ROOT / f"results/layers-{device}.json"
     if out.exists():
         earlier = read_json(out)
-        if all(earlier[key] == result[key] for key in ("machine", "recipe", "steps")):
+        if all(earlier.get(key) == result[key] for key in ("machine", "recipe", "steps")):
             result = earlier
     variants = list(itertools.product(range(options.seeds), MIXERS, CHOICES))
     begun, longest = time.monotonic(), max((row["seconds"] for row in result["variants"].values()), default=0.0)
@@ -78,9 +81,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"{len(variants) - place} variants left: run this again", flush=True)
             return
         folder = f"{pipeline.out}-layers/{mixer}-{seed}"
-        aligned, rankings = prepare(stages, folder, mixer, seed)
+        own = layers_of(stages["convert"], teacher)
+        aligned, rankings = prepare(stages, folder, mixer, seed, len(own), options.steps)
         result["rankings"][f"{mixer} {seed}"] = rankings
-        keep = kept(stages["convert"], teacher, choice, folder)
+        keep = own if choice == "even" else sorted(rankings[choice]["ranking"][: len(own)])
         row = measured(variant(stages, aligned, f"{folder}/{choice}", keep, options.steps, seed), teacher, texts)
         longest = max(longest, time.monotonic() - started)
         result["variants"][name] = row
@@ -88,8 +92,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(line(name, row), flush=True)
 
 
-def prepare(stages: Stages, folder: str, mixer: str, seed: int) -> tuple[Stage, dict[str, Any]]:
-    """Aligns mixers of all layers and ranks the layers. Returns the stage of the aligned model, and both rankings."""
+def prepare(stages: Stages, folder: str, mixer: str, seed: int, count: int, steps: int) -> tuple[Stage, dict[str, Any]]:
+    """Aligns mixers of all layers and ranks the layers. Returns the stage of the aligned model, and the rankings."""
     data = own_files(stages)
     converted = dataclasses.replace(
         stages["convert"], keep_attention=NONE, attention_ratio=None, mixer=mixer, seed=seed, out=f"{folder}/converted"
@@ -104,26 +108,30 @@ def prepare(stages: Stages, folder: str, mixer: str, seed: int) -> tuple[Stage, 
         "cost": RankLayersStage(out=f"{folder}/cost.json", **sample),
         "greedy": RankLayersStage(out=f"{folder}/greedy.json", aligned=aligned.out, **sample),
     }
-    run(converted, aligned, *ranked.values())
+    trained = stages["distill"].trainer | {"seed": seed, "max_steps": max(steps // 3, 1)}
+    gates = ChooseLayersStage(
+        model=aligned.out, teacher=converted.teacher, out=f"{folder}/gates-{steps}", keep=count, data=data,
+        mixer_lr_scale=stages["distill"].mixer_lr_scale, trainer=trained,
+    )  # fmt: skip
+    run(converted, aligned, *ranked.values(), gates)
     found = {choice: read_json(stage.out) for choice, stage in ranked.items()}
-    return aligned, {choice: {key: ranking[key] for key in ("ranking", "kl")} for choice, ranking in found.items()}
+    found["gates"] = read_json(Path(gates.out, RANKING))
+    shown = ("ranking", "kl", "shares")
+    return aligned, {choice: {key: r[key] for key in shown if key in r} for choice, r in found.items()}
 
 
-def kept(convert: Any, teacher: PreTrainedModel, choice: str, folder: str) -> dict[str, Any]:
-    """The options of a conversion that say which layers stay attention: in each choice as many as in the recipe."""
-    own = {"keep_attention": convert.keep_attention, "attention_ratio": convert.attention_ratio}
-    if choice == "even":
-        return own
-    count = len(choose_layers(teacher.config.num_hidden_layers, **own))
-    return {"keep_attention": f"@{folder}/{choice}.json:{count}", "attention_ratio": None}
+def layers_of(convert: Any, teacher: PreTrainedModel) -> list[int]:
+    """The layers that stay attention in the recipe."""
+    return choose_layers(teacher.config.num_hidden_layers, convert.keep_attention, convert.attention_ratio)
 
 
-def variant(stages: Stages, aligned: Any, folder: str, keep: dict[str, Any], steps: int, seed: int) -> Stage:
+def variant(stages: Stages, aligned: Any, folder: str, keep: list[int], steps: int, seed: int) -> Stage:
     """Converts with the aligned mixers and distils. Returns the stage of the distilled model."""
     mixer = read_json(Path(aligned.model, "config.json"))["mixer"]
     converted = dataclasses.replace(
-        stages["convert"], **keep, mixer=mixer, seed=seed, aligned=aligned.out, out=f"{folder}/converted"
-    )
+        stages["convert"], keep_attention=keep, attention_ratio=None, mixer=mixer, seed=seed, aligned=aligned.out,
+        out=f"{folder}/converted-{'-'.join(map(str, keep))}",
+    )  # fmt: skip
     recipe = stages["distill"]
     distilled = seeded(
         recipe, seed, model=converted.out, out=f"{folder}/distilled-{steps}", data=aligned.data,

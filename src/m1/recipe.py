@@ -250,6 +250,20 @@ class AlignStage(TaughtStage):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ChooseLayersStage(TaughtStage):
+    """Stage `choose-layers`: trains `model`, aligned mixers in all layers, beside the attention of `teacher`."""
+
+    kind = "choose-layers"
+    function = "m1.train.choose_layers:choose_layers"
+
+    keep: int = option(help="Number of layers that stay attention.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least_one(self, "keep")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DistillStage(TaughtStage):
     """Stage `distill`: distillation of `teacher` into `model` on assistant tokens."""
 
@@ -427,7 +441,7 @@ STAGES: dict[str, type[Stage]] = {
     cls.kind: cls
     for cls in (
         ConvertStage, RankLayersStage, AlignStage, SFTStage, DistillStage, GRPOStage, GenerateStage, EvalStage,
-        BudgetStage,
+        BudgetStage, ChooseLayersStage,
     )
 }  # fmt: skip
 

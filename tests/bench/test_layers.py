@@ -58,12 +58,12 @@ def benchmark(tmp_path, teacher_dir, monkeypatch):
 
 def test_every_choice_is_measured_once(benchmark, tmp_path, capsys):
     assert benchmark("--steps", "2", "--minutes", "0") is None
-    assert "3 variants left" in capsys.readouterr().out
+    assert "4 variants left" in capsys.readouterr().out
     result = benchmark("--steps", "2")
     rows, rankings = result["variants"], result["rankings"]["mamba2 0"]
-    assert list(rows) == ["even mamba2 0", "cost mamba2 0", "greedy mamba2 0"]
+    assert list(rows) == [f"{choice} mamba2 0" for choice in ("even", "cost", "greedy", "gates")]
     assert rows["even mamba2 0"]["layers"] == [1, 3]
-    for choice in ("cost", "greedy"):
+    for choice in ("cost", "greedy", "gates"):
         assert rows[f"{choice} mamba2 0"]["layers"] == sorted(rankings[choice]["ranking"][:2])
     for row in rows.values():
         assert set(row["texts"]) == {"gsm8k solutions", "math solutions"}
