@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from m1.layer_choice import from_ranking
 from m1.model.checkpoint import load_model
 from m1.model.convert import convert
 from m1.recipe import ChooseLayersStage
-from m1.train.choose_layers import blend, shares
+from m1.train.choose_layers import ChoiceTrainer, blend, shares
 
 
 @pytest.fixture
@@ -36,6 +37,13 @@ def test_shares_sum_to_the_budget_in_the_gates_order(budget):
     assert found.argsort().tolist() == gates.argsort().tolist() or budget == 4
     found[0].backward()
     assert gates.grad[0] >= 0 and not gates.grad[1:].any()
+
+
+@pytest.mark.parametrize(("step", "budget"), [(0, 19), (30, 13), (60, 7), (100, 7), (120, 7)])
+def test_the_budget_falls_in_the_first_half(step, budget):
+    """Of 31 layers, 7 to keep, in 120 steps."""
+    state, model = SimpleNamespace(global_step=step, max_steps=120), SimpleNamespace(gates=range(31))
+    assert ChoiceTrainer.budget.fget(SimpleNamespace(state=state, model=model, keep=7)) == budget
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
@@ -80,8 +88,6 @@ def test_it_resumes_to_the_same_choice(mixers_dir, teacher_dir, tmp_path, monkey
     whole = choose_stage(mixers_dir, teacher_dir, tmp_path / "whole", trainer=trainer)
     whole.run()
     cut = dataclasses.replace(whole, out=str(tmp_path / "cut"))
-    from m1.train.choose_layers import ChoiceTrainer
-
     train = ChoiceTrainer.training_step
 
     def interrupted(self, *args, **kwargs):

@@ -4,8 +4,8 @@ A layer blends the two. What it adds to its input is
 
     share * attention(x) + (1 - share) * mixer(x)        share = sigmoid(SCALE * gate + c)
 
-The number c is such that the shares add up to a budget. It is the number of layers at first and falls to `keep` in the
-first half of the steps. Weights and gates learn to match the teacher under forward KL, so a layer whose mixer can do
+The number c is such that the shares add up to a budget. It is halfway between all layers and `keep` at first, since with
+attention alone the model is the teacher and has no gradient, and falls to `keep` in the first half of the steps. Weights and gates learn to match the teacher under forward KL, so a layer whose mixer can do
 what its attention did loses its share to one whose mixer can't. The first `keep` layers by share stay attention.
 
 rank_layers.py measures what replacing a layer costs now; this looks at what training doesn't mend.
@@ -140,7 +140,7 @@ class ChoiceTrainer(DistillTrainer):
     def budget(self) -> float:
         """The sum of all shares at this step."""
         left = max(1 - 2 * self.state.global_step / max(self.state.max_steps, 1), 0)
-        return self.keep + left * (len(self.model.gates) - self.keep)
+        return self.keep + left * (len(self.model.gates) - self.keep) / 2
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """As in all stages; gates don't decay."""
