@@ -4,9 +4,10 @@ A layer blends the two. What it adds to its input is
 
     share * attention(x) + (1 - share) * mixer(x)        share = sigmoid(SCALE * gate + c)
 
-The number c is such that the shares add up to a budget. It is halfway between all layers and `keep` at first, since with
-attention alone the model is the teacher and has no gradient, and falls to `keep` in the first half of the steps. Weights and gates learn to match the teacher under forward KL, so a layer whose mixer can do
-what its attention did loses its share to one whose mixer can't. The first `keep` layers by share stay attention.
+The number c is such that the shares add up to a budget. It is halfway between all layers and `keep` at first, because
+with attention alone the model is the teacher and has no gradient. In the first half of the steps it falls to `keep`.
+Weights and gates learn to match the teacher under forward KL, so a layer whose mixer can do what its attention did
+loses its share to one whose mixer can't. The first `keep` layers by share stay attention.
 
 rank_layers.py measures what replacing a layer costs now; this looks at what training doesn't mend.
 """
