@@ -105,15 +105,18 @@ def test_it_resumes_to_the_same_choice(mixers_dir, teacher_dir, tmp_path, monkey
     assert all((tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in names)
 
 
-def test_what_it_cannot_blend_is_refused(mixers_dir, hybrid_dir, teacher_dir, tmp_path):
+def test_what_it_cannot_blend_is_refused(mixers_dir, hybrid_dir, teacher_dir, tmp_path, monkeypatch):
     stage = choose_stage(mixers_dir, teacher_dir, tmp_path / "out")
     for changed, message in (
         ({"model": str(hybrid_dir)}, "of which 2 are attention already: .* keep_attention = none"),
         ({"keep": 4}, "keep = 4 of the 4 layers"),
         ({"model": str(teacher_dir)}, "has no Mamba layers: give a hybrid"),
-        ({"shard": True}, "shard = true can't be"),
+        ({"shard": True}, "runs in one process, without shard = true"),
     ):
         with pytest.raises(UserError, match=message):
             dataclasses.replace(stage, **changed).run()
+    monkeypatch.setattr("m1.train.choose_layers.world_size", lambda: 2)
+    with pytest.raises(UserError, match="runs in one process"):
+        stage.check()
     with pytest.raises(UserError, match="keep=0: need at least 1"):
         choose_stage(mixers_dir, teacher_dir, tmp_path / "out", keep=0)

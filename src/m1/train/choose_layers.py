@@ -29,6 +29,7 @@ from m1.recipe import ChooseLayersStage
 from m1.train import distill
 from m1.train.align import check_layers
 from m1.train.distill import DistillTrainer, load_pair
+from m1.train.distributed import world_size
 from m1.train.trainer import run_training
 
 RANKING = "ranking.json"
@@ -44,8 +45,8 @@ def choose_layers(stage: ChooseLayersStage, resume: bool = False, force: bool = 
 
 def arguments_of(stage: ChooseLayersStage) -> SFTConfig:
     """The trainer's arguments. Raises UserError for an invalid `[trainer]`."""
-    if stage.shard:
-        raise UserError("choose-layers: shard = true can't be: the layers share their gates; remove it")
+    if stage.shard or world_size() > 1:
+        raise UserError("choose-layers runs in one process, without shard = true: start it with m1, not torchrun")
     return distill.arguments_of(stage)
 
 
