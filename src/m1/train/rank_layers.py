@@ -24,7 +24,7 @@ from m1.progress import Progress, silent
 from m1.recipe import RankLayersStage
 from m1.runs import Run, sha256
 from m1.train.data import all_conversations
-from m1.train.distill import divergence_from_states
+from m1.train.divergence import divergence_from_states
 
 Batch = tuple[Tensor, Tensor]  # input ids and attention mask, [b, T] each
 
