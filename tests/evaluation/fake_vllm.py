@@ -13,31 +13,31 @@ import os, sys, time
 sys.path.insert(0, {tests!r})
 import fake_vllm
 {first}
-fake_vllm.serve({folder!r}, {text!r}, {answers})
+fake_vllm.serve({folder!r}, {text!r}, {answers}, {child})
 """
 
 
-def fake_python(folder, text=r"\boxed{7}", first="", answers=10**9):
+def fake_python(folder, text=r"\boxed{7}", first="", answers=10**9, child=False):
     """Writes the file, which notes in its folder what it is told.
 
     Args:
         text: of each sample.
         first: code to run before the server starts.
         answers: how many requests the server answers before it ends.
+        child: whether it has a child, which ignores SIGTERM.
     """
     path, tests = folder / "python", str(Path(__file__).parent)
-    path.write_text(
-        FILE.format(python=sys.executable, tests=tests, first=first, folder=str(folder), text=text, answers=answers)
-    )
+    given = {"folder": str(folder), "text": text, "answers": answers, "child": child}
+    path.write_text(FILE.format(python=sys.executable, tests=tests, first=first, **given))
     path.chmod(0o755)
     return path
 
 
-def serve(folder, text, answers):
-    """Serves. A child of the process ignores SIGTERM."""
+def serve(folder, text, answers, child):
+    """Serves with `fake_python`'s arguments."""
     folder, options = Path(folder), dict(zip(sys.argv, [*sys.argv[1:], ""], strict=True))
     stubborn = [sys.executable, "-c", "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(600)"]
-    child = subprocess.Popen(stubborn)
+    pids = [os.getpid(), *([subprocess.Popen(stubborn).pid] if child else [])]
 
     def answer(body, number):
         with (folder / "bodies.jsonl").open("a") as file:
@@ -50,7 +50,7 @@ def serve(folder, text, answers):
     server = Server(answer, int(options["--port"]))
     (folder / "options.json").write_text(json.dumps(options))
     (folder / "generation.json").write_text(Path(options["--model"], "generation_config.json").read_text())
-    (folder / "processes").write_text(f"{os.getpid()} {child.pid}")
+    (folder / "processes").write_text(" ".join(map(str, pids)))
     server.serve_forever()
 
 

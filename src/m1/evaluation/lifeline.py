@@ -3,7 +3,7 @@
     python lifeline.py SECONDS COMMAND...
 
 Whoever starts it holds the other end of stdin. However the starter ends, the command then gets SIGTERM. SECONDS later,
-or when the command has ended by itself, whatever is left of its process group is killed.
+or SECONDS after the command has ended by itself, whatever is left of its process group is killed.
 """
 
 import contextlib
@@ -13,24 +13,23 @@ import subprocess
 import sys
 import threading
 import time
-
-LEAVE = 3.0  # seconds for the command's children to end after it
+from collections.abc import Callable
 
 
 def main() -> None:
     """Runs the program."""
     seconds, *command = sys.argv[1:]
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+    process, over = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True), threading.Event()
 
-    def end_with_stdin() -> None:
-        sys.stdin.buffer.read()
-        process.terminate()
-        time.sleep(float(seconds))
-        os.killpg(process.pid, signal.SIGKILL)
+    def end_after(wait: Callable[[], object]) -> None:
+        wait()
+        over.set()
 
-    threading.Thread(target=end_with_stdin, daemon=True).start()
-    process.wait()
-    deadline = time.monotonic() + LEAVE
+    for wait in (process.wait, lambda: os.read(0, 1)):  # nobody writes to stdin, so this waits until it is closed
+        threading.Thread(target=end_after, args=(wait,), daemon=True).start()
+    over.wait()
+    process.terminate()
+    deadline = time.monotonic() + float(seconds)
     with contextlib.suppress(ProcessLookupError):  # nobody is left
         while time.monotonic() < deadline:
             os.killpg(process.pid, 0)

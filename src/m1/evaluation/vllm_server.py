@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -24,8 +25,8 @@ from m1.peers.vllm_worker import cpu_environment, fast_settings
 LIFELINE = Path(__file__).with_name("lifeline.py")
 SERVED_NAME = "m1"  # of the model, in requests
 STARTS_WITHIN = 900.0  # seconds
-ENDS_WITHIN = 30.0  # seconds after SIGTERM
-LINES_SHOWN = 20  # of the server's log, in an error message
+ENDS_WITHIN = 30.0  # seconds after SIGTERM, before it is killed
+LINES_SHOWN = 4  # of either kind, of the server's log, in an error message
 
 
 @contextmanager
@@ -78,7 +79,7 @@ def vllm_server(llm: LLM, max_model_len: int, max_num_seqs: int) -> Iterator[str
                 yield f"{url}/v1"
             except ServerLost:
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    server.wait(timeout=10)  # in which its last processes end
+                    server.wait(timeout=2 * ENDS_WITHIN)
                     raise failed("has ended", log) from None
                 raise
 
@@ -132,7 +133,9 @@ def wait_until_ready(server: "subprocess.Popen[bytes]", log: IO[bytes], url: str
 
 
 def failed(how: str, log: IO[bytes]) -> UserError:
-    """An error about the server, with the last lines of its log."""
+    """An error about the server, with the last lines of its log: those that name an error, and the very last."""
     log.seek(0)
-    lines = log.read().decode(errors="replace").splitlines()[-LINES_SHOWN:]
-    return UserError("\n".join([f"vllm: its server {how}; its last lines:", *lines]))
+    lines = [line.strip() for line in log.read().decode(errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if re.search(r"\w(Error|Exception): ", line)]  # the cause is above a traceback
+    last = dict.fromkeys([*errors[-LINES_SHOWN:], *lines[-LINES_SHOWN:]])
+    return UserError("\n".join([f"vllm: its server {how}; its last lines:", *last]))
