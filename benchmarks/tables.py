@@ -270,11 +270,12 @@ def long_chains_vllm() -> str:
         own, vllm = (measured["models"][name] for name in ("transformer", "transformer, vLLM"))
         ended = [f"{m['points'][-1]['samples']:.0f}" for m in (vllm, own)]
         rows.append([steps, f"{measured['seconds']:g} s", *ended, *after_16(vllm, own)])
+    seconds = "a client of its server's" if bench.get("served") else "of sampling alone, without a server and votes"
     both = ("vLLM", "this engine")
     columns = ["steps", "budget", *(f"samples, {m}" for m in both), *(f"16 samples after, {m}" for m in both), "ratio"]
     return markdown(columns, rows) + (
         f"\nvLLM {bench['vllm']}, {bench['problems']} problems, the transformer of the first training; means of "
-        "samples, medians of seconds.\n"
+        f"samples, medians of seconds. vLLM's seconds are {seconds}.\n"
     )
 
 
