@@ -82,7 +82,7 @@ def measure() -> None:
 
 def vllm() -> None:
     """vLLM is slower here, so it has twice the time."""
-    result = about(PROBLEMS_FOR_VLLM) | {"vllm": version(), "lengths": {}}
+    result = about(PROBLEMS_FOR_VLLM) | {"vllm": version(), "served": True, "lengths": {}}
     for steps, seconds in BUDGETS.items():
         problems = problems_of(steps, PROBLEMS_FOR_VLLM)
         models = {"transformer": folder(0) / MODELS["transformer"]}

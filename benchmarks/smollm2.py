@@ -33,7 +33,7 @@ from m1.runs import MANIFEST, run_folder
 from m1.tasks.prompts import MATH_PROMPT
 from m1.train.data_cache import Preparation
 from m1.train.data_mask import IGNORED, ChatEncoder
-from m1.train.distill import divergence
+from m1.train.divergence import divergence
 
 ROOT = Path(__file__).parents[1]
 LENGTH, TOKENS = 1024, 4096  # most tokens of a row, and of a batch with its padding

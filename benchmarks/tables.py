@@ -270,11 +270,12 @@ def long_chains_vllm() -> str:
         own, vllm = (measured["models"][name] for name in ("transformer", "transformer, vLLM"))
         ended = [f"{m['points'][-1]['samples']:.0f}" for m in (vllm, own)]
         rows.append([steps, f"{measured['seconds']:g} s", *ended, *after_16(vllm, own)])
+    seconds = "a client of its server's" if bench.get("served") else "of sampling alone, without a server and votes"
     both = ("vLLM", "this engine")
     columns = ["steps", "budget", *(f"samples, {m}" for m in both), *(f"16 samples after, {m}" for m in both), "ratio"]
     return markdown(columns, rows) + (
         f"\nvLLM {bench['vllm']}, {bench['problems']} problems, the transformer of the first training; means of "
-        "samples, medians of seconds.\n"
+        f"samples, medians of seconds. vLLM's seconds are {seconds}.\n"
     )
 
 
@@ -378,6 +379,30 @@ def gpu_jobs() -> str:
     )
 
 
+def training() -> str:
+    """`benchmarks/training.py` on a GPU."""
+    bench, rows = result("training-cuda"), []
+    found = {tuple(name.split()): row for name, row in bench["rows"].items() if "not_run" not in row}
+    names = {"hybrid": "hybrid", "llama": "Llama", "trl": "Llama, TRL, packed", "trl-padded": "Llama, TRL, padded"}
+    for (task, kind, shape, length), row in sorted(found.items(), key=lambda item: (item[0][2], int(item[0][3]))):
+        cells = [f"{task}, {shape}, {int(length):,}", names[kind], f"{row['tokens_per_second']:,.0f}"]
+        cells += [f"{100 * row['mfu']:.0f} %", f"{row['memory_gib']:.1f} GiB", f"{row['tokens_per_step']:,.0f}"]
+        rows.append([*cells, "yes" if row["checkpointing"] else "no"])
+    columns = [
+        "task, shape, tokens of a row",
+        "model",
+        "tokens/s",
+        "MFU",
+        "memory",
+        "tokens of a step",
+        "checkpointing",
+    ]
+    return markdown(columns, rows) + (
+        f"\n{bench['machine']['gpu']}, torch {bench['machine']['torch']}, matrix products "
+        f"{bench['matrix_rate'] / 1e12:.0f} TFLOP/s. The file names the rows that weren't run.\n"
+    )
+
+
 def some_columns(table: str, chosen: Iterable[int]) -> str:
     lines = [line.split("|")[1:-1] for line in table.splitlines() if line.startswith("|")]
     return "".join(f"|{'|'.join(line[i] for i in chosen)}|\n" for line in lines)
@@ -389,6 +414,7 @@ TABLES: dict[str, list[Callable[[], str]]] = {
     "recipes/smollm2-cpu/README.md": [smollm2_cpu],
     "docs/engine.md": [quantization, gpu_jobs, gpu_samples, chat, decode, decode_step],
     "docs/kernels.md": [kernels],
+    "docs/training.md": [training],
     "docs/evaluation.md": [intervals, differences],
     "docs/grading.md": [grading],
     "docs/serving.md": [serve],

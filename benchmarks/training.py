@@ -4,7 +4,8 @@
     python benchmarks/training.py --shapes smollm2-135m --lengths 2048 --models llama trl
 
 A row is a task, a model, a shape and a length. The real trainers run on packed rows of random tokens, all of them
-trained; documents have between a quarter of the row's length and all of it. The file is written after each row. Rows of
+trained; documents have between a quarter of the row's length and all of it. "trl" is TRL's own trainer on the same
+packed rows, "trl-padded" on a padded row per document, its default. The file is written after each row. Rows of
 earlier runs on the same machine are kept. What isn't measured is listed as not run, with the reason.
 
     tokens_per_second   tokens of documents, padding not counted
@@ -44,7 +45,8 @@ from m1.train.speed import speed_up
 from m1.train.stage_trainer import weights_in_products
 from m1.train.trainer import most_memory, trainer_arguments
 
-TASKS, MODELS = ("sft", "distill"), ("hybrid", "llama", "trl")
+TASKS, MODELS = ("sft", "distill"), ("hybrid", "llama", "trl", "trl-padded")
+TRL = ("trl", "trl-padded")
 GRID = {"shapes": ("smollm2-135m", "llama-1b"), "lengths": (512, 2048, 8192, 32768)}
 WARMUP = 10  # steps that compile and allocate. Lengths differ: another layout may compile again at any of the first
 Row = dict[str, Any]
@@ -55,12 +57,13 @@ class Meter(TrainerCallback):
 
     def __init__(self, model: PreTrainedModel):
         self.device = model.device
-        self.tokens, self.pairs = 0, torch.zeros((), dtype=torch.float64, device=model.device)
+        self.tokens, self.pairs = torch.zeros(2, dtype=torch.float64, device=model.device)
         model.register_forward_pre_hook(self.count, with_kwargs=True)
 
     def count(self, model: nn.Module, arguments: tuple, inputs: dict[str, Any]) -> None:
-        lengths = inputs["cu_seq_lens_q"].diff().double()
-        self.tokens, self.pairs = self.tokens + inputs["input_ids"].numel(), self.pairs + lengths.square().sum() / 2
+        packed = "cu_seq_lens_q" in inputs
+        lengths = (inputs["cu_seq_lens_q"].diff() if packed else inputs["attention_mask"].sum(1)).double()
+        self.tokens, self.pairs = self.tokens + lengths.sum(), self.pairs + lengths.square().sum() / 2
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step not in (WARMUP, state.max_steps):
@@ -68,8 +71,8 @@ class Meter(TrainerCallback):
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         if state.global_step == WARMUP:
-            self.tokens, self.started = 0, time.perf_counter()
-            self.pairs = torch.zeros_like(self.pairs)
+            self.tokens, self.pairs = torch.zeros(2, dtype=torch.float64, device=self.device)
+            self.started = time.perf_counter()
         else:
             self.seconds = time.perf_counter() - self.started
 
@@ -81,7 +84,7 @@ def attention_width(model: PreTrainedModel) -> int:
     return layer_kinds(config).count(ATTENTION) * config.num_attention_heads * head_dim
 
 
-def operations(model: PreTrainedModel, tokens: int, pairs: float, passes: int) -> float:
+def operations(model: PreTrainedModel, tokens: float, pairs: float, passes: int) -> float:
     """Of products and causal attention, in `passes` passes (3 for training) over `tokens`.
 
     Args:
@@ -105,9 +108,9 @@ def measure(task: str, kind: str, shape: str, length: int, options: argparse.Nam
     device = torch.device(options.device)
     hybrid, rows = kind == "hybrid", max(options.tokens // length, 1)
     arguments = {
-        "max_steps": WARMUP + options.steps, "per_device_train_batch_size": rows, "packing": True, "max_length": length,
-        "gradient_checkpointing": length >= options.checkpoint_from, "learning_rate": 1e-5, "report_to": [],
-        "save_strategy": "no", "logging_steps": 10, "disable_tqdm": True,
+        "max_steps": WARMUP + options.steps, "per_device_train_batch_size": rows, "packing": kind != "trl-padded",
+        "max_length": length, "gradient_checkpointing": length >= options.checkpoint_from, "learning_rate": 1e-5,
+        "report_to": [], "save_strategy": "no", "logging_steps": 10, "disable_tqdm": True,
         "bf16": device.type == "cuda", "use_cpu": device.type == "cpu",
     }  # fmt: skip
     with device:
@@ -116,7 +119,7 @@ def measure(task: str, kind: str, shape: str, length: int, options: argparse.Nam
     common: Row = {"model": model, "train_dataset": data, "processing_class": byte_tokenizer(length)}
     meter, teacher = Meter(model), None
     trainer: SFTTrainer
-    if kind == "trl":
+    if kind in TRL:
         trainer = SFTTrainer(args=SFTConfig(out, **arguments), **common)
     else:
         ours = trainer_arguments(SFTConfig, out, arguments)
@@ -132,13 +135,13 @@ def measure(task: str, kind: str, shape: str, length: int, options: argparse.Nam
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     trainer.train()
-    work = operations(model, meter.tokens, float(meter.pairs), 3)
-    work += operations(teacher, meter.tokens, float(meter.pairs), 1) if teacher else 0
+    tokens, pairs = float(meter.tokens), float(meter.pairs)
+    work = operations(model, tokens, pairs, 3) + (operations(teacher, tokens, pairs, 1) if teacher else 0)
     return {
-        "tokens_per_second": meter.tokens / meter.seconds,
+        "tokens_per_second": tokens / meter.seconds,
         "tflops": work / meter.seconds / 1e12,
         "memory_gib": most_memory(device) / 2**30,
-        "tokens_per_step": meter.tokens / options.steps,
+        "tokens_per_step": tokens / options.steps,
         "checkpointing": bool(arguments["gradient_checkpointing"]),
         "compiled": any(layer._compiled_call_impl is not None for layer in model.get_decoder().layers),
     }
@@ -147,7 +150,9 @@ def measure(task: str, kind: str, shape: str, length: int, options: argparse.Nam
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, help="trl: TRL's SFTTrainer on a Llama")
+    parser.add_argument(
+        "--models", nargs="+", choices=MODELS, default=MODELS, help="trl...: TRL's SFTTrainer on a Llama"
+    )
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=GRID["shapes"])
     parser.add_argument("--lengths", nargs="+", type=int, default=GRID["lengths"], help="tokens of a packed row")
     parser.add_argument("--tokens", type=int, default=16384, help="tokens of a step; a row at least")
@@ -167,10 +172,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         result["rows"] = {name: row for name, row in earlier["rows"].items() if "not_run" not in row}
     grid = (TASKS, MODELS, {*GRID["shapes"], *options.shapes}, {*GRID["lengths"], *options.lengths})
     for row in itertools.product(*map(sorted, grid)):
-        if row[:2] != ("distill", "trl"):
+        if row[0] == "sft" or row[1] not in TRL:
             result["rows"].setdefault(name_of(*row), {"not_run": "not asked for"})
     for row in itertools.product(options.tasks, options.models, options.shapes, options.lengths):
-        if row[:2] == ("distill", "trl"):  # TRL's plain trainer doesn't distil
+        if row[0] == "distill" and row[1] in TRL:  # TRL's plain trainer doesn't distil
             continue
         with tempfile.TemporaryDirectory() as folder:
             try:

@@ -523,8 +523,26 @@ MUTANTS = [
         "a teacher whose tokens have other ids",
     ),
     Mutant(
-        "train/distill.py", "with torch.autocast(student_states.device.type, enabled=False):", "if True:",
-        "train/test_distill.py", "logits rounded to bfloat16",
+        "train/divergence.py", "with torch.autocast(device, enabled=False):", "if True:",
+        "train/test_divergence.py", "logits rounded to bfloat16",
+    ),
+    Mutant(
+        "train/divergence.py", "share * s.exp()", "s.exp()", "train/test_divergence.py",
+        "the gradient of JSD is twice too large",
+    ),
+    Mutant(
+        "train/distill.py", "return self.accelerator.autocast()", "return super().autocast_smart_context_manager()",
+        "train/test_distill.py", "mixed precision leaves out the teacher and the loss",
+    ),
+    Mutant(
+        "train/align.py", "compiles = False", "compiles = True", "train/test_align.py", "layers with hooks compile",
+    ),
+    Mutant(
+        "train/speed.py", "torch._dynamo.config.optimize_ddp = False", "pass", "train/test_speed.py",
+        "DDP cuts the layers' graphs",
+    ),
+    Mutant(
+        "model/mixer.py", "[..., :size]", "", "model/test_mixer.py", "padding of a product is taken for results",
     ),
     Mutant(
         "train/checkpoints.py", 'key=lambda path: int(path.name.split("-")[1]), reverse', "reverse",
@@ -579,7 +597,7 @@ MUTANTS = [
         "frequencies of what the model has seen before",
     ),
     Mutant(
-        "engine/runner.py", "if type(linear) is not nn.Linear:", "if not isinstance(linear, nn.Linear):",
+        "engine/runner.py", "if type(linear) not in LINEAR:", "if not isinstance(linear, nn.Linear):",
         "engine/test_dtypes.py", "adapters are left out in silence",
     ),
 ]  # fmt: skip

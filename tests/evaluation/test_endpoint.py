@@ -346,6 +346,40 @@ def test_a_broken_environment(monkeypatch, name, value):
         list(EndpointSampler("http://host/v1", "m", tries=1).generate(requests(1), PARAMS))
 
 
+def test_no_proxy_leads_to_this_machine(serve, monkeypatch):
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    assert len(sample(serve(echo), requests(1), tries=1)) == 1
+
+
+def test_fields_left_out_and_an_opened_thought(serve):
+    server = serve(echo)
+    (found,) = sample(server, requests(1), left_out=("seed",), opens_thought=True)
+    assert found.text.startswith("<think>") and "seed" not in server.bodies[0] and server.bodies[0]["logprobs"]
+
+
+def test_requests_are_made_when_a_server_takes_them(serve):
+    """A vote within seconds has 100,000, which would take a part of the seconds."""
+    made, hang = [], threading.Event()
+
+    class Rounds(tuple):
+        def __getitem__(self, key):
+            made.append(key)
+            return super().__getitem__(key)
+
+    def answer(body, number):
+        if number:
+            hang.wait(20)
+        return echo(body, number)
+
+    request = SampleRequest("p", messages("?"), Rounds(range(1000)), 0)
+    samples = EndpointSampler(serve(answer).url, "m", concurrency=2).generate([request], PARAMS)
+    next(samples)
+    samples.close()
+    hang.set()
+    assert len(made) <= 3
+
+
 @pytest.mark.parametrize("host", ["a" * 300, "a..b", "a" * 64 + ".org"])
 def test_hosts_that_are_no_names(host):
     with pytest.raises(UserError, match=r"can't (ask|reach)|endpoint"):

@@ -11,7 +11,7 @@ from openai_server import completion
 from m1.engine import SamplingParams
 from m1.errors import UserError
 from m1.evaluation.endpoint import EndpointSampler
-from m1.evaluation.solvers import ServedSolver, solve_served
+from m1.evaluation.solvers import solve_served
 from m1.grading import Grader
 from m1.reasoning.budget import Budget
 from m1.tasks.prompts import MATH
@@ -89,15 +89,15 @@ def test_penalties_are_asked_for_if_they_are_on(serve, grader):
     assert server.bodies[0]["repetition_penalty"] == 1.5 and "min_tokens" not in server.bodies[0]
 
 
-def test_a_solver_for_seconds(serve, grader):
+def test_as_many_samples_as_fit(serve, grader):
     def answer(body, number):
         time.sleep(0.02)
         return says(4)(body, number)
 
     sampler = EndpointSampler([serve(answer).url, serve(answer).url], "m", concurrency=2)
-    seconds, ended = ServedSolver(sampler, MATH, PARAMS, grader).solve("2+2", 3, 2.0)
-    assert 2 <= seconds < 6 and len(ended) >= 4 and {sample.answer for sample in ended} == {"4"}
-    assert all(sample.seconds <= seconds and sample.tokens == 1 for sample in ended)
+    solution = solve_served("2+2", sampler, grader, PARAMS, Budget(seconds=2.0, rule="none"))
+    assert 2 <= solution.seconds < 6 and len(solution.samples) >= 4 and solution.vote.counts.keys() == {"4"}
+    assert all(sample.seconds <= solution.seconds and sample.tokens == 1 for sample in solution.samples)
 
 
 def test_the_command_line(serve, tmp_path, capsys):

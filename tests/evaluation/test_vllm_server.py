@@ -1,4 +1,4 @@
-"""`m1 eval` and `m1 solve` through a real server, vLLM's with a hybrid, where `make peers` has run."""
+"""`m1 eval`, `m1 solve` and `m1 budget` through a real server, vLLM's with a hybrid, where `make peers` has run."""
 
 import os
 import socket
@@ -11,13 +11,17 @@ import httpx2
 import pytest
 import torch
 from checkpoints import save_checkpoint, tiny_teacher
+from fake_vllm import alive
 from typer.testing import CliRunner
 
 from m1.cli import app
+from m1.evaluation import vllm_server
 from m1.jsonl import read_json, read_jsonl
 from m1.model.convert import convert
 from m1.model.tokenizer import byte_tokenizer
+from m1.peers import vllm_client
 from m1.peers.vllm_client import PYTHON, plugin_path
+from m1.peers.worker import _tree
 
 PEERS = Path(__file__).parents[2] / PYTHON
 STARTS_WITHIN = 300  # seconds
@@ -102,3 +106,25 @@ def test_a_vote(url, tmp_path):
     assert run.exit_code == 0, run.output
     vote = read_json(tmp_path / "vote.json")
     assert (vote["finished"], vote["aborted"], vote["reason"]) == (6, 0, "all") and 6 <= vote["tokens"] <= 48
+
+
+def test_a_budget(folder, tmp_path, monkeypatch):
+    """Its server is started and ended by the command."""
+    started, wait = [], vllm_server.wait_until_ready
+
+    def waited(server, *arguments):
+        wait(server, *arguments)
+        started.extend(_tree(server.pid))
+
+    monkeypatch.setattr(vllm_client, "PYTHON", PEERS)
+    monkeypatch.setattr(vllm_server, "wait_until_ready", waited)
+    options = ["--model", f"own={folder}", "--vllm", "own", "--limit", "2", "--seeds", "1", "--seconds", "4"]
+    options += ["--max-new-tokens", "8", "--max-num-seqs", "4", "--out", str(tmp_path / "out")]
+    run = CliRunner().invoke(app, ["budget", *options])
+    assert run.exit_code == 0, run.output
+    rows = [row for row in read_jsonl(tmp_path / "out/runs.jsonl") if row["model"] == "own, vLLM"]
+    assert len(rows) == 2 and all(4 <= row["seconds"] < 8 for row in rows)
+    samples = [(row, *sample) for row in rows for sample in row["samples"]]
+    assert samples and all(0 < ended <= row["seconds"] and 1 <= tokens <= 8 for row, ended, _, tokens in samples)
+    assert list(read_json(tmp_path / "out/budget.json")["models"]) == ["own", "own, vLLM"]
+    assert len(started) >= 4 and alive(started) == []

@@ -11,6 +11,7 @@ from m1.errors import UserError
 from m1.model import packed_attention
 from m1.model.checkpoint import load_model
 from m1.recipe import AlignStage
+from m1.train.speed import speed_up
 
 
 def align_stage(model, teacher, out, **options):
@@ -83,6 +84,15 @@ def test_packed_rows_have_the_same_error(hybrid_dir, teacher_dir, tmp_path, monk
         errors.append(metrics(tmp_path / name)[0]["attention_error"])
     assert errors[0] == pytest.approx(errors[1], rel=1e-4)
     assert len(masks) == 4 + 2  # the teacher's layers and the student's: packed rows need no mask of T² elements
+
+
+def test_packed_rows_have_no_masks(hybrid_dir, teacher_dir, tmp_path, monkeypatch):
+    """Neither model's attention makes a mask of all pairs; nothing compiles, since hooks are inside of layers."""
+    seen = []
+    monkeypatch.setattr("m1.train.trainer.speed_up", lambda *given: seen.append((given[1], speed_up(*given))))
+    stage = align_stage(hybrid_dir, teacher_dir, tmp_path, trainer=TRAINER | {"max_steps": 1}, compile=True)
+    stage.run()
+    assert seen == [(False, None)] * 2
 
 
 def test_accumulated_batches_count_the_same(hybrid_dir, teacher_dir, tmp_path):

@@ -1,108 +1,15 @@
-"""Invariant 7 at this scope: the divergences equal hand-computed numbers; chunks and masks change nothing."""
+"""Distillation through its stage: masks, batches, vocabularies."""
 
-import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from test_stages import CHAIN, TRAINER, distill_stage, metrics
-from torch.nn.functional import kl_div
 
 from m1.errors import UserError
 from m1.model.checkpoint import load_model
-from m1.train import distill
-from m1.train.distill import arguments_of, check_vocabulary, distill_trainer, divergence, divergence_from_states
-
-
-def test_by_hand():
-    s, t = torch.tensor([[0.5, 0.5]]), torch.tensor([[0.9, 0.1]])
-    reverse = 0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1)
-    forward = 0.9 * math.log(0.9 / 0.5) + 0.1 * math.log(0.1 / 0.5)
-    jsd = (
-        0.5 * math.log(0.5 / 0.7) + 0.5 * math.log(0.5 / 0.3) + 0.9 * math.log(0.9 / 0.7) + 0.1 * math.log(0.1 / 0.3)
-    ) / 2
-    for kind, expected in (("reverse_kl", reverse), ("forward_kl", forward), ("jsd", jsd)):
-        assert divergence(s.log(), t.log(), kind).item() == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl", "jsd"])
-def test_chunked_equals_dense_with_gradients(monkeypatch, kind):
-    monkeypatch.setattr(distill, "CHUNK_TOKENS", 3)
-    g = torch.Generator().manual_seed(0)
-    states, head = torch.randn(10, 8, generator=g), torch.randn(20, 8, generator=g)
-    teacher_states, teacher_head = torch.randn(10, 6, generator=g), torch.randn(20, 6, generator=g)
-    results = []
-    for chunked in (True, False):
-        s, w = states.clone().requires_grad_(), head.clone().requires_grad_()
-        if chunked:
-            loss = divergence_from_states(s, w, teacher_states, teacher_head, kind)
-        else:
-            loss = divergence(s @ w.T, teacher_states @ teacher_head.T, kind).sum()
-        results.append([loss, *torch.autograd.grad(loss, [s, w])])
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b)
-
-
-def test_kl_directions_against_torch():
-    g = torch.Generator().manual_seed(1)
-    s, t = torch.randn(5, 9, generator=g), torch.randn(5, 9, generator=g)
-    expected = kl_div(s.log_softmax(-1), t.log_softmax(-1), reduction="none", log_target=True).sum(-1)
-    torch.testing.assert_close(divergence(s, t, "forward_kl"), expected)
-    torch.testing.assert_close(divergence(t, s, "reverse_kl"), expected)
-
-
-def test_logits_are_float32_under_autocast():
-    """bfloat16 logits of a model against itself had a divergence twice as far from 0."""
-    g = torch.Generator().manual_seed(2)
-    states, head = (torch.randn(9, 16, generator=g).bfloat16(), torch.randn(40, 16, generator=g).bfloat16())
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = divergence_from_states(states, head, states + 0.01, head, "forward_kl")
-    exact = divergence(states.double() @ head.double().T, (states + 0.01).double() @ head.double().T, "forward_kl")
-    torch.testing.assert_close(loss, exact.sum(), rtol=1e-4, atol=1e-6, check_dtype=False)
-
-
-def test_logits_exist_for_256_tokens_at_a_time(monkeypatch):
-    """Seven float32 tensors of that size, 0.9 GiB for a vocabulary of 128,256. They are computed once."""
-    sizes = []
-
-    def seen(student_logits, teacher_logits, kind):
-        sizes.append(len(student_logits))
-        return divergence(student_logits, teacher_logits, kind)
-
-    monkeypatch.setattr(distill, "divergence", seen)
-    states, head = torch.randn(600, 8, requires_grad=True), torch.randn(20, 8)
-    divergence_from_states(states, head, torch.randn(600, 8), head, "reverse_kl").backward()
-    assert sizes == [256, 256, 88]
-
-
-@pytest.mark.parametrize("trained", ["both", "states", "head", "none"])
-@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
-def test_gradients_are_those_of_whole_logits(kind, trained):
-    g = torch.Generator().manual_seed(3)
-    states, head, other = (torch.randn(*shape, generator=g) for shape in ((300, 8), (20, 8), (300, 6)))
-    other_head, weight = torch.randn(20, 6, generator=g), torch.tensor(0.5)
-    states.requires_grad_(trained in ("both", "states"))
-    head.requires_grad_(trained in ("both", "head"))
-    leaves = [leaf for leaf in (states, head) if leaf.requires_grad]
-    losses = [
-        divergence_from_states(states, head, other, other_head, kind),
-        divergence(states @ head.T, other @ other_head.T, kind).sum(),
-    ]
-    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-5)
-    gradients = [torch.autograd.grad(weight * loss, leaves) if leaves else () for loss in losses]
-    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
-
-
-def test_an_evaluation_makes_no_gradients(monkeypatch):
-    monkeypatch.setattr(torch.autograd, "grad", None)
-    states, head = torch.randn(6, 8, requires_grad=True), torch.randn(20, 8)
-    with torch.no_grad():
-        loss = divergence_from_states(states, head, torch.randn(6, 8), head, "reverse_kl")
-    assert loss.isfinite() and not loss.requires_grad
-
-
-# Through the stage
+from m1.train.distill import arguments_of, check_vocabulary, distill_trainer
 
 
 def first_loss(model, teacher, out, trainer=None, **options):
@@ -165,5 +72,21 @@ def test_the_teacher_has_a_dtype_and_a_device_of_its_own(hybrid_dir, teacher_dir
         assert torch.equal(trainer.teacher_states(batch), exact)
         trainer.teacher_autocast = True
         assert 1e-4 < (trainer.teacher_states(batch) - exact).abs().max() < 0.2
+    with trainer.compute_loss_context_manager():
+        assert not torch.is_autocast_enabled("cpu")
     with pytest.raises(UserError, match="teacher_device='cuda:77'"):
         arguments_of(distill_stage("m", "t", tmp_path, TRAINER, teacher_device="cuda:77"))
+
+
+def test_mixed_precision_covers_the_teacher_and_the_loss(hybrid_dir, teacher_dir, tmp_path):
+    """accelerate wraps the model alone: a float32 teacher ran in float32, and the logits' products on a GPU, too."""
+    stage = distill_stage(hybrid_dir, teacher_dir, tmp_path, TRAINER | {"bf16": True}, data=CHAIN)
+    trainer = distill_trainer(stage, arguments_of(stage))
+    seen = []
+    for module in (trainer.teacher.model.layers[1].self_attn.q_proj, trainer.model.model.layers[1].mlp.up_proj):
+        module.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    batch = next(iter(trainer.get_train_dataloader()))
+    with trainer.compute_loss_context_manager():
+        trainer.compute_loss(trainer.model, batch)
+        assert torch.is_autocast_enabled("cpu")
+    assert seen == [torch.bfloat16] * 2

@@ -5,6 +5,7 @@ import torch
 from checkpoints import scramble
 from tolerance import assert_rms_close
 from torch._dynamo.utils import counters
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 
 from m1.model import M1ForCausalLM
@@ -95,6 +96,20 @@ def test_compiled_to_machine_code(checkpoint, kind, dtype):
     assert_rms_close(
         step(compiled, inputs, dtype), step(eager, inputs, dtype), 1e-5 if dtype == torch.float32 else 5e-3
     )
+
+
+def test_ddp_leaves_graphs_whole(hybrid_dir):
+    """torch.compile would cut them where DDP's buckets of gradients end: here, after each parameter."""
+    torch._dynamo.reset()
+    graphs = []
+    model = load(hybrid_dir)
+    compile_layers(model, backend=lambda graph, inputs: graphs.append(graph) or graph)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        DistributedDataParallel(model, bucket_cap_mb=1e-3)(**batch(37, "packed"), use_cache=False)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert len(graphs) == 2  # one per kind of layer
 
 
 def test_compiles_by_itself_on_a_gpu_only(hybrid):

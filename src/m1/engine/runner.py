@@ -17,12 +17,14 @@ from m1.errors import UserError
 from m1.model.cache_layout import AttentionCache, MambaState
 from m1.model.checkpoint import refuse_quantized_model
 from m1.model.configuration import ATTENTION, layer_kinds
+from m1.model.mixer import AlignedLinear
 from m1.model.parallelize import whole
 from m1.ops import PackedLinear, add_rms_norm, decode_attention, embedding, prefill_attention, rotate_and_cache
 from m1.options import Quantization
 
 MODELS = ("m1", "llama", "qwen2", "qwen3")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LINEAR = (nn.Linear, AlignedLinear)  # not their subclasses, whose weights may be stored otherwise
 
 
 class DecodeBatch(NamedTuple):
@@ -279,7 +281,7 @@ class Packer:
             UserError: another kind of layer, such as a quantized one or one with an adapter.
         """
         for linear in linears:
-            if type(linear) is not nn.Linear:
+            if type(linear) not in LINEAR:
                 raise _other_weights(type(linear).__name__)
         quantization: Quantization | None = "int8" if self.quantization and bits > 4 else self.quantization
         layer = PackedLinear(*_joined(linears), quantization=quantization, gated=gated)
@@ -309,7 +311,7 @@ def _other_weights(found: str) -> UserError:
 
 def with_packed_linears(module: nn.Module, pack: "Packer") -> nn.Module:
     """A copy of the module with packed linear layers. It shares all other parameters."""
-    if type(module) is nn.Linear:
+    if isinstance(module, LINEAR) and type(module) in LINEAR:
         return pack(module)
     clone = copy.copy(module)
     clone._modules = {name: with_packed_linears(child, pack) for name, child in module.named_children()}

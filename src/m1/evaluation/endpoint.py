@@ -13,7 +13,7 @@ import random
 import ssl
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 FEWER_TRIES = 3  # to connect, before another server gets the request
 LONGEST_WAIT = 60.0  # seconds between two tries
 LONGEST_REASON = 100  # characters of a finish reason
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 LARGEST_ANSWER = 2**25  # bytes, with the log-probabilities of all tokens
 # Fields that are left out if a server refuses them: what it can't do, and filters that are off. They are asked for
 # although they are off, since vLLM's own defaults come from the model's generation_config.json.
@@ -76,6 +77,8 @@ class EndpointSampler:
         wait: seconds before the second try. The wait doubles with each further try, up to LONGEST_WAIT.
         samples_per_request: maximum number of a problem's samples in one request, for which a server prefills the
             prompt once. They have one seed, from which the server derives theirs.
+        left_out: fields of OPTIONAL that no request has.
+        opens_thought: whether a prompt ends with <think>. Servers leave it out of their texts, and samples get it back.
 
     Raises:
         UserError: a malformed URL, a number out of range, or a key that no HTTP header can hold.
@@ -88,6 +91,8 @@ class EndpointSampler:
     tries: int = 6
     wait: float = 1.0
     samples_per_request: int = 1
+    left_out: Collection[str] = ()
+    opens_thought: bool = False
 
     def __post_init__(self) -> None:
         urls = [self.url] if isinstance(self.url, str) else list(self.url)
@@ -120,26 +125,36 @@ class EndpointSampler:
         Raises:
             UserError: no server can be reached, one refuses a request, or all have failed.
         """
-        jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         most = self.samples_per_request
-        for request in requests:
-            for first in range(0, len(request.rounds), most):
-                jobs.put(Job(request, request.rounds[first : first + most]))
+        fresh = (  # jobs are made when servers take them: a vote within seconds has 100,000 samples and never needs all
+            Job(request, request.rounds[first : first + most])
+            for request in requests
+            for first in range(0, len(request.rounds), most)
+        )
+        taking = threading.Lock()
+        jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()  # what remains of others
         total, threads = sum(len(request.rounds) for request in requests), max(1, self.concurrency // most)
         results: queue.SimpleQueue[Sample | BaseException] = queue.SimpleQueue()
         stop = threading.Event()
         started = time.monotonic()
 
+        def take() -> Job | None:
+            with taking:
+                job = None if stop.is_set() else next(fresh, None)
+            return job or jobs.get()
+
         def work(server: Server) -> None:
             try:
-                while job := jobs.get():
+                while job := take():
                     try:
                         choices = server.ask(self._body(job, params), stop)
                     except ServerLost as error:
                         jobs.put(job)
                         return None if stop.is_set() else self._leave_out(server, error)
                     for round_, choice in zip(job.rounds, choices, strict=False):
-                        results.put(Sample(job.request.problem, round_, *choice, time.monotonic() - started))
+                        text = f"<think>{choice[0]}" if self.opens_thought else choice[0]
+                        ended = time.monotonic() - started
+                        results.put(Sample(job.request.problem, round_, text, *choice[1:], ended))
                     for round_ in job.rounds[len(choices) :]:  # of a server that gives one sample per request
                         jobs.put(Job(job.request, (round_,)))
             except BaseException as error:  # raised in the thread that waits for the results
@@ -227,7 +242,7 @@ class Server:
         self._key = api_key()
         # A dummy key, such as "x" for a local server, is a part of words and numbers.
         self._secret = self._key if self._key and len(self._key) >= SHORTEST else None
-        self._unknown: set[str] = set()  # fields that this server refused
+        self._unknown = set(sampler.left_out)  # and the fields that this server refused
         self._single = False  # whether it refused several samples per request
         self._reached = False
         self._client: httpx2.Client | None = None
@@ -245,6 +260,7 @@ class Server:
                 | ({"Authorization": f"Bearer {self._key}"} if self._key else {}),
                 timeout=httpx2.Timeout(timeout, connect=min(timeout, 30.0), pool=None),
                 limits=httpx2.Limits(max_connections=connections),
+                trust_env=self.address.host not in LOOPBACK,  # no proxy leads to this machine
             )
         except Exception as error:
             raise UserError(

@@ -8,13 +8,14 @@
 
 A problem gets as many samples as fit into the longest budget. The answer under a shorter budget is the vote over the
 samples that had finished by then, because sampling doesn't depend on the time that is left. Models take turns on each
-problem, so a disturbance affects all of them. Solvers are in solvers.py.
+problem, so a disturbance affects all of them.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -25,14 +26,16 @@ from m1.engine import LLM, SamplingParams, fold_in
 from m1.errors import UserError
 from m1.evaluation.curves import accuracy_curves, draw
 from m1.evaluation.endpoint import EndpointSampler
-from m1.evaluation.solvers import EngineSolver, ServedSolver, Solver, vllm_solver
+from m1.evaluation.solvers import solve_served, vllm_solver
 from m1.grading import Grader
 from m1.jsonl import as_written, to_jsonl, write_json, write_text
 from m1.model.checkpoint import load_model, weights_hash
-from m1.model.tokenizer import encode_chat
 from m1.peers.vllm_client import version
 from m1.plots import save_figure
 from m1.progress import OnProgress, Progress, ignore, silent
+from m1.reasoning.budget import Budget
+from m1.reasoning.solution import Solution
+from m1.reasoning.solve import solve
 from m1.recipe import BudgetSettings, BudgetStage
 from m1.runs import Run, versions
 from m1.tasks.benchmarks import load_task
@@ -45,6 +48,7 @@ ROW = {"model": str, "problem": str, "seed": int, "seconds": float, "samples": l
 logger = logging.getLogger(__name__)
 
 Models = dict[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]]
+Solve = Callable[..., Solution]  # `solve` of one model, or `solve_served` of one sampler
 
 
 def run(stage: BudgetStage, force: bool = False, progress: Progress = silent) -> dict[str, Any]:
@@ -101,13 +105,22 @@ def measure_budgets(
         done = {(row["model"], row["problem"], row["seed"]) for row in rows}
         jobs = [(seed, i, name) for seed in range(settings.seeds) for i in range(len(problems)) for name in names]
         missing = [(seed, i, name) for seed, i, name in jobs if (name, problems[i].id, seed) not in done]
-        solvers = _solvers(models, problems, prompt, settings, vllm, grader, stack) if missing else {}
-        for name, sampler in served.items():
-            solvers[name] = ServedSolver(sampler, prompt, SamplingParams.of(settings), grader)
+        params, budget = SamplingParams.of(settings), Budget(seconds=settings.seconds, rule="none")
+        solvers = _solvers(models, problems, prompt, settings, vllm, stack) if missing else {}
+        solvers |= {name: partial(solve_served, sampler=sampler) for name, sampler in served.items()}
         for seed, i, name in missing:
             on_progress(len(rows), len(jobs))
-            seconds, samples = solvers[name].solve(problems[i].text, fold_in(seed, i), settings.seconds)
-            row = {"model": name, "problem": problems[i].id, "seed": seed, "seconds": seconds, "samples": samples}
+            grader.start()  # before the clock
+            drawn = replace(params, seed=fold_in(seed, i))
+            solved = solvers[name](problems[i].text, grader=grader, params=drawn, budget=budget, prompt=prompt)
+            samples = [(sample.seconds, sample.answer, sample.tokens) for sample in solved.samples]
+            row = {
+                "model": name,
+                "problem": problems[i].id,
+                "seed": seed,
+                "seconds": solved.seconds,
+                "samples": samples,
+            }
             rows.append(row)
             run.append("runs.jsonl", row)
         on_progress(len(jobs), len(jobs))
@@ -145,7 +158,7 @@ def _under_vllm(name: str) -> str:
 def _identities(models: Models, vllm: Sequence[str]) -> dict[str, str]:
     """An identity per model. Only runs of the same identity are counted together."""
     own = {name: weights_hash(model) for name, (model, _) in models.items()}
-    return own | {_under_vllm(name): f"vLLM {version()}, {own[name]}" for name in vllm}
+    return own | {_under_vllm(name): f"vLLM {version()}, by its server, {own[name]}" for name in vllm}
 
 
 def _solvers(
@@ -154,18 +167,18 @@ def _solvers(
     prompt: ProblemPrompt,
     settings: BudgetSettings,
     vllm: Sequence[str],
-    grader: Grader,
     stack: ExitStack,
-) -> dict[str, Solver]:
-    """Makes one warmed-up solver per name. The stack closes those that hold a process."""
-    params = SamplingParams.of(settings)
-    solvers: dict[str, Solver] = {}
+) -> dict[str, Solve]:
+    """What solves with each model, warmed up. The stack ends vLLM's servers."""
+    params, slots = SamplingParams.of(settings), settings.max_num_seqs
+    solvers: dict[str, Solve] = {}
     for name, (model, tokenizer) in models.items():
-        prompts = [encode_chat(tokenizer, prompt.messages(problem.text)) for problem in problems]
-        slots = settings.max_num_seqs
         llm = LLM(model, tokenizer, max_num_seqs=slots, prefix_cache=0, quantize=settings.quantize)
-        solvers[name] = EngineSolver(llm, prompt, prompts, params, grader)
+        prompts = [llm.encode(prompt.messages(problem.text)) for problem in problems]
+        engine = llm.engine_for(prompts, params.max_tokens)
+        engine.generate(prompts[:1], replace(params, max_tokens=2, n=engine.num_slots))  # compiles, captures graphs
+        solvers[name] = partial(solve, llm=llm)
         if name in vllm:
-            peer = vllm_solver(llm, prompt, prompts, params, settings.max_num_seqs)
-            solvers[_under_vllm(name)] = stack.enter_context(peer)
+            texts = [problem.text for problem in problems]
+            solvers[_under_vllm(name)] = stack.enter_context(vllm_solver(llm, texts, prompt, params, slots))
     return solvers

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from m1.model.configuration import M1Config
-from m1.model.mixer import Constants, Mixer, PastState, SlotStates, initial_time_step_bias
+from m1.model.mixer import AlignedLinear, Constants, Mixer, PastState, SlotStates, initial_time_step_bias
 from m1.ops import prefill_scan, selective_scan, state_update
 
 
@@ -51,7 +51,7 @@ class MambaMixer(Mixer):
     def __init__(self, config: M1Config, layer_idx: int):
         super().__init__(config, layer_idx, conv_size=config.mamba_size)
         self.state_size = config.state_size
-        self.dt_proj = nn.Linear(config.time_step_rank, config.mamba_size)
+        self.dt_proj = AlignedLinear(config.time_step_rank, config.mamba_size)
         self.A_log = nn.Parameter(torch.empty(config.mamba_size, self.state_size))
         self.D = nn.Parameter(torch.empty(config.mamba_size))
 

@@ -25,6 +25,7 @@ PastState = MambaState[Tensor | None]  # state of whole sequences before their f
 SlotStates = MambaState[Tensor]  # states of all slots
 
 TIME_STEP_RANGE = (1e-3, 1e-1)  # initial step sizes (Mamba, §3.6)
+ALIGNED = 8  # a GPU's fast products need rows of whole 16 bytes
 
 
 class Constants(NamedTuple):
@@ -69,7 +70,7 @@ class Mixer(nn.Module):
         self.initializer_range = config.initializer_range
         self.widths = config.mamba_widths
         self.repeats = config.mamba_size // config.mamba_kv_size
-        self.in_proj = nn.Linear(config.hidden_size, sum(self.widths), bias=config.attention_bias)
+        self.in_proj = AlignedLinear(config.hidden_size, sum(self.widths), bias=config.attention_bias)
         self.conv1d = ConvTaps(conv_size, conv_size, config.conv_kernel, groups=conv_size)
         self.out_proj = nn.Linear(config.mamba_size, config.hidden_size, bias=config.attention_out_bias)
         self.B_norm: nn.Module = nn.Identity()
@@ -238,6 +239,25 @@ class ConvTaps(nn.Conv1d):
     def forward(self) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """Returns weight [channels, K] and bias [channels]."""
         return self.weight.squeeze(1), self.bias
+
+
+class AlignedLinear(nn.Linear):
+    """An nn.Linear of any size, which a GPU computes with sizes rounded up to multiples of ALIGNED."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., in_features] -> [..., out_features]; on a GPU possibly a view of longer rows."""
+        is_aligned = self.in_features % ALIGNED == self.out_features % ALIGNED == 0
+        if is_aligned or input.device.type != "cuda":
+            return super().forward(input)
+        return aligned_linear(input, self.weight, self.bias)
+
+
+def aligned_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear, computed with zeros added to both sizes up to multiples of ALIGNED. The result is a view."""
+    size = len(weight)
+    inner, outer = -weight.shape[1] % ALIGNED, -size % ALIGNED
+    weight, bias = F.pad(weight, (0, inner, 0, outer)), None if bias is None else F.pad(bias, (0, outer))
+    return F.linear(F.pad(x, (0, inner)), weight, bias)[..., :size]
 
 
 class HeadRMSNorm(nn.Module):

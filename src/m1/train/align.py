@@ -72,6 +72,8 @@ class AlignTrainer(DistillTrainer):
     Its arguments are those of `DistillTrainer`.
     """
 
+    compiles = False  # layers with hooks inside don't
+
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = False  # the loss isn't a sum over tokens: each batch counts the same
@@ -83,11 +85,6 @@ class AlignTrainer(DistillTrainer):
             if hasattr(mixers[i], "mamba"):
                 layer.self_attn.register_forward_hook(self._keeps(i))
                 mixers[i].mamba.register_forward_hook(self._compares(i))
-
-    @property
-    def networks(self) -> list[PreTrainedModel]:
-        """None: layers with hooks inside don't compile."""
-        return []
 
     @property
     def flops_per_token(self) -> float:

@@ -1,23 +1,19 @@
 """Distillation on assistant tokens (paper §3.2): the student matches the teacher's next-token distribution.
 
-    reverse KL   sum_v s(v) (log s(v) - log t(v))          the paper's
-    forward KL   sum_v t(v) (log t(v) - log s(v))
-    JSD          half of each against the mean of s and t
-
-A student far from a near-deterministic teacher learns little from reverse KL. Its gradient vanishes where s has no mass
-on the teacher's token. `forward_kl_steps` sets the length of a warm-up with forward KL.
+A student far from a near-deterministic teacher learns little from reverse KL (divergence.py). Its gradient vanishes
+where the student has no mass on the teacher's token. `forward_kl_steps` sets the length of a warm-up with forward KL.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
-from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
 from m1.errors import UserError
 from m1.model.checkpoint import load_model
@@ -25,12 +21,10 @@ from m1.model.parallelize import is_sharded, shard
 from m1.recipe import DistillStage, TaughtStage
 from m1.train import sft
 from m1.train.distributed import world_size
+from m1.train.divergence import Divergence, divergence_from_states
 from m1.train.stage_trainer import weights_in_products
 from m1.train.trainer import model_options, refuse_ignored, run_training, split
 
-Divergence = Literal["reverse_kl", "forward_kl", "jsd"]
-CHUNK_TOKENS = 256  # tokens whose logits exist at a time on a CPU; more aren't faster
-TRL_BETA: dict[str, float] = {"forward_kl": 0.0, "jsd": 0.5, "reverse_kl": 1.0}
 IGNORED = ("label_smoothing_factor", "loss_type", "completion_only_loss", "router_aux_loss_coef", "use_liger_kernel")
 
 
@@ -141,6 +135,11 @@ class DistillTrainer(sft.Trainer):
         """Operations per trained token, with the teacher's forward pass."""
         return super().flops_per_token + 2 * weights_in_products(self.teacher)
 
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager:
+        """Autocast for all of `compute_loss`. accelerate has it in the model's forward pass only, and so neither the
+        teacher nor the loss."""
+        return self.accelerator.autocast()
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -165,7 +164,7 @@ class DistillTrainer(sft.Trainer):
             self.current_divergence,
         )
         count = len(positions) if num_items_in_batch is None else num_items_in_batch
-        loss = total / torch.as_tensor(count, device=total.device).clamp(min=1)
+        loss = total / (count.to(total.device).clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
         self.note(self.current_divergence, total, len(positions))
@@ -174,7 +173,8 @@ class DistillTrainer(sft.Trainer):
     def note(self, name: str, total: Tensor, count: int) -> None:
         """Notes a sum and how many numbers it is of, for the mean that is logged."""
         mode = "train" if self.model.training else "eval"
-        self._metrics[mode][name].append(torch.stack([total.detach(), torch.as_tensor(count, device=total.device)]))
+        # filled on the device: a copy would wait for it
+        self._metrics[mode][name].append(torch.stack([total.detach(), torch.full_like(total, count)]))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Logs as TRL does, with the means of what was noted since the last log, in all processes.
@@ -219,89 +219,3 @@ def last_states(decoder: nn.Module, forward: Callable[[], Any]) -> tuple[Tensor,
     finally:
         hook.remove()
     return found[0], output
-
-
-def divergence_from_states(
-    student_states: Tensor, student_head: Tensor, teacher_states: Tensor, teacher_head: Tensor, kind: Divergence
-) -> Tensor:
-    """Sum over tokens of the divergence between two heads' distributions over the tokens that both have.
-
-    Logits are float32. On a CPU they exist for CHUNK_TOKENS tokens at a time, on a GPU in tiles of TRL's kernel.
-
-    Args:
-        student_states, teacher_states: [tokens, H] of each model's own H.
-        student_head, teacher_head: [V, H]. Rows that only one of them has are padding, and left out.
-
-    Returns:
-        A float32 scalar with gradients to the student's states and head.
-    """
-    vocabulary = min(len(student_head), len(teacher_head))
-    student_head, teacher_head = student_head[:vocabulary], teacher_head[:vocabulary]
-    nothing = 0 * student_states.sum(dtype=torch.float32)  # a gradient even without tokens
-    if student_states.is_cuda and len(student_states):
-        per_token, _ = ChunkedDivergenceFunction.apply(
-            student_states, student_head, None, teacher_states, teacher_head, None, TRL_BETA[kind]
-        )
-        return nothing + per_token.sum()
-
-    if not torch.is_grad_enabled():
-        student_states, student_head = student_states.detach(), student_head.detach()
-    with torch.autocast(student_states.device.type, enabled=False):
-        return nothing + ChunkedDivergence.apply(
-            student_states.float(), student_head.float(), teacher_states.float(), teacher_head.float(), kind
-        )
-
-
-class ChunkedDivergence(torch.autograd.Function):
-    """`divergence_from_states` on a CPU. A chunk's gradients are made with its logits, which then go away.
-
-    So no logits are computed twice: the forward pass has all but the factor of the gradients.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, student_states: Tensor, student_head: Tensor, teacher_states: Tensor, teacher_head: Tensor,
-        kind: Divergence,
-    ) -> Tensor:  # fmt: skip
-        """All tensors in float32. Returns the sum over tokens."""
-        of_states, of_head = (
-            torch.zeros_like(t) if needed else None
-            for t, needed in zip((student_states, student_head), ctx.needs_input_grad, strict=False)
-        )
-        total = student_states.new_zeros(())
-        for start in range(0, len(student_states), CHUNK_TOKENS):
-            own, wanted = (t[start : start + CHUNK_TOKENS] for t in (student_states, teacher_states))
-            logits = (own @ student_head.T).requires_grad_()
-            with torch.enable_grad():
-                loss = divergence(logits, wanted @ teacher_head.T, kind).sum()
-            total += loss.detach()
-            if any(ctx.needs_input_grad):
-                (gradient,) = torch.autograd.grad(loss, logits)
-                if of_states is not None:
-                    of_states[start : start + CHUNK_TOKENS] = gradient @ student_head
-                if of_head is not None:
-                    of_head.addmm_(gradient.T, own)
-        ctx.gradients = of_states, of_head
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, factor: Tensor) -> tuple:
-        """Gradients to the student's states and head."""
-        return (*(None if gradient is None else gradient * factor for gradient in ctx.gradients), None, None, None)
-
-
-def divergence(student_logits: Tensor, teacher_logits: Tensor, kind: Divergence) -> Tensor:
-    """[tokens, V] logits of both -> [tokens] divergence in nats, float32."""
-    s = student_logits.float().log_softmax(-1)
-    t = teacher_logits.float().log_softmax(-1)
-    if kind == "reverse_kl":
-        return _kl(s, t)
-    if kind == "forward_kl":
-        return _kl(t, s)
-    mean = torch.logaddexp(s, t) - torch.log(torch.tensor(2.0))
-    return (_kl(s, mean) + _kl(t, mean)) / 2
-
-
-def _kl(p: Tensor, q: Tensor) -> Tensor:
-    """KL(p || q) of log-probabilities."""
-    return (p.exp() * (p - q)).sum(-1)

@@ -6,7 +6,8 @@ which only this layer is converted.
 That can mislead: distillation soon teaches a mixer some of what a raw conversion loses, and never the rest. So with
 `aligned`, mixers are those that `m1 align` trained, one for every layer. Beginning with attention everywhere, the layer
 whose mixer costs least is replaced, again and again; the last one ranks first. A layer's cost is then that of the model
-in which all layers from it to the ranking's end are replaced.
+in which all layers from it to the ranking's end are replaced. That is still a cost before distillation, which can
+mislead, too; choose_layers.py trains the whole model.
 """
 
 from collections.abc import Callable
@@ -30,7 +31,7 @@ from m1.progress import Progress, silent
 from m1.recipe import RankLayersStage
 from m1.runs import Run, sha256
 from m1.train.data import all_conversations
-from m1.train.distill import divergence_from_states
+from m1.train.divergence import divergence_from_states
 
 Batch = tuple[Tensor, Tensor]  # input ids and attention mask, [b, T] each
 

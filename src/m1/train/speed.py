@@ -32,6 +32,7 @@ def compile_layers(model: PreTrainedModel, **options: Any) -> None:
         model: a causal LM of M1 or transformers.
         options: arguments of torch.compile.
     """
+    torch._dynamo.config.optimize_ddp = False  # it cuts graphs at DDP's buckets, and a layer is small enough
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
     for layer in model.get_decoder().layers:
         layer.compile(**options)

@@ -33,6 +33,7 @@ class StageTrainer(Trainer):
             in checkpoints as several do.
 
     Attributes:
+        compiles: whether the layers of `networks` can be compiled.
         files: names of JSONL files that the trainer writes with `write_row`. A resumed run drops later steps' rows.
         write_row: appends a row to one of them, in the run's folder; does nothing outside a run.
         tokens: number of real tokens trained on so far, by this process in this session.
@@ -42,6 +43,7 @@ class StageTrainer(Trainer):
     """
 
     files: tuple[str, ...] = ()
+    compiles = True
 
     def __init__(self, *args: Any, mixer_lr_scale: float = 1.0, shard: bool = False, **kwargs: Any):
         super().__init__(*args, **kwargs)

@@ -192,7 +192,7 @@ def run_training(
         trainer, interrupt = _made(make_trainer, stage, arguments), _InterruptCallback()
         trainer.write_row = run.append
         for network in trainer.networks:
-            speed_up(network, stage.compile)
+            speed_up(network, trainer.compiles and stage.compile)
         trainer.add_callback(interrupt)
         trainer.add_callback(MetricsCallback(run, trainer))
         trainer.add_callback(_TrainedCallback())

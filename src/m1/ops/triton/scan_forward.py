@@ -15,7 +15,6 @@ import triton.language as tl
 from m1.ops.triton import LOG2_E, silu, softplus
 
 LENGTHS = ("T", "spans")  # they differ from batch to batch; Triton would compile for multiples of 16 again
-AHEAD = tl.constexpr(8)  # spans that `carry` loads at once, as latency bounds its loop
 
 
 @triton.jit
@@ -162,9 +161,12 @@ def span_states(
 @triton.jit(do_not_specialize=LENGTHS)
 def carry(
     states, steps, A, start, end, cu_seqlens, slots, spans, size,
-    N: tl.constexpr, REVERSE: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr, SHORT: tl.constexpr = 0,
+    N: tl.constexpr, REVERSE: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr,
+    SHORT: tl.constexpr = 0,
 ):  # fmt: skip
     """Carries the state from span to span, forwards in time or, with REVERSE, backwards.
+
+    It loads AHEAD spans at once, as latency bounds its loop.
 
     states: on entry the final state of each span scanned from zero; overwritten with the state before each span.
     start: the state before the first span in this order; zero when None.
