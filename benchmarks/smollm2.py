@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from m1.data_options import Data
 from m1.jsonl import read_json, write_json
@@ -51,16 +51,13 @@ def main() -> None:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     source = next(stage.teacher for stage in stages.values() if isinstance(stage, ConvertStage))
     teacher, tokenizer = load_model(source, device, dtype=dtype)
-    texts = {
-        name: Preparation(data, ChatEncoder(tokenizer), LENGTH).run().rows.with_format("torch")
-        for name, data in unseen(stages, options.rows).items()
-    }
+    texts = tokenized(unseen(stages, options.rows), tokenizer)
     found: dict[str, Any] = {}
     evaluation = next(stage for stage in stages.values() if isinstance(stage, EvalStage))
     for name, folder in evaluation.models.items():
         if folder != source:
             model, _ = load_model(folder, device, dtype=dtype)
-            found[name] = {text: compare(model.eval(), teacher.eval(), list(rows)) for text, rows in texts.items()}
+            found[name] = {text: compare(model.eval(), teacher.eval(), rows) for text, rows in texts.items()}
             print(name, {text: round(numbers["kl"], 4) for text, numbers in found[name].items()}, flush=True)
     result = {"machine": describe_machine(torch.device(device)), "recipe": pipeline.name}
     result |= {"seconds": seconds(stages), "divergence": found, "accuracy": accuracy(evaluation)}
@@ -68,11 +65,19 @@ def main() -> None:
 
 
 def unseen(stages: dict[str, Stage], rows: int) -> dict[str, Data]:
-    """The texts by name: what the training stages skip of files of solutions, and the last generated answers."""
+    """The texts by name: what the training stages skip of files of solutions, and the last answers that one makes."""
     folder, options = os.environ.get("M1_DATA", "."), {"limit": rows, "prompt_template": MATH_PROMPT}
     texts = {f"{name} solutions": f"{folder}/{name}_train.jsonl" for name in ("gsm8k", "math")}
     texts |= {f"teacher's {name}": stage.out for name, stage in stages.items() if isinstance(stage, GenerateStage)}
     return {name: Data(path=path, **options) for name, path in [*list(texts.items())[:2], list(texts.items())[-1]]}
+
+
+def tokenized(texts: dict[str, Data], tokenizer: PreTrainedTokenizerBase) -> dict[str, Rows]:
+    """The rows of each text, as the training stages prepare them."""
+    encoder = ChatEncoder(tokenizer)
+    return {
+        name: list(Preparation(data, encoder, LENGTH).run().rows.with_format("torch")) for name, data in texts.items()
+    }
 
 
 def batches(rows: Rows, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:

@@ -49,6 +49,8 @@ ADDED = {
 LAYERS = {"3,8,13,18,23,27": "1,3"}  # the tiny teacher has four
 STAGES = {
     "align": 'teacher = "teacher"\nmodel = "hybrid"',
+    "align-all": 'teacher = "teacher"\nmodel = "all"',
+    "choose-layers": 'teacher = "teacher"\nmodel = "runs/align-all"\nkeep = 2',
     "distill": 'teacher = "teacher"\nmodel = "hybrid"\nforward_kl_steps = 1',
     "sft": 'model = "hybrid"',
     "grpo": 'model = "hybrid"',
@@ -149,7 +151,7 @@ def made(tmp_path_factory):
     for stage, settings in STAGES.items():
         trainer = TRAINER.get(stage, "per_device_train_batch_size = 2")
         (folder / f"{stage}.toml").write_text(
-            f'stage = "{stage}"\nout = "runs/{stage}"\n{settings}\n'
+            f'stage = "{stage.removesuffix("-all")}"\nout = "runs/{stage}"\n{settings}\n'
             f'[data]\npath = "worked.jsonl"\n[trainer]\nmax_steps = 1\n{trainer}\n'
         )
     with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):

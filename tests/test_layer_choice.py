@@ -1,4 +1,4 @@
-"""The three ways to say which layers stay attention."""
+"""The ways to say which layers stay attention."""
 
 import json
 
@@ -60,11 +60,18 @@ def test_named_layers_and_ranges(text, kept):
 
 
 @pytest.mark.parametrize(
-    "text", ["1;3", "1 3", ",", "@ranking.json", "@:3", "@ranking.json:x", "one", "1-", "-3", "1-2-3", "2-x"]
+    "text", ["1;3", "1 3", ",", "@ranking.json", "@:3", "@ranking.json:x", "one", "None", "1-", "-3", "1-2-3", "2-x"]
 )
 def test_text_that_is_no_choice(text):
     with pytest.raises(UserError, match="expected"):
         choose_layers(4, text, None)
+
+
+def test_no_layer_has_to_be_asked_for():
+    assert choose_layers(4, "none", None) == []
+    for nothing in ("", []):
+        with pytest.raises(UserError, match=r"keep at least one .* give none"):
+            choose_layers(4, nothing, None)
 
 
 def test_a_range_that_runs_backwards():

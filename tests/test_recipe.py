@@ -1,5 +1,6 @@
 """Invariant 10: every shipped recipe parses; mistakes are named."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -23,6 +24,16 @@ def test_shipped_recipes_parse_and_chain(folder, monkeypatch):
         for path in map(str, stage.sources()):
             assert not path.startswith(pipeline.out) or path in written
         written.add(stage.out)
+
+
+@pytest.mark.parametrize("name", ["sft", "grpo"])
+def test_the_transformers_twin_differs_in_its_model_alone(name, monkeypatch):
+    monkeypatch.setenv("M1_DATA", "data")
+    _, stages = load_pipeline(RECIPES[0].parent / "smollm2")
+    own, twin = stages[name], stages[f"{name}-transformer"]
+    assert twin == dataclasses.replace(own, model=twin.model, out=twin.out)
+    assert stages["sft-transformer"].model == stages["convert"].teacher
+    assert stages["grpo-transformer"].model == stages["sft-transformer"].out
 
 
 CONVERT = 'stage = "convert"\nteacher = "a"\nout = "b"\nkeep_attention = [1]\n'

@@ -8,6 +8,7 @@ from m1.errors import UserError
 from m1.jsonl import read_json
 
 RANKED = re.compile(r"@(?P<file>.+):(?P<count>\d+)")
+NONE = "none"
 NAMED = re.compile(r"(\s*\d+\s*(-\s*\d+\s*)?,)*(\s*\d+\s*(-\s*\d+\s*)?)?")
 
 
@@ -15,7 +16,7 @@ def choose_layers(layers: int, keep_attention: str | Sequence[int] | None, atten
     """Returns the layers that stay attention in a model of `layers` layers. Give one of the other two arguments.
 
     Args:
-        keep_attention: layer numbers from 0, as a list or as "1,3,8-11", where a range includes its end; or
+        keep_attention: layer numbers from 0, as a list or as "1,3,8-11", where a range includes its end; "none"; or
             "@FILE:COUNT", the first COUNT layers of a ranking written by `m1 rank-layers`.
         attention_ratio: share of the layers that stay attention, evenly spaced.
 
@@ -27,6 +28,8 @@ def choose_layers(layers: int, keep_attention: str | Sequence[int] | None, atten
         return evenly_spaced(layers, attention_ratio)
     if not isinstance(keep_attention, str):
         return list(keep_attention)  # type: ignore[arg-type]  # not None: one of the two was given
+    if keep_attention == NONE:
+        return []
     if ranked := RANKED.fullmatch(keep_attention):
         return from_ranking(Path(ranked["file"]), int(ranked["count"]), layers)
     return [layer for part in keep_attention.split(",") if part.strip() for layer in _range(part)]
@@ -36,16 +39,22 @@ def check_choice(keep_attention: str | Sequence[int] | None, attention_ratio: fl
     """Checks the arguments of `choose_layers` that don't depend on the teacher.
 
     Raises:
-        UserError: both or neither given, text in the wrong form, a ratio outside (0, 1].
+        UserError: both or neither given, an empty list, text in the wrong form, a ratio outside (0, 1].
     """
     if (keep_attention is None) == (attention_ratio is None):
         raise UserError("give either keep_attention (which layers) or attention_ratio (their share)")
     if attention_ratio is not None and not 0 < attention_ratio <= 1:
         raise UserError(f"attention_ratio {attention_ratio}: expected a share of the layers, above 0 and at most 1")
-    if isinstance(keep_attention, str) and not (RANKED.fullmatch(keep_attention) or NAMED.fullmatch(keep_attention)):
+    if keep_attention is not None and not keep_attention:
+        raise UserError(
+            "keep at least one attention layer, because transformers' caches count positions in attention layers; to "
+            f"align a mixer in every layer, give {NONE}"
+        )
+    forms = (RANKED.fullmatch, NAMED.fullmatch, NONE.__eq__)
+    if isinstance(keep_attention, str) and not any(matches(keep_attention) for matches in forms):
         raise UserError(
             f"keep_attention {keep_attention!r}: expected layer numbers or ranges separated by commas, e.g. 1,3,8-11, "
-            "or @FILE:COUNT, e.g. @ranking.json:6"
+            f"@FILE:COUNT, e.g. @ranking.json:6, or {NONE}"
         )
 
 

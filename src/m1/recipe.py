@@ -105,7 +105,7 @@ class Stage:
 
     def checkpoints(self) -> list[str]:
         """The checkpoints that the stage reads: folders and Hub ids."""
-        named = [getattr(self, name, None) for name in ("model", "teacher")]
+        named = [getattr(self, name, None) for name in ("model", "teacher", "aligned")]
         return [name for name in [*named, *getattr(self, "models", {}).values()] if name]
 
     def settings(self) -> dict[str, Any]:
@@ -152,10 +152,11 @@ class ConvertStage(Stage, ConversionOptions):
 
     out: str = option(help="Folder for the hybrid.")
     keep_attention: list[int] | str | None = option(
-        None, "Layers that stay attention, e.g. 1,3,8-11, or @ranking.json:6 (see rank-layers)."
+        None, "Layers that stay attention, e.g. 1,3,8-11, or @ranking.json:6 (see rank-layers), or none, to align all."
     )
     attention_ratio: float | None = option(None, "Share of layers that stay attention, evenly spaced.")
     state_size: int | None = option(None, "Mamba-1 states per channel, 16 by default; must divide head_dim.")
+    aligned: str | None = option(None, "Model of this teacher that was aligned: its mixers in place of new ones.")
 
     def __post_init__(self) -> None:
         check_choice(self.keep_attention, self.attention_ratio)
@@ -163,7 +164,7 @@ class ConvertStage(Stage, ConversionOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class RankLayersStage(Stage, ConversionOptions, ChatTemplateOption):
-    """Stage `rank-layers`: measures the cost of replacing each layer alone, in KL divergence from the teacher."""
+    """Stage `rank-layers`: measures the cost of replacing each layer, in KL divergence from the teacher."""
 
     kind = "rank-layers"
     function = "m1.train.rank_layers:run"
@@ -173,6 +174,9 @@ class RankLayersStage(Stage, ConversionOptions, ChatTemplateOption):
     out: str = option("ranking.json", "JSON file for `m1 convert --keep-attention @FILE:COUNT`.")
     max_length: int = option(1024, "Maximum number of tokens used per row.")
     batch_size: int = option(8, "Rows per forward pass.")
+    aligned: str | None = option(
+        None, "Model with aligned mixers in all layers: rank by replacing the cheapest layer again and again."
+    )
 
     def __post_init__(self) -> None:
         check_at_least_one(self, "max_length", "batch_size")
@@ -243,6 +247,20 @@ class AlignStage(TaughtStage):
 
     kind = "align"
     function = "m1.train.align:align"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChooseLayersStage(TaughtStage):
+    """Stage `choose-layers`: trains `model`, aligned mixers in all layers, beside the attention of `teacher`."""
+
+    kind = "choose-layers"
+    function = "m1.train.choose_layers:choose_layers"
+
+    keep: int = option(help="Number of layers that stay attention.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least_one(self, "keep")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -423,7 +441,7 @@ STAGES: dict[str, type[Stage]] = {
     cls.kind: cls
     for cls in (
         ConvertStage, RankLayersStage, AlignStage, SFTStage, DistillStage, GRPOStage, GenerateStage, EvalStage,
-        BudgetStage,
+        BudgetStage, ChooseLayersStage,
     )
 }  # fmt: skip
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from checkpoints import FAMILIES, save_checkpoint, tiny_teacher
+from checkpoints import FAMILIES, save_checkpoint, scramble, tiny_teacher
 
 from m1.errors import UserError
 from m1.model.checkpoint import read_weights
@@ -143,3 +143,27 @@ def test_weights_left_in_the_folder_are_not_read(tmp_path, tokens):
     assert not list((tmp_path / "out").glob("*index*")) and list((tmp_path / "out.replaced").glob("*index*"))
     weights = read_weights(tmp_path / "out")
     assert torch.equal(weights["model.embed_tokens.weight"], model.model.embed_tokens.weight)
+
+
+def test_aligned_mixers_take_the_place_of_new_ones(tmp_path, teacher_dir):
+    trained = scramble(convert(teacher_dir, tmp_path / "all", "none"))
+    assert trained.config.attention_layers == []
+    with torch.no_grad():
+        trained.model.norm.weight.fill_(7)  # what isn't a mixer's is the teacher's
+    aligned = str(save_checkpoint(trained, tmp_path / "aligned"))
+    given, plain = trained.state_dict(), convert(teacher_dir, tmp_path / "plain", [1, 3]).state_dict()
+    for name, tensor in convert(teacher_dir, tmp_path / "out", [1, 3], aligned=aligned).state_dict().items():
+        assert torch.equal(tensor, given[name] if ".mamba." in name else plain[name]), name
+
+
+def test_a_model_with_other_mixers_is_refused(tmp_path, teacher_dir):
+    aligned = str(save_checkpoint(convert(teacher_dir, tmp_path / "some", [3]), tmp_path / "aligned"))
+    for options, message in (
+        ({"mixer": "mamba2"}, "has mixer = 'mamba', and this conversion 'mamba2'"),
+        ({"head_alignment": "attention"}, "has head_alignment = 'official', and this conversion 'attention'"),
+        ({"state_size": 8}, "has state_size = 16, and this conversion 8"),
+        ({}, r"no tensor 'model.layers.3.mamba.\w+' .* with a mixer in that layer"),
+    ):
+        with pytest.raises(UserError, match=message):
+            convert(teacher_dir, tmp_path / "out", [0], aligned=aligned, **options)
+    assert not (tmp_path / "out").exists()

@@ -8,6 +8,7 @@ from test_stages import CHAIN, TRAINER, distill_stage, metrics
 
 from m1.data_options import Data
 from m1.errors import UserError
+from m1.model import packed_attention
 from m1.model.checkpoint import load_model
 from m1.recipe import AlignStage
 from m1.train.speed import speed_up
@@ -73,13 +74,16 @@ def test_the_error_by_hand(hybrid_dir, teacher_dir, tmp_path):
     torch.testing.assert_close(loss.detach(), torch.stack(errors).mean())
 
 
-def test_packed_rows_have_the_same_error(hybrid_dir, teacher_dir, tmp_path):
-    data, errors = Data(task="chain", count=8, min_steps=1, max_steps=4), []
+def test_packed_rows_have_the_same_error(hybrid_dir, teacher_dir, tmp_path, monkeypatch):
+    data, errors, masks = Data(task="chain", count=8, min_steps=1, max_steps=4), [], []
+    attend = packed_attention.varlen_attention
+    monkeypatch.setattr(packed_attention, "varlen_attention", lambda *args: masks.append(1) or attend(*args))
     for name, options in {"padded": {}, "packed": {"packing": True, "max_length": 512}}.items():
         trainer = TRAINER | {"max_steps": 1, "learning_rate": 0.0, "per_device_train_batch_size": 8} | options
         align_stage(hybrid_dir, teacher_dir, tmp_path / name, trainer=trainer, data=data).run()
         errors.append(metrics(tmp_path / name)[0]["attention_error"])
     assert errors[0] == pytest.approx(errors[1], rel=1e-4)
+    assert len(masks) == 4 + 2  # the teacher's layers and the student's: packed rows need no mask of T² elements
 
 
 def test_packed_rows_have_no_masks(hybrid_dir, teacher_dir, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Commands that train (align, sft, distill, grpo), pipeline, which runs a whole recipe, and runs, which lists them."""
+"""Commands that train (align, choose-layers, sft, distill, grpo), pipeline, which runs a recipe, and runs, a list."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -34,6 +34,7 @@ def add_training(kind: str, text: str) -> None:
 
 
 add_training("align", "Train a converted model's mixers towards the attention that they replace.")
+add_training("choose-layers", "Choose the layers that stay attention, by training them beside aligned mixers.")
 add_training("sft", "Fine-tune on worked solutions (TRL's SFTTrainer).")
 add_training("distill", "Distil a teacher into a hybrid on assistant tokens.")
 add_training("grpo", "Learn from verifiable rewards (TRL's GRPOTrainer).")

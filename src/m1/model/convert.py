@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from m1.errors import UserError
+from m1.hub import checkpoint_folder
 from m1.layer_choice import choose_layers
 from m1.model.checkpoint import copy_tokenizer, load_config, model_without_weights, one_line, read_weights
 from m1.model.configuration import ATTENTION, MAMBA, TEACHERS, M1Config
@@ -50,7 +51,7 @@ def convert(
         out: the folder for the hybrid.
         keep_attention, attention_ratio: which layers stay attention, as in `layer_choice.choose_layers`. Give one.
         force: move existing output aside.
-        options: mixer, head_alignment, state_size and seed, as in `recipe.ConvertStage`.
+        options: mixer, head_alignment, state_size, aligned and seed, as in `recipe.ConvertStage`.
 
     Returns:
         The hybrid.
@@ -86,6 +87,8 @@ def _convert(stage: ConvertStage, teacher: Path, force: bool) -> M1ForCausalLM:
         attention = {name.removeprefix(prefix): weights.pop(name) for name in list(weights) if name.startswith(prefix)}
         mamba = mixer_from_attention(attention, config, i).state_dict()
         weights |= {f"model.layers.{i}.mamba.{name}": tensor for name, tensor in mamba.items()}
+    if stage.aligned:
+        weights = with_mixers_of(stage.aligned, weights, config)
     model = model_from_weights(config, weights, source=teacher)
     with new_folder(stage.kind, stage.out, stage.settings(), stage.sources(), force) as folder:
         model.save_pretrained(folder)
@@ -105,15 +108,13 @@ def hybrid_config(
 
     Args:
         teacher: the teacher's configuration.
-        keep_attention: numbers of the layers that stay attention, from 0; at least one.
+        keep_attention: numbers of the layers that stay attention, from 0.
         mixer, head_alignment, state_size: as in `M1Config`.
 
     Raises:
-        UserError: no layer, a layer that the teacher doesn't have, or sizes that don't fit.
+        UserError: a layer that the teacher doesn't have, or sizes that don't fit.
     """
     kept = sorted(set(keep_attention))
-    if not kept:
-        raise UserError("keep at least one attention layer: transformers' caches count positions in attention layers")
     if outside := [layer for layer in kept if not 0 <= layer < teacher.num_hidden_layers]:
         raise UserError(
             f"attention should be kept in layer {outside[0]}, "
@@ -193,6 +194,34 @@ def mixer_from_attention(attention: dict[str, Tensor], config: M1Config, layer_i
     if unused:
         raise UserError(f"the checkpoint has a tensor '{source}.{min(unused)}' that a Mamba layer has no place for")
     return mixer.to(attention["q_proj.weight"].dtype)
+
+
+def with_mixers_of(aligned: str, weights: dict[str, Tensor], config: M1Config) -> dict[str, Tensor]:
+    """Returns a state dict with the mixers of another model, which `m1 align` trained.
+
+    Args:
+        aligned: the other model's folder or Hub id. Of its layers, those that are Mamba in `weights` must be, too.
+        weights: the state dict. Its other tensors stay.
+        config: its configuration.
+
+    Raises:
+        UserError: other options of conversion, or a mixer that is missing or misshapen.
+    """
+    folder = checkpoint_folder(aligned)
+    trained, found = load_config(folder, ("m1",)), read_weights(folder)
+    for name in ("mixer", "head_alignment", "state_size"):
+        if (own := getattr(trained, name)) != (asked := getattr(config, name)):
+            raise UserError(f"{aligned} has {name} = {own!r}, and this conversion {asked!r}: give both the same")
+    mixers = {}
+    for name, tensor in weights.items():
+        if ".mamba." in name:
+            if name not in found or found[name].shape != tensor.shape:
+                raise UserError(
+                    f"{aligned} has no tensor {name!r} of shape {list(tensor.shape)}: give a model that was made from "
+                    "this teacher, with a mixer in that layer"
+                )
+            mixers[name] = found[name].to(tensor)
+    return weights | mixers
 
 
 def model_from_weights(config: M1Config, weights: dict[str, Tensor], source: Path) -> M1ForCausalLM:

@@ -1,9 +1,16 @@
 """Measures how much a model needs the attention of each layer, to choose the layers that stay attention.
 
-The cost of a layer is the KL divergence from the teacher, in nats per token, when only this layer is converted. It is
-the loss at which distillation of that model would start.
+A cost is a KL divergence from the teacher, in nats per token. Without `aligned`, a layer's cost is that of a model in
+which only this layer is converted.
+
+That can mislead: distillation soon teaches a mixer some of what a raw conversion loses, and never the rest. So with
+`aligned`, mixers are those that `m1 align` trained, one for every layer. Beginning with attention everywhere, the layer
+whose mixer costs least is replaced, again and again; the last one ranks first. A layer's cost is then that of the model
+in which all layers from it to the ranking's end are replaced. That is still a cost before distillation, which can
+mislead, too; choose_layers.py trains the whole model.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +22,7 @@ from m1.errors import UserError
 from m1.jsonl import read_json, write_json
 from m1.model.checkpoint import load_config, load_tokenizer, read_weights
 from m1.model.configuration import ATTENTION, MAMBA, TEACHERS
-from m1.model.convert import hybrid_config, mixer_from_attention, model_from_weights
+from m1.model.convert import hybrid_config, mixer_from_attention, model_from_weights, with_mixers_of
 from m1.model.gguf import teacher_folder
 from m1.model.modeling import M1ForCausalLM
 from m1.model.tokenizer import encode_chat
@@ -35,11 +42,11 @@ def run(stage: RankLayersStage, force: bool = False, progress: Progress = silent
 
     Returns:
         The content of OUT: {"settings", "tokens", "kl": {layer: nats per token}, "ranking": [...]}. The
-        ranking lists the layers, most costly first.
+        ranking lists the layers, the one that most needs its attention first.
 
     Raises:
-        UserError: a bad checkpoint or data file, a tokenizer that doesn't fit the model, or an `out` that holds
-            anything but this ranking.
+        UserError: a bad checkpoint or data file, a tokenizer that doesn't fit the model, an `out` that holds anything
+            but this ranking, or as `with_mixers_of`.
     """
     with teacher_folder(stage.teacher) as teacher:
         return _rank(stage, teacher, force, progress)
@@ -53,11 +60,17 @@ def _rank(stage: RankLayersStage, teacher: Path, force: bool, progress: Progress
     with Run(stage.kind, stage.out, settings, is_file=True, force=force) as folder:
         if folder.finished:
             return read_json(stage.out)
-        kl = {str(row["layer"]): row["kl"] for row in folder.read("layers.jsonl", {"layer": int, "kl": float})}
+        rows = folder.read("layers.jsonl", {"replaced": list[int], "kl": float})
+        measured = {tuple(row["replaced"]): row["kl"] for row in rows}
         options: dict[str, Any] = {"mixer": stage.mixer, "head_alignment": stage.head_alignment}
         model_config = hybrid_config(config, range(layers), **options)
-        mamba_config = hybrid_config(config, range(1, layers), **options)
         model = model_from_weights(model_config, read_weights(teacher), teacher).eval()
+        mamba_config = hybrid_config(config, [], **options)
+        for i, layer in enumerate(model.model.layers):
+            torch.manual_seed(stage.seed % 2**64)
+            layer.mamba = mixer_from_attention(layer.self_attn.state_dict(), mamba_config, i)
+        if stage.aligned:
+            model.load_state_dict(with_mixers_of(stage.aligned, model.state_dict(), mamba_config))
         model.to(default_device())
         batches = _batches(stage, load_tokenizer(teacher))
         if (largest := max(int(ids.max()) for ids, _ in batches)) >= config.vocab_size:
@@ -66,25 +79,37 @@ def _rank(stage: RankLayersStage, teacher: Path, force: bool, progress: Progress
             )
         tokens = sum(int(mask.sum()) for _, mask in batches)
         targets = [model.model(ids, attention_mask=mask, use_cache=False).last_hidden_state for ids, mask in batches]
-        with progress(stage.kind, "layers") as on_progress:
-            for i in range(layers):
-                on_progress(i, layers)
-                if str(i) in kl:
-                    continue
-                torch.manual_seed(stage.seed % 2**64)
-                layer = model.model.layers[i]
-                layer.mamba = mixer_from_attention(layer.self_attn.state_dict(), mamba_config, i).to(default_device())
-                layer.layer_type = MAMBA
-                kl[str(i)] = _divergence(model, batches, targets) / tokens
-                del layer.mamba
-                layer.layer_type = ATTENTION
-                folder.append("layers.jsonl", {"layer": i, "kl": kl[str(i)]})
-            on_progress(layers, layers)
-        ranking = sorted(range(layers), key=lambda i: -kl[str(i)])
-        result = {"settings": folder.settings, "tokens": tokens, "kl": kl, "ranking": ranking}
+        total = layers * (layers + 1) // 2 if stage.aligned else layers
+        with progress(stage.kind, "models") as on_progress:
+
+            def cost(*replaced: int) -> float:
+                """Nats per token with mixers in these layers."""
+                on_progress(len(measured), total)
+                if replaced not in measured:
+                    for i, layer in enumerate(model.model.layers):
+                        layer.layer_type = MAMBA if i in replaced else ATTENTION
+                    measured[replaced] = _divergence(model, batches, targets) / tokens
+                    folder.append("layers.jsonl", {"replaced": replaced, "kl": measured[replaced]})
+                return measured[replaced]
+
+            kl = _greedy(layers, cost) if stage.aligned else {i: cost(i) for i in range(layers)}
+            on_progress(total, total)
+        ranking = [*reversed(kl)] if stage.aligned else sorted(kl, key=lambda i: -kl[i])
+        costs = {str(i): kl[i] for i in range(layers)}
+        result = {"settings": folder.settings, "tokens": tokens, "kl": costs, "ranking": ranking}
         write_json(stage.out, result)
         folder.finish()
     return result
+
+
+def _greedy(layers: int, cost: Callable[..., float]) -> dict[int, float]:
+    """Replaces the cheapest layer until all are. Returns the layers in that order, each with the cost of doing so."""
+    replaced: dict[int, float] = {}
+    while len(replaced) < layers:
+        costs = {i: cost(*replaced, i) for i in range(layers) if i not in replaced}
+        cheapest = min(costs, key=costs.__getitem__)
+        replaced[cheapest] = costs[cheapest]
+    return replaced
 
 
 def _divergence(model: M1ForCausalLM, batches: list[Batch], targets: list[Tensor]) -> float:
