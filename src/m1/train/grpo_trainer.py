@@ -91,6 +91,9 @@ class Trainer(StageTrainer, GRPOTrainer):
         n = self._group_size("train" if self.model.training else "eval")
         seed = seed_of(self.args.seed, generation, attempt)
         with self._timed("rollout"):
+            if self._last_loaded_step != self.state.global_step:  # TRL's own number, which it compares later
+                self.rollouts.sync_weights()
+                self._last_loaded_step = self.state.global_step
             sequences = self.rollouts.sample(prompts, n, first, seed, self.eos_token_ids)
         if not check_samples(sequences):
             raise not_finite(self.state.global_step + 1, "a sampled token's log-probability isn't finite")
