@@ -327,8 +327,10 @@ def test_the_processs_own_generators_are_left_alone():
 
 # In vLLM
 
+needs_vllm = pytest.mark.skipif(not PEERS.exists(), reason="vLLM isn't there: `make peers` installs it")
 
-def run_vllm(jobs, folder):
+
+def run_vllm(jobs, folder, processes=1):
     """Runs grpo stages under the Python of `make peers`, which finds what it lacks here, such as TRL."""
     path, work = folder / "path", folder / "jobs.json"
     path.mkdir()
@@ -339,38 +341,60 @@ def run_vllm(jobs, folder):
         "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "VLLM_CPU_KVCACHE_SPACE": "1",
         "OMP_NUM_THREADS": "1",
     }  # fmt: skip
-    command = [PEERS, Path(__file__).with_name("vllm_stages.py"), work]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    command = [PEERS, *launcher, Path(__file__).with_name("vllm_stages.py"), work]
     done = subprocess.run(command, env=os.environ | settings | found, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-5000:]
 
 
+def drifts(job):
+    return [row["sampling/k3"] for row in read_jsonl(Path(job["out"], "metrics.jsonl")) if "loss" in row]
+
+
+@pytest.fixture
+def job(stage):
+    """Makes a job of vllm_stages.py: three steps of 1e-2. Stale weights would drift by some 1e-2."""
+
+    def make(name, model, trainer=None, **keys):
+        made = stage({"learning_rate": 1e-2, "max_steps": 3, "save_steps": 1} | (trainer or {}), name)
+        data = {"task": "chain", "count": 64, "min_steps": 1, "max_steps": 2}
+        names = {"model": str(model), "out": made.out, "rewards": made.rewards, "rollout": "vllm", "data": data}
+        return names | {"trainer": made.trainer} | keys
+
+    return make
+
+
 @pytest.mark.long
-@pytest.mark.skipif(not PEERS.exists(), reason="vLLM isn't there: `make peers` installs it")
-def test_real_stages_in_vllm(stage, hybrid_dir, teacher_dir, tmp_path):
-    """Hybrids of both kinds and a Llama, one after another in one process; and one that is killed and resumes.
-
-    Stale weights would show: steps of 1e-2 make a drift of some 1e-2.
-    """
+@needs_vllm
+def test_real_stages_in_vllm(job, hybrid_dir, teacher_dir, tmp_path):
+    """Hybrids of both kinds and a Llama, in one process; and one that is killed and resumes."""
     convert(teacher_dir, tmp_path / "hybrid", [1, 3], mixer="mamba2")
-    models = {"mamba": hybrid_dir, "mamba2": tmp_path / "hybrid", "llama": teacher_dir}
-    options = {"learning_rate": 1e-2, "max_steps": 3, "save_steps": 1}
-
-    def job(name, model, trainer=None, **keys):
-        made = stage(options | (trainer or {}), name)
-        return {
-            "model": str(model), "out": made.out, "rewards": made.rewards, "rollout": "vllm",
-            "data": {"task": "chain", "count": 64, "min_steps": 1, "max_steps": 2}, "trainer": made.trainer,
-        } | keys  # fmt: skip
-
-    jobs = [job(name, model) for name, model in models.items()]
-    jobs.append(job("bf16", hybrid_dir, {"bf16": True, "learning_rate": 1e-3}))
     resampled = {"zero_variance": "resample"}
-    jobs.append(job("whole", hybrid_dir, **resampled))
-    jobs += [job("cut", hybrid_dir, **resampled, kill=2), job("cut", hybrid_dir, **resampled)]
+    jobs = [
+        job("mamba", hybrid_dir),
+        job("mamba2", tmp_path / "hybrid"),
+        job("llama", teacher_dir),
+        job("bf16", hybrid_dir, {"bf16": True, "learning_rate": 1e-3}),
+        job("whole", hybrid_dir, **resampled),
+        job("cut", hybrid_dir, **resampled, kill=2),
+        job("cut", hybrid_dir, **resampled),
+    ]
     run_vllm(jobs, tmp_path)
     for done in jobs:
-        drifts = [row["sampling/k3"] for row in read_jsonl(Path(done["out"], "metrics.jsonl")) if "loss" in row]
-        bound = 0.005 if done["trainer"]["bf16"] else 1e-9
-        assert len(drifts) == 3 and max(drifts) < bound, (done["out"], drifts)
+        found, bound = drifts(done), 0.005 if done["trainer"]["bf16"] else 1e-9
+        assert len(found) == 3 and max(found) < bound, (done["out"], found)
     whole, cut = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
     assert all(torch.equal(cut[name], tensor) for name, tensor in whole.items())
+
+
+@pytest.mark.long
+@needs_vllm
+@pytest.mark.parametrize("ranks", [1, 2], ids=["a vLLM each", "one vLLM for both"])
+def test_real_processes_in_vllm(job, hybrid_dir, tmp_path, ranks):
+    """Two, with sharded weights."""
+    done = job("out", hybrid_dir, {"vllm_tensor_parallel_size": ranks}, shard=True, global_batch=8)
+    del done["trainer"]["steps_per_generation"]
+    run_vllm([done], tmp_path, processes=2)
+    assert len(drifts(done)) == 3 and max(drifts(done)) < 1e-9, drifts(done)
+    texts = [row["completion"] for row in read_jsonl(Path(done["out"], "samples.jsonl"))]
+    assert len(texts) == 24 and len(set(texts)) > 20  # a random model may end a sample at once
