@@ -123,6 +123,26 @@ MUTANTS = [
         "a sequence comes back with another's registers",
     ),
     Mutant(
+        "train/grpo_trainer.py", "if self._last_loaded_step != self.state.global_step:", "if False:",
+        "train/test_grpo.py", "replaced groups are drawn with the weights of the step before",
+    ),
+    Mutant(
+        "train/vllm_rollout.py", "self.dtype = rollout_dtype(model, arguments)", "self.dtype = torch.bfloat16",
+        "train/test_vllm_rollout.py", "vLLM computes in another precision than the trainer",
+    ),
+    Mutant(
+        "train/vllm_rollout.py", "fold_in(seed, together)", "seed", "train/test_vllm_rollout.py",
+        "processes with a vLLM each draw the same",
+    ),
+    Mutant(
+        "train/vllm_rollout.py", "self.accelerator.process_index % self.tensor_parallel_size * len(prompts)", "0",
+        "train/test_vllm_rollout.py", "processes that split one vLLM draw different samples",
+    ),
+    Mutant(
+        "train/vllm_rollout.py", "os.environ.pop(name, None)", "pass", "train/test_vllm_rollout.py",
+        "a later stage of the process takes itself for torchrun's",
+    ),
+    Mutant(
         "train/rollout.py", "self.llm.reload_weights(self.model)", "pass", "train/test_grpo.py",
         "GRPO samples with the weights of its first generation",
     ),

@@ -276,12 +276,15 @@ class DistillStage(TaughtStage):
 
 @dataclass(frozen=True, kw_only=True)
 class GRPOStage(TrainedStage):
-    """Stage `grpo`: RL with a verifiable reward. Rollouts and their log-probabilities come from the engine."""
+    """Stage `grpo`: RL with a verifiable reward. Rollouts come from this project's engine, or from vLLM."""
 
     kind = "grpo"
     function = "m1.train.grpo:grpo"
 
     model: str = option(help="Checkpoint folder or Hub id.")
+    rollout: Literal["engine", "vllm"] = option(
+        "engine", "What samples: this project's engine, or vllm, where `[trainer]` vllm_mode says: colocate or server."
+    )
     max_num_seqs: int = option(256, "Maximum number of rollouts decoded in parallel.")
     rewards: dict[str, int | float] = option(
         {"correct": 1.0},

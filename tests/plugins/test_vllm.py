@@ -10,6 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from checkpoints import LLAMA3_ROPE, save_checkpoint, scramble, tiny_teacher
 from commands import m1
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -79,10 +80,11 @@ def run_vllm(jobs, folder, cores="0-1"):
     return json.loads(answers.read_text())
 
 
-def job(out, settings):
+def job(out, settings, renewed=None):
     adapter = f"{out}-adapter" if "enable_lora" in settings else None
     limits = {"max_num_seqs": 5, "max_model_len": 512}
-    return {"model": str(out), "prompts": prompts(), "settings": settings | limits, "adapter": adapter}
+    settings = settings | limits
+    return {"model": str(out), "prompts": prompts(), "settings": settings, "adapter": adapter, "renewed": renewed}
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +128,20 @@ def test_adapters_are_applied(models, answers, mixer):
     out, answer = models["llama", mixer], answers["llama", mixer]
     agree(PeftModel.from_pretrained(M1ForCausalLM.from_pretrained(out), f"{out}-adapter"), answer["adapted"])
     assert all(a["token_ids"] != b["token_ids"] for a, b in zip(answer["all"], answer["adapted"], strict=True))
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_a_running_engine_takes_other_weights(models, tmp_path, mixer):
+    """Some at a time, as a server has them from a trainer. The first ones were refused."""
+    out, other = models["qwen3", mixer], tmp_path / "other"
+    model = M1ForCausalLM.from_pretrained(out)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.03 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+    model.save_pretrained(other)
+    (answer,) = run_vllm([job(out, CACHED, str(other))], tmp_path)
+    agree(model, answer["renewed"])
+    assert all(a["token_ids"] != b["token_ids"] for a, b in zip(answer["all"], answer["renewed"], strict=True))
 
 
 def test_speculative_decoding_is_refused(answers):

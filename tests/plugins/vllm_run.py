@@ -3,8 +3,9 @@
     python vllm_run.py JOBS.json ANSWERS.json
 
 JOBS is a list of {"model": folder, "prompts": [[token, ...], ...], "settings": arguments of vLLM's `LLM`, "adapter":
-folder or null}. Each answer has greedy tokens and their log-probabilities: of "all" prompts together, of all "again" in
-reverse after requests were aborted, and with the adapter ("adapted"); or why vLLM has "refused" to start.
+folder or null, "renewed": folder of other weights or null}. Each answer has greedy tokens and their log-probabilities:
+of "all" prompts together, of all "again" in reverse after requests were aborted, with the adapter ("adapted"), and with
+the other weights ("renewed"); or why vLLM has "refused" to start.
 """
 
 import gc
@@ -46,11 +47,37 @@ def abort_some(llm, prompts):
         engine.step()
 
 
+def use_weights_as_they_are():
+    """Without packing copies of them, which vLLM doesn't renew on a CPU."""
+    from torch.nn.functional import linear
+    from vllm.model_executor.layers import utils
+
+    utils.dispatch_cpu_unquantized_gemm = lambda layer, remove_weight: setattr(layer, "cpu_linear", linear)
+
+
+def renew(llm, folder, count=5):
+    """Does what a server does that takes weights from a trainer, some at a time."""
+    from safetensors.torch import load_file
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader.reload import layerwise
+
+    engine, weights = llm.llm_engine, list(load_file(Path(folder, "model.safetensors")).items())
+    model = engine.model_executor.driver_worker.model_runner.model
+    with set_current_vllm_config(engine.vllm_config):
+        layerwise.initialize_layerwise_reload(model)
+        for i in range(0, len(weights), count):
+            model.load_weights(weights[i : i + count])
+        layerwise.finalize_layerwise_reload(model, engine.model_config)
+    llm.reset_prefix_cache()
+
+
 def run(job):
     from vllm import LLM
     from vllm.lora.request import LoRARequest
 
     began = time.perf_counter()
+    if job["renewed"]:
+        use_weights_as_they_are()
     try:
         llm = LLM(job["model"], dtype="float32", enforce_eager=True, skip_tokenizer_init=True, **job["settings"])
     except ValueError as error:
@@ -61,6 +88,9 @@ def run(job):
     answers["again"] = greedy(llm, job["prompts"][::-1])[::-1]
     if job["adapter"]:
         answers["adapted"] = greedy(llm, job["prompts"], LoRARequest("adapter", 1, job["adapter"]))
+    if job["renewed"]:
+        renew(llm, job["renewed"])
+        answers["renewed"] = greedy(llm, job["prompts"])
     print(f"{job['model']}: started in {started:.1f} s, all in {time.perf_counter() - began:.1f} s", file=sys.stderr)
     del llm
     gc.collect()

@@ -326,6 +326,13 @@ def test_groups_of_equal_rewards_are_replaced(stage, tmp_path):
     assert all(torch.equal(weights(again)[name], tensor) for name, tensor in weights(made).items())
 
 
+def test_replaced_groups_have_the_weights_of_their_step(stage):
+    """They are drawn before TRL would renew the engine's copy of the weights: they had those of the step before."""
+    made = stage({"bf16": True, "learning_rate": 3e-2}, zero_variance="resample", gate_steps=9)
+    made.run()
+    assert all(row["sampling/k3"] < 0.005 for row in rows(made)), [row["sampling/k3"] for row in rows(made)]
+
+
 def test_groups_that_stay_equal_are_trained_on(stage):
     made = stage({"max_steps": 1}, reward="same", zero_variance="resample")
     made.run()

@@ -1,6 +1,7 @@
 """Reinforcement learning with verifiable rewards (paper §3.4).
 
-It uses TRL's GRPOTrainer without a KL term and with an entropy bonus. This project's engine generates the rollouts.
+It uses TRL's GRPOTrainer without a KL term and with an entropy bonus. This project's engine generates the rollouts, or
+vLLM.
 """
 
 import logging
@@ -10,6 +11,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import GRPOConfig
+from trl.import_utils import is_vllm_available
 
 from m1.errors import UserError
 from m1.grading import Grader
@@ -20,7 +22,6 @@ from m1.train.data import problems
 from m1.train.distributed import with_batch
 from m1.train.grpo_trainer import Trainer
 from m1.train.rewards import reward_functions
-from m1.train.rollout import EngineRollouts
 from m1.train.trainer import (
     eval_defaults,
     model_options,
@@ -42,8 +43,10 @@ DEFAULTS = {
     "vllm_importance_sampling_mode": "token_truncate",
 }
 IGNORED = ("repetition_penalty", "generation_kwargs", "cache_implementation", "chat_template_kwargs")
-IGNORED_FAMILIES = ("use_vllm", "vllm_", "use_transformers_", "transformers_continuous_")
-CORRECTION = "vllm_importance_sampling_"
+IGNORED_FAMILIES = ("use_vllm", "use_transformers_", "transformers_continuous_")
+# What cuts the distribution that a token is drawn from, and the value that cuts nothing.
+CUTS = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "vllm_structured_outputs_regex": None}
+VLLM, CORRECTION = "vllm_", "vllm_importance_sampling_"
 
 
 def grpo(stage: GRPOStage, resume: bool = False, force: bool = False) -> None:
@@ -60,10 +63,9 @@ def grpo_trainer(grader: Grader, stage: GRPOStage, arguments: GRPOConfig) -> Tra
     stage.use_chat_template(tokenizer)
     fitting, longest = fitting_problems(stage, arguments, tokenizer, model.config.max_position_embeddings)
     rows, held_out = split(fitting, stage.eval_rows, arguments.seed)
-    max_model_len = longest + arguments.max_completion_length
     return Trainer(
         stage,
-        EngineRollouts(model, tokenizer, arguments, stage.max_num_seqs, max_model_len),
+        longest + arguments.max_completion_length,
         model=model,
         args=arguments,
         train_dataset=rows,
@@ -108,9 +110,10 @@ def fitting_problems(
 def arguments_of(stage: GRPOStage) -> GRPOConfig:
     """The trainer's arguments. Raises UserError for an invalid `[trainer]`."""
     given = stage.trainer
+    engine = stage.rollout == "engine"
     ignored = [key for key in given if key in IGNORED or key.startswith(IGNORED_FAMILIES)]
-    ignored = [key for key in ignored if not key.startswith(CORRECTION)]
-    refuse_ignored(given, ignored, "M1's engine samples the rollouts")
+    ignored += [key for key in given if engine and key.startswith(VLLM) and not key.startswith(CORRECTION)]
+    refuse_ignored(given, ignored, f"M1 {'samples the rollouts itself' if engine else 'tells vLLM how to sample'}")
     if "reward_weights" in given:
         raise UserError("[trainer]: reward_weights: the table [rewards] has each reward's weight; remove the key")
     if stage.data.streaming or stage.data.weights:
@@ -121,6 +124,8 @@ def arguments_of(stage: GRPOStage) -> GRPOConfig:
         raise UserError("[trainer]: loss_type = 'cispo' cuts ratios off at epsilon_high itself: set it, e.g. to 5.0")
     if arguments.loss_type == "vespo" and arguments.vllm_importance_sampling_mode.startswith("sequence"):
         raise UserError("[trainer]: with loss_type = 'vespo' vllm_importance_sampling_mode must be token_...")
+    if not engine:
+        check_vllm(stage, arguments)
     whole = arguments.per_device_train_batch_size * arguments.steps_per_generation % arguments.num_generations == 0
     if stage.zero_variance == "resample" and not whole:
         raise UserError(
@@ -129,6 +134,26 @@ def arguments_of(stage: GRPOStage) -> GRPOConfig:
             f"{arguments.num_generations}"
         )
     return arguments
+
+
+def check_vllm(stage: GRPOStage, arguments: GRPOConfig) -> None:
+    """Raises UserError if vLLM isn't there, or can't sample as these arguments say."""
+    if not is_vllm_available():
+        raise UserError(
+            'rollout = "vllm": vLLM isn\'t installed: `pip install m1-reasoning[vllm]`, or set rollout = "engine"'
+        )
+    for key, none in CUTS.items():
+        if (value := getattr(arguments, key) or none) != none:
+            raise UserError(
+                f"[trainer]: {key} = {value!r}: vLLM's log-probabilities are those after the cut, and the trainer's "
+                'before it, so drift couldn\'t be told: remove the key, or set rollout = "engine"'
+            )
+    shared = arguments.vllm_mode == "server" or arguments.vllm_tensor_parallel_size > 1
+    if stage.zero_variance == "resample" and shared and arguments.world_size > 1:
+        raise UserError(
+            "zero_variance='resample': each process draws other problems, so none may share a vLLM: set "
+            "vllm_mode = 'colocate' and vllm_tensor_parallel_size = 1"
+        )
 
 
 def best_defaults(stage: GRPOStage) -> dict[str, Any]:

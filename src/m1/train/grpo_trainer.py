@@ -1,9 +1,9 @@
 """GRPO's trainer: TRL's, with rollouts from the engine, a correction for what they differ in, and an exact resume.
 
 TRL corrects for a sampler whose probabilities aren't the trainer's (truncated importance sampling) if the sampler is
-vLLM. For TRL this trainer therefore has a vLLM: `use_vllm` is true, and `vllm_generation` is the engine. TRL's own code
-then renews its weights, and multiplies a token's loss with the ratio of probabilities as `vllm_importance_sampling_*`
-say.
+vLLM. For TRL this trainer therefore has a vLLM: `use_vllm` is true, and `vllm_generation` is the engine, or really vLLM
+if the stage says so. TRL's own code then renews its weights, and multiplies a token's loss with the ratio of
+probabilities as `vllm_importance_sampling_*` say.
 """
 
 import logging
@@ -21,43 +21,47 @@ from datasets import Dataset
 from torch import Tensor
 from trl import GRPOTrainer
 
-from m1.engine import Sequence, fold_in
+from m1.engine import fold_in
 from m1.history import SAMPLES
 from m1.model.tokenizer import encode_chat
 from m1.recipe import GRPOStage
-from m1.train.rollout import EngineRollouts, check_drift, check_samples, drift_of, seed_of
+from m1.train.rollout import EngineRollouts, Sample, check_drift, check_samples, drift_of, seed_of
 from m1.train.stage_trainer import StageTrainer, not_finite
+from m1.train.vllm_rollout import VLLMRollouts
 
-Group = tuple[dict[str, Any], list[Sequence]]  # a problem and its samples
+Group = tuple[dict[str, Any], list[Sample]]  # a problem and its samples
 RESAMPLINGS = 8  # maximum number of draws that replace groups of equal rewards
 
 logger = logging.getLogger(__name__)
 
 
 class Trainer(StageTrainer, GRPOTrainer):
-    """TRL's GRPOTrainer with what all stages have in common, and the rollouts of this project's engine.
+    """TRL's GRPOTrainer with what all stages have in common, and rollouts of this project's engine or of vLLM.
 
     Args:
-        stage: the stage, whose keys say what becomes of groups of equal rewards and how often the drift is checked.
-        rollouts: the engine.
+        stage: the stage, whose keys say what samples, what becomes of groups of equal rewards, and how often the drift
+            is checked.
+        max_model_len: maximum number of tokens of a prompt and its completion together.
         options: the arguments of TRL's trainer.
 
     Raises:
-        UserError: in training, as `check_drift`, or a log-probability isn't finite.
+        UserError: as `VLLMRollouts`; in training, as `check_drift`, or a log-probability isn't finite.
     """
 
     files = (SAMPLES,)
 
-    def __init__(self, stage: GRPOStage, rollouts: EngineRollouts, **options: Any):
+    def __init__(self, stage: GRPOStage, max_model_len: int, **options: Any):
         options |= {"mixer_lr_scale": stage.mixer_lr_scale, "shard": stage.shard}
         super().__init__(rollout_func=self.rollout, **options)
-        self.stage, self.rollouts = stage, rollouts
-        self.use_vllm, self.vllm_generation, self._last_loaded_step = True, rollouts, -1
+        self.stage = stage
+        made = (options["model"], self.processing_class, self.args, stage.max_num_seqs, max_model_len)
+        self.rollouts = VLLMRollouts(*made, self.accelerator) if stage.rollout == "vllm" else EngineRollouts(*made)
+        self.use_vllm, self.vllm_generation, self._last_loaded_step = True, self.rollouts, -1
         self.vllm_importance_sampling_correction = True  # TRL then asks the trainer for its log-probabilities
         self.checked_at: int | None = None  # the last step whose drift was checked
         self.seconds: dict[str, float] = defaultdict(float)  # since the last log, by what they were spent on
         self.logged_at = time.monotonic()
-        self._drawn: list[Sequence] = []  # the next generation, if it has been sampled already
+        self._drawn: list[Sample] = []  # the next generation, if it has been sampled already
         self._eval_batches = 0
 
     @property
@@ -86,11 +90,14 @@ class Trainer(StageTrainer, GRPOTrainer):
             "logprobs": [s.logprobs for s in sequences],
         }
 
-    def _sample(self, prompts: list[Any], first: int, attempt: int = 0) -> list[Sequence]:
+    def _sample(self, prompts: list[Any], first: int, attempt: int = 0) -> list[Sample]:
         generation = self._step // self.window if self.model.training else -1
         n = self._group_size("train" if self.model.training else "eval")
         seed = seed_of(self.args.seed, generation, attempt)
         with self._timed("rollout"):
+            if self._last_loaded_step != self.state.global_step:  # TRL's own number, which it compares later
+                self.rollouts.sync_weights()
+                self._last_loaded_step = self.state.global_step
             sequences = self.rollouts.sample(prompts, n, first, seed, self.eos_token_ids)
         if not check_samples(sequences):
             raise not_finite(self.state.global_step + 1, "a sampled token's log-probability isn't finite")

@@ -1,11 +1,11 @@
-"""Rollouts for GRPO from this project's engine, in the precision that the trainer computes in."""
+"""Rollouts for GRPO: from this project's engine, in the precision that the trainer computes in, and their drift."""
 
 import copy
 import math
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from accelerate import init_empty_weights
@@ -13,13 +13,25 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from trl import GRPOConfig
 
-from m1.engine import LLM, Request, SamplingParams, Sequence
+from m1.engine import LLM, Request, SamplingParams
 from m1.errors import UserError
 from m1.model.parallelize import is_sharded, whole_weights
 from m1.model.tokenizer import encode_chat
 from m1.ops.random_bits import fold_in
 
 MAX_DRIFT = 0.015  # of the engine from the trainer, in nats per token; float32 gives 1e-8, bfloat16 about 1e-3
+
+
+class Sample(Protocol):
+    """What training needs of a completion.
+
+    Attributes:
+        token_ids: with the token that ended it, if one did.
+        logprobs: their log-probabilities under the sampler.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
 
 
 class EngineRollouts:
@@ -54,7 +66,7 @@ class EngineRollouts:
         if self.llm is not None:
             self.llm.reload_weights(self.model)
 
-    def sample(self, prompts: list[Any], n: int, first: int, seed: int, stop: Iterable[int]) -> list[Sequence]:
+    def sample(self, prompts: list[Any], n: int, first: int, seed: int, stop: Iterable[int]) -> list[Sample]:
         """Samples one completion of each prompt, in the order of the prompts.
 
         The prompts are a part of a batch, in which n equal ones follow each other, and share a prefill where they are
@@ -72,8 +84,8 @@ class EngineRollouts:
         """
         args = self.arguments
         if self.llm is None:
-            dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else self.model.dtype
-            self.llm = LLM(engine_model(self.model, dtype), self.tokenizer, stop, **self.options)
+            model = engine_model(self.model, rollout_dtype(self.model, args))
+            self.llm = LLM(model, self.tokenizer, stop, **self.options)
         params = SamplingParams(
             max_tokens=args.max_completion_length,
             temperature=args.temperature,
@@ -90,6 +102,11 @@ class EngineRollouts:
         for _ in self.llm.engine_for([r.tokens for r in requests], params.max_tokens).run(requests):
             pass
         return [sequence for request in requests for sequence in request.sequences]
+
+
+def rollout_dtype(model: PreTrainedModel, arguments: GRPOConfig) -> torch.dtype:
+    """What the trainer computes products in, and the sampler therefore everything."""
+    return torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else model.dtype
 
 
 def engine_model(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
@@ -157,6 +174,6 @@ def check_drift(drift: float, step: int) -> None:
         )
 
 
-def check_samples(sequences: list[Sequence]) -> bool:
+def check_samples(sequences: list[Sample]) -> bool:
     """Whether all samples have tokens, with log-probabilities that are finite."""
     return all(s.token_ids and all(map(math.isfinite, s.logprobs)) for s in sequences)

@@ -6,6 +6,7 @@ several ranks, each has a share of the KV heads and the query heads that they se
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,7 +133,7 @@ class PagedMixer(Mixer, MambaBase):
         for name, parameter in self.named_parameters():
             if not hasattr(parameter, "weight_loader"):
                 parts = getattr(self, "conv_widths", None) if name.startswith("conv1d") else None
-                parameter.weight_loader = ShareLoader(parts or [len(parameter)])  # type: ignore[attr-defined]
+                parameter.weight_loader = share_loader(parts or [len(parameter)])  # type: ignore[attr-defined]
         vllm_config.compilation_config.static_forward_context[prefix] = self
 
     def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
@@ -248,14 +249,19 @@ class InProjection(MergedColumnParallelLinear):
         return loaded if part is not None else torch.cat([loaded, *[loaded[-self.dt_width :]] * (self.repeats - 1)])
 
 
-class ShareLoader:
-    """Loads a rank's share of a parameter: of each of its parts, which lie one after another, its share of the rows."""
+def share_loader(share: list[int]) -> Callable[[nn.Parameter, Tensor], None]:
+    """A loader of a rank's share of a parameter, which is a share of the rows of each of its parts, one after another.
 
-    def __init__(self, share: list[int]):
-        self.share = share
+    It is a function of `param`, as vLLM's own are. vLLM calls it twice for new weights on a server, the second time
+    with another parameter under that name.
 
-    def __call__(self, parameter: nn.Parameter, loaded: Tensor) -> None:
-        """Copies the rank's rows of `loaded` into the parameter."""
+    Args:
+        share: the rank's number of rows of each part.
+    """
+
+    def load(param: nn.Parameter, loaded_weight: Tensor) -> None:
         rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-        parts = loaded.split([rows * ranks for rows in self.share])
-        parameter.data.copy_(torch.cat([part.chunk(ranks)[rank] for part in parts]))
+        parts = loaded_weight.split([rows * ranks for rows in share])
+        param.data.copy_(torch.cat([part.chunk(ranks)[rank] for part in parts]))
+
+    return load

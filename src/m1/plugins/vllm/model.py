@@ -16,7 +16,7 @@ from vllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer, 
 from vllm.model_executor.models.utils import extract_layer_index
 
 from m1.model.configuration import ATTENTION, M1Config
-from m1.plugins.vllm.mixer import PagedMamba, PagedMamba2, PagedMixer, state_layout
+from m1.plugins.vllm.mixer import PagedMamba, PagedMamba2, state_layout
 
 
 class M1Attention(LlamaAttention):
@@ -106,11 +106,14 @@ class M1ForCausalLM(LlamaForCausalLM, HasInnerState, IsHybrid):
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=M1DecoderLayer)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Loads weights, also new ones into a running engine. Returns the names of the parameters."""
+        """Loads weights, also new ones into a running engine, some at a time. Returns the names of the parameters."""
         loaded = super().load_weights(weights)
-        for module in self.modules():
-            if isinstance(module, PagedMixer):
-                module.fix_constants()
+        mixers = {name.partition(".mamba.")[0] for name in loaded if ".mamba." in name}
+        for prefix in mixers:
+            mixer = self.get_submodule(f"{prefix}.mamba")
+            # vLLM holds back weights that it renews by chunks: until a layer has all of its own, they are on "meta".
+            if not any(parameter.is_meta for parameter in mixer.parameters()):
+                mixer.fix_constants()
         return loaded
 
     @classmethod
