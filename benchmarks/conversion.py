@@ -1,4 +1,4 @@
-"""How a conversion should be made, measured by how fast the pocket recipe's distillation mends it.
+"""How a conversion should be made, measured by how fast distillation mends it (the pocket model, short chains).
 
     python benchmarks/conversion.py alignment    # head alignment "attention" against "official": results/alignment.json
     python benchmarks/conversion.py layers       # every choice of two kept layers, against `m1 rank-layers`:
@@ -26,6 +26,12 @@ ALIGNMENTS = ("attention", "official")
 ALIGNMENT_SEEDS = {32: range(8), 128: range(3)}
 STUDENT_T = {3: 4.303, 8: 2.365}  # 97.5 % quantile for the mean of so many
 LAYER_SEEDS = range(2)
+KEPT = [1, 3]
+# Chains of 2 to 8 steps that don't repeat, and the stages' lengths: the pocket recipe's until 2026-11-28.
+SHORT = {"min_steps": 2, "max_steps": 8, "period": None, "slip_rate": 0.02}
+TEACHER = {"max_steps": 450, "per_device_train_batch_size": 64}
+DISTILL = {"max_steps": 460, "per_device_train_batch_size": 32}
+FORWARD_KL_STEPS = 400
 TABLE_STEPS = (20, 50, 100, 200, 300, 400, 460)
 
 
@@ -78,7 +84,7 @@ def layers() -> None:
     for seed in LAYER_SEEDS:
         distilled = {}
         for pair in itertools.combinations(range(4), 2):
-            name = "official" if pair == (1, 3) else f"keep-{pair[0]}-{pair[1]}"  # the recipe's own choice
+            name = "official" if pair == tuple(KEPT) else f"keep-{pair[0]}-{pair[1]}"  # one of `alignment`'s
             curve = distil(seed, name, 32, keep_attention=list(pair))
             forward = [divergence_of(row) for row in curve if "forward_kl" in row]
             distilled[f"{pair[0]},{pair[1]}"] = {"step_100": forward[9], "step_400": forward[-1]}
@@ -105,21 +111,31 @@ def layers_table(result: dict) -> str:
 
 
 def distil(seed: int, name: str, head_dim: int, **conversion: object) -> list[dict]:
-    """The pocket recipe up to its distillation, in runs/conversion/head-dim-.../seed-.../NAME: the rows it logged, each
-    the mean over ten steps."""
+    """The pocket recipe up to its distillation, on short chains, in runs/conversion/head-dim-.../seed-.../NAME: the
+    rows it logged, each the mean over ten steps."""
     _, stages = load_pipeline(ROOT / "recipes/pocket")
+    teacher, distill = on_short_chains(stages["teacher"], TEACHER), on_short_chains(stages["distill"], DISTILL)
     folder = ROOT / f"runs/conversion/head-dim-{head_dim}/seed-{seed}"
-    teacher, converted = f"{folder}/teacher", f"{folder}/{name}/converted"
+    made, converted = f"{folder}/teacher", f"{folder}/{name}/converted"
+    conversion = {"keep_attention": KEPT, **conversion}
+    init = teacher.init | {"head_dim": head_dim}
+    changes = {"teacher": made, "model": converted, "forward_kl_steps": FORWARD_KL_STEPS}
 
     run = [
-        seeded(stages["teacher"], seed, out=teacher, init=stages["teacher"].init | {"head_dim": head_dim}),
-        dataclasses.replace(stages["convert"], teacher=teacher, out=converted, seed=seed, **conversion),
-        seeded(stages["distill"], seed, teacher=teacher, model=converted, out=f"{folder}/{name}/distilled"),
+        seeded(teacher, seed, out=made, init=init),
+        dataclasses.replace(stages["convert"], teacher=made, out=converted, seed=seed, **conversion),
+        seeded(distill, seed, out=f"{folder}/{name}/distilled", **changes),
     ]
     for stage in run:
         if not stage.finished():
             stage.run(resume=True)
     return [row for row in read_jsonl(Path(run[-1].out, "metrics.jsonl")) if "loss" in row]
+
+
+def on_short_chains(stage: SFTStage | DistillStage, trainer: dict) -> Stage:
+    batch = trainer["per_device_train_batch_size"]
+    data = dataclasses.replace(stage.data, **SHORT, bucket=batch, count=trainer["max_steps"] * batch)
+    return dataclasses.replace(stage, data=data, trainer=stage.trainer | trainer)
 
 
 def seeded(stage: SFTStage | DistillStage, seed: int, **changes: object) -> Stage:

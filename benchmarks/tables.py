@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from m1.bench.decode import plot_result
+from m1.evaluation.curves import POINTS
 from m1.evaluation.intervals import percent
 
 ROOT = Path(__file__).parents[1]
@@ -37,14 +38,36 @@ def pocket() -> str:
     report = result("pocket")
     rows = []
     for name, m in report["models"].items():
-        accuracy = [percent(m[key], m[key + "_ci95"]) for key in ("pass@1", "maj@16")]
+        accuracy = [percent(m[key], m[key + "_ci95"]) for key in ("pass@1", "maj@32")]
         cache = f"{m['cache_bytes_per_sequence_at_4k'] / 1024:,.0f} KiB"
         rows.append([name, *accuracy, f"{m['tokens_per_second']:,.0f}", f"{m['parameters']:,}", cache])
     count = next(iter(report["models"].values()))["n_problems"]
-    columns = ["model", "pass@1", "maj@16", "tokens/s", "parameters", "cache at 4k tokens"]
+    columns = ["model", "pass@1", "maj@32", "tokens/s", "parameters", "cache at 4k tokens"]
     return markdown(columns, rows) + (
-        f"\n{count} held-out problems, 16 samples each at temperature 1, 95 % intervals over problems; "
+        f"\n{count} held-out problems, 32 samples each at temperature 1, 95 % intervals over problems; "
         f"all stages took {report['seconds'] / 60:.1f} minutes.\n"
+    )
+
+
+def pocket_budget() -> str:
+    """`make demo`'s runs/pocket/budget/budget.json."""
+    bench = result("pocket-budget")
+    rows = []
+    for name, m in bench["models"].items():
+        wait = m["seconds_to_samples"]["16"]
+        row = [name, f"{100 * m['sample_accuracy']:.0f} %", f"{m['points'][-1]['samples']:.0f}", f"{wait:.2f} s"]
+        row.append(f"{100 * m['points'][-1]['accuracy']:.0f} %")
+        if lead := bench["leads"].get(name):
+            differences = [point["value"] for point in lead["points"]]
+            ahead, behind = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
+            row += [lead_in_points(lead["value"], lead["ci95"]), f"{ahead}, {behind}"]
+        rows.append(row + [""] * (7 - len(row)))
+    settings = bench["settings"]
+    columns = ["model", "one sample right", "samples in the vote", "16 samples after", "vote right", "lead, points"]
+    return markdown([*columns, "budgets ahead, behind"], rows) + (
+        f"\n{bench['problems']} problems, {settings['seconds']:g} s each, up to {settings['max_num_seqs']} "
+        "samples decoded together. Lead: how much more often the vote is right than the first model's, mean over "
+        f"{POINTS} budgets from a 64th of the longest up to it, with its 95 % interval over problems.\n"
     )
 
 
@@ -410,7 +433,7 @@ def some_columns(table: str, chosen: Iterable[int]) -> str:
 
 TABLES: dict[str, list[Callable[[], str]]] = {
     "README.md": [short_gpu_decode],
-    "recipes/pocket/README.md": [pocket],
+    "recipes/pocket/README.md": [pocket, pocket_budget],
     "recipes/smollm2-cpu/README.md": [smollm2_cpu],
     "docs/engine.md": [quantization, gpu_jobs, gpu_samples, chat, decode, decode_step],
     "docs/kernels.md": [kernels],

@@ -41,7 +41,7 @@ def test_grpo_raises_the_reward(tmp_path):
     """The teacher has seen right and wrong steps, so about half of its answers are right. GRPO rewards these."""
     data, teacher, out = tmp_path / "chains.jsonl", tmp_path / "teacher", tmp_path / "grpo"
     write_problems(data, 6400)
-    pocket_stage("teacher", data, 100, out=str(teacher)).run()
+    pocket_stage("teacher", data, 400, out=str(teacher)).run()
     pocket_stage("grpo", data, 20, model=str(teacher), out=str(out)).run()
     rewards = [row["reward"] for row in metrics(out) if "reward" in row]
     assert statistics.mean(rewards[-3:]) >= statistics.mean(rewards[:3]) + 0.15
