@@ -89,7 +89,7 @@ class Stage:
             if Path(name) not in earlier and not (name.endswith(".gguf") and Path(name).is_file()):
                 checkpoint_folder(name, config_only=True)
         for path in {*self.sources()} - {*map(Path, self.checkpoints())} - earlier:
-            if is_file(str(path)) and not path.exists():
+            if is_file(str(path)) and not path.exists() and earlier.isdisjoint(path.parents):
                 raise UserError(f"{path} is missing: check the path, or add the stage that makes it")
 
     def sources(self) -> list[Path]:

@@ -13,7 +13,8 @@ from m1.errors import UserError
 from m1.layer_choice import from_ranking
 from m1.model.checkpoint import load_model
 from m1.model.convert import convert
-from m1.recipe import ChooseLayersStage
+from m1.recipe import ChooseLayersStage, ConvertStage
+from m1.train import trainer as training
 from m1.train.choose_layers import ChoiceTrainer, blend, shares
 
 
@@ -103,6 +104,43 @@ def test_it_resumes_to_the_same_choice(mixers_dir, teacher_dir, tmp_path, monkey
     cut.run(resume=True)
     names = ("ranking.json", "model.safetensors")
     assert all((tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in names)
+
+
+def test_a_trained_choice_is_saved_on_resume(mixers_dir, teacher_dir, tmp_path, monkeypatch):
+    """Killed behind the last step: no step sets the shares any more."""
+    stage = choose_stage(mixers_dir, teacher_dir, tmp_path / "out", trainer=TRAINER | {"max_steps": 2, "save_steps": 2})
+    save = training._save
+    monkeypatch.setattr(training, "_save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        stage.run()
+    monkeypatch.setattr(training, "_save", save)
+    stage.run(resume=True)
+    assert len(json.loads((tmp_path / "out" / "ranking.json").read_text())["ranking"]) == 4
+
+
+def test_gates_are_ranked_before_they_are_rounded(mixers_dir, teacher_dir, tmp_path, monkeypatch):
+    """In bfloat16, the dtype of the teacher and so of what is saved, these are equal."""
+    save_checkpoint(load_model(teacher_dir)[0].to(torch.bfloat16), tmp_path / "teacher")
+    end = ChoiceTrainer._inner_training_loop
+
+    def trained(self, *args, **kwargs):
+        result = end(self, *args, **kwargs)
+        self.model.gates.data.copy_(torch.tensor([0.1000, 0.1001, 0.1002, 0.1003]))
+        return result
+
+    monkeypatch.setattr(ChoiceTrainer, "_inner_training_loop", trained)
+    choose_stage(mixers_dir, tmp_path / "teacher", tmp_path / "out", trainer=TRAINER | {"max_steps": 1}).run()
+    assert json.loads((tmp_path / "out" / "ranking.json").read_text())["ranking"] == [3, 2, 1, 0]
+
+
+def test_a_pipeline_converts_by_the_choice(mixers_dir, teacher_dir, tmp_path):
+    """The ranking is a file inside of an earlier stage's output, which isn't there yet."""
+    stage = choose_stage(mixers_dir, teacher_dir, tmp_path / "choice")
+    ranking = f"@{tmp_path / 'choice' / 'ranking.json'}:2"
+    convert_stage = ConvertStage(teacher=str(teacher_dir), out=str(tmp_path / "hybrid"), keep_attention=ranking)
+    convert_stage.check([stage.out])
+    with pytest.raises(UserError, match="is missing: check the path"):
+        convert_stage.check([])
 
 
 def test_what_it_cannot_blend_is_refused(mixers_dir, hybrid_dir, teacher_dir, tmp_path, monkeypatch):

@@ -11,9 +11,11 @@ from commands import m1
 from m1.data_options import Data
 from m1.errors import UserError
 from m1.model.checkpoint import load_model
+from m1.model.convert import convert
 from m1.pipeline import load_pipeline
 from m1.recipe import DistillStage, GRPOStage, SFTStage
-from m1.train.plan import GIB, plan, size_of
+from m1.train.choose_layers import blend
+from m1.train.plan import CARDS, GIB, plan, size_of, with_attention
 from m1.train.stage_trainer import weights_in_products
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "llama3.2-3b"
@@ -105,11 +107,24 @@ def test_steps_and_the_parts_of_memory(hybrid_dir, teacher_dir):
         "file": SFTStage(**common | {"data": Data(path="rows.jsonl")}),
         "sharded": DistillStage(**common, teacher=str(teacher_dir), trainer=given, shard=True),
         "grpo": GRPOStage(**common, trainer=given | {"num_generations": 8}),
+        "vllm": GRPOStage(**common, trainer=given | {"num_generations": 8}, rollout="vllm"),
+        "server": GRPOStage(**common, trainer=given | {"num_generations": 8, "vllm_mode": "server"}, rollout="vllm"),
     }
     planned = {stage.name: stage for stage in plan(stages, 2, "h200", 0.3)}
-    assert [planned[name].steps for name in stages] == [23, None, 25, 200]
+    assert [planned[name].steps for name in stages] == [23, None, 25, 200, 200, 200]
     assert planned["file"].hours is None and planned["grpo"].hours > 0
     assert "buckets" in planned["sft"].memory and "gathered" not in planned["sft"].memory
     assert {"gathered", "teacher"} < planned["sharded"].memory.keys() and "buckets" not in planned["sharded"].memory
     assert "engine" in planned["grpo"].memory
+    assert planned["vllm"].memory["vllm"] == 0.3 * CARDS["h200"].memory and "engine" not in planned["vllm"].memory
+    assert not {"engine", "vllm"} & planned["server"].memory.keys()
     assert planned["sharded"].memory["optimizer"] == planned["sft"].memory["optimizer"] / 2
+
+
+def test_a_blend_has_both_kinds_of_mixers(teacher_dir, tmp_path):
+    """choose-layers trains the attention of every layer beside its mixer."""
+    convert(teacher_dir, tmp_path / "all", "none")
+    model, teacher = load_model(tmp_path / "all")[0], load_model(teacher_dir)[0]
+    found = with_attention(size_of(model.config))
+    blend(model, teacher)
+    assert found.parameters == sum(p.numel() for p in model.parameters()) - len(model.gates)

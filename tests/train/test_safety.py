@@ -12,6 +12,7 @@ from datasets import Dataset
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from test_stages import CHAIN, TRAINER, distill_stage, metrics
+from trl import SFTConfig
 
 from m1.data_options import Data
 from m1.errors import UserError
@@ -20,6 +21,7 @@ from m1.recipe import DistillStage, GRPOStage, SFTStage
 from m1.train import distill, grpo, sft
 from m1.train.checkpoints import last_checkpoint, seal
 from m1.train.stage_trainer import StageTrainer, first_not_finite
+from m1.train.trainer import trainer_arguments
 
 RL = {"num_generations": 4, "max_completion_length": 8, "steps_per_generation": 1, "per_device_train_batch_size": 8}
 STAGES = {"sft": SFTStage, "distill": DistillStage, "grpo": GRPOStage}
@@ -364,3 +366,9 @@ def test_a_stage_depends_on_the_manifests_of_its_models(hybrid_dir, teacher_dir,
     before = stage.settings()
     (folder / "manifest.json").write_text('{"seconds": 2}')
     assert stage.settings() != before
+
+
+def test_a_process_trains_on_one_gpu(tmp_path, monkeypatch):
+    """With more, transformers would train copies of the model in threads (DataParallel)."""
+    monkeypatch.setattr(SFTConfig, "n_gpu", 4)
+    assert trainer_arguments(SFTConfig, tmp_path, {})._n_gpu == 1

@@ -78,6 +78,8 @@ def vllm_server(llm: LLM, max_model_len: int, max_num_seqs: int) -> Iterator[str
             try:
                 yield f"{url}/v1"
             except ServerLost:
+                if answers(f"{url}/health"):  # another server was lost
+                    raise
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     server.wait(timeout=2 * ENDS_WITHIN)
                     raise failed("has ended", log) from None
@@ -121,15 +123,20 @@ def running(
 def wait_until_ready(server: "subprocess.Popen[bytes]", log: IO[bytes], url: str) -> None:
     """Waits until a server answers. Raises UserError if it ends before, or takes longer than STARTS_WITHIN."""
     deadline = time.monotonic() + STARTS_WITHIN
-    with httpx2.Client(trust_env=False) as client:  # no proxy leads to this machine
-        while server.poll() is None:
-            with contextlib.suppress(httpx2.HTTPError):
-                if client.get(url).status_code == 200:
-                    return
-            if time.monotonic() > deadline:
-                raise failed(f"isn't ready after {STARTS_WITHIN:.0f} seconds", log)
-            time.sleep(0.2)
+    while server.poll() is None:
+        if answers(url):
+            return
+        if time.monotonic() > deadline:
+            raise failed(f"isn't ready after {STARTS_WITHIN:.0f} seconds", log)
+        time.sleep(0.2)
     raise failed("has ended", log)
+
+
+def answers(url: str) -> bool:
+    """Whether a server of this machine answers that it is well."""
+    with contextlib.suppress(httpx2.HTTPError):
+        return httpx2.get(url, trust_env=False).status_code == 200  # no proxy leads to this machine
+    return False
 
 
 def failed(how: str, log: IO[bytes]) -> UserError:

@@ -257,7 +257,7 @@ def aligned_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     size = len(weight)
     inner, outer = -weight.shape[1] % ALIGNED, -size % ALIGNED
     weight, bias = F.pad(weight, (0, inner, 0, outer)), None if bias is None else F.pad(bias, (0, outer))
-    return F.linear(F.pad(x, (0, inner)), weight, bias)[..., :size]
+    return F.linear(F.pad(x, (0, inner)) if inner else x, weight, bias)[..., :size]
 
 
 class HeadRMSNorm(nn.Module):

@@ -16,7 +16,6 @@ from trl import SFTConfig
 
 from m1.errors import UserError
 from m1.model.configuration import MAMBA, layer_kinds
-from m1.model.packed_attention import attend_without_mask
 from m1.recipe import AlignStage
 from m1.train import distill
 from m1.train.distill import DistillTrainer, forward_arguments, load_pair
@@ -34,8 +33,6 @@ def align_trainer(stage: AlignStage, arguments: SFTConfig) -> "AlignTrainer":
     options = load_pair(stage, arguments)
     model, teacher = options["model"], options["teacher"]
     check_layers(model, teacher, f"{stage.model} and {stage.teacher}")
-    for network in (model, teacher):  # `networks` names neither, so nothing else does it
-        attend_without_mask(network)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".mamba." in name)
     return AlignTrainer(**options)

@@ -97,18 +97,20 @@ def blend(model: PreTrainedModel, teacher: PreTrainedModel) -> None:
     model.config.layer_types = [ATTENTION, *model.config.layer_types[1:]]  # so both kinds' masks are made
 
 
-def choose(model: PreTrainedModel, keep: int) -> dict[str, Any]:
+def choose(model: PreTrainedModel, gates: Tensor, keep: int) -> dict[str, Any]:
     """Makes a blended model the hybrid whose `keep` layers with the largest gates are attention.
+
+    Args:
+        gates: [layers] float32, as they were trained.
 
     Returns:
         {"ranking": the layers by their gates, "shares": {layer: share of attention}}.
     """
-    gates = model.gates.detach().float()
     ranking = gates.argsort(descending=True, stable=True).tolist()
     kinds = [ATTENTION if i in ranking[:keep] else MAMBA for i in range(len(ranking))]
     for layer, kind in zip(model.get_decoder().layers, kinds, strict=True):
         layer.__class__, layer.layer_type = M1DecoderLayer, kind
-        del layer.share
+        layer.__dict__.pop("share", None)  # there is none if no step ran, as when all had before
         delattr(layer, "mamba" if kind == ATTENTION else "self_attn")
     del model.gates
     model.config.layer_types = kinds
@@ -155,10 +157,17 @@ class ChoiceTrainer(DistillTrainer):
             layer.share = share
         return super().compute_loss(model, inputs, *args, **kwargs)
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trains, and keeps the gates as they were trained: the model is rounded before it is saved."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.gates = self.accelerator.unwrap_model(self.model).gates.detach().float().clone()
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """A checkpoint is of the blended model; at last the chosen hybrid is saved, and the ranking beside it."""
         if not _internal_call:
-            choice = choose(self.accelerator.unwrap_model(self.model), self.keep)
+            choice = choose(self.accelerator.unwrap_model(self.model), self.gates, self.keep)
             if self.args.should_save and output_dir:
                 Path(output_dir).mkdir(parents=True, exist_ok=True)
                 write_json(Path(output_dir, RANKING), choice)

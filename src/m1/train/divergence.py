@@ -42,7 +42,7 @@ def divergence_from_states(
     nothing = 0 * student_states.sum(dtype=torch.float32)  # a gradient even without tokens
     device = student_states.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else student_states.dtype
-    if device == "cpu" or dtype not in HALF:
+    if device != "cuda" or dtype not in HALF:
         dtype = torch.float32
     with torch.autocast(device, enabled=False):
         return nothing + ChunkedDivergence.apply(
@@ -78,7 +78,7 @@ class ChunkedDivergence(torch.autograd.Function):
             if of_states is not None:
                 of_states[start : start + chunk] = product(gradient, own_head)
             if of_head is not None:
-                add_product(of_head, gradient.T, own)
+                of_head += product(gradient.T, own)
         ctx.gradients = [
             None if gradient is None else gradient.to(t.dtype)
             for gradient, t in zip((of_states, of_head), (student_states, student_head), strict=True)
@@ -88,20 +88,13 @@ class ChunkedDivergence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, factor: Tensor) -> tuple:
         """Gradients to the student's states and head."""
-        return (*(None if gradient is None else gradient * factor for gradient in ctx.gradients), *[None] * 4)
+        gradients, ctx.gradients = ctx.gradients, []  # kept, they would live as long as the graph
+        return (*(None if gradient is None else gradient.mul_(factor) for gradient in gradients), *[None] * 4)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b in float32, also of half-precision factors, which only a GPU can do without rounding."""
     return torch.mm(a, b) if a.dtype == torch.float32 else torch.mm(a, b, out_dtype=torch.float32)
-
-
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b in float32, as `product`."""
-    if a.dtype == torch.float32:
-        total.addmm_(a, b)
-    else:
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
 
 
 @cache

@@ -148,6 +148,12 @@ def check_vllm(stage: GRPOStage, arguments: GRPOConfig) -> None:
                 f"[trainer]: {key} = {value!r}: vLLM's log-probabilities are those after the cut, and the trainer's "
                 'before it, so drift couldn\'t be told: remove the key, or set rollout = "engine"'
             )
+    sleeps = arguments.vllm_enable_sleep_mode and stage.shard
+    if stage.zero_variance == "resample" and sleeps and arguments.world_size > 1:
+        raise UserError(
+            "zero_variance='resample': processes draw different numbers of times, and each time would gather the "
+            "sharded weights for a vLLM that slept: set vllm_enable_sleep_mode = false"
+        )
     shared = arguments.vllm_mode == "server" or arguments.vllm_tensor_parallel_size > 1
     if stage.zero_variance == "resample" and shared and arguments.world_size > 1:
         raise UserError(

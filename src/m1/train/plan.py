@@ -15,6 +15,7 @@ shards, else 1:
                                        T (8 I + 6 W + 16 H); without checkpointing that of every layer
     loss          10 T H + 4 V H       last states and their gradients, the gradient of the head, and 1 GiB of tiles
     engine        2 P + a sequence     for grpo; the cache of as many sequences as fit decides the rollouts' speed
+    vllm          a share of the card  in place of the engine, if rollouts come from a vLLM in this process
     rest          3 GiB                CUDA's context, workspaces, what the allocator can't use
 
 Hours are those of the products and attention scores at `mfu` of the card's bfloat16 rate, and of rollouts at half of
@@ -23,7 +24,7 @@ what the card's memory allows. Completions and rows count with their full length
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,9 @@ from m1.hub import checkpoint_folder
 from m1.layer_choice import choose_layers
 from m1.model.cache_layout import slot_bytes
 from m1.model.checkpoint import load_config, model_without_weights
-from m1.model.configuration import ATTENTION, TEACHERS, layer_kinds
+from m1.model.configuration import ATTENTION, MAMBA, TEACHERS, layer_kinds
 from m1.model.convert import hybrid_config
-from m1.recipe import ConvertStage, GRPOStage, SFTStage, Stage, TaughtStage, TrainedStage
+from m1.recipe import ChooseLayersStage, ConvertStage, GRPOStage, SFTStage, Stage, TaughtStage, TrainedStage
 from m1.train.distributed import split_batch
 
 GIB = 2**30
@@ -46,6 +47,7 @@ ROLLOUT_SHARE = (
     0.5  # of the memory's rate that decoding reaches, as it does at 3B on an H200 (results/gpu-decode-*.json)
 )
 PER_DEVICE = 8  # rows per pass, transformers' default
+VLLM_SHARE = 0.3  # of a GPU's memory that TRL gives a vLLM in this process
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,10 @@ def plan(stages: Mapping[str, Stage], gpus: int, card_name: str, mfu: float) -> 
         elif isinstance(stage, TrainedStage):
             configs[stage.out] = _config(stage) or config_of(str(getattr(stage, "model", None)))
             taught = size_of(config_of(stage.teacher)) if isinstance(stage, TaughtStage) else None
-            planned = plan_stage(name, stage, size_of(configs[stage.out]), taught, gpus, card, mfu)
+            size = size_of(configs[stage.out])
+            if isinstance(stage, ChooseLayersStage):
+                size = with_attention(size)
+            planned = plan_stage(name, stage, size, taught, gpus, card, mfu)
             refuse_too_large(planned, card_name, "max_length" in stage.trainer or isinstance(stage, GRPOStage))
             yield planned
 
@@ -178,6 +183,22 @@ def size_of(config: PreTrainedConfig) -> Size:
     )
 
 
+def with_attention(size: Size) -> Size:
+    """The size of a model whose Mamba layers have attention, too."""
+    config = size.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = 2 * (config.num_attention_heads + config.num_key_value_heads)
+    one, layers = heads * head_dim * config.hidden_size, layer_kinds(config).count(MAMBA)
+    return replace(
+        size,
+        parameters=size.parameters + layers * one,
+        largest_layer=size.largest_layer + one,
+        products=size.products + layers * one,
+        widths=size.widths + heads * head_dim,
+        attention=size.attention + layers * config.num_attention_heads * head_dim,
+    )
+
+
 def plan_stage(
     name: str, stage: TrainedStage, model: Size, teacher: Size | None, gpus: int, card: Card, mfu: float
 ) -> StagePlan:
@@ -193,7 +214,7 @@ def plan_stage(
     length = (
         given.get("max_completion_length", 256) if isinstance(stage, GRPOStage) else given.get("max_length") or longest
     )
-    memory = memory_of(stage, model, teacher, rows[0] * length, gpus)
+    memory = memory_of(stage, model, teacher, rows[0] * length, gpus, card)
     steps = _steps(stage, batch)
     tokens = None if steps is None else float(steps) * batch * length
     seconds = 0.0
@@ -204,7 +225,7 @@ def plan_stage(
         seconds = tokens * work / (gpus * card.flops * mfu)
     if isinstance(stage, GRPOStage) and tokens is not None:
         resident = sum(
-            memory[part] for part in ("weights", "gradients", "optimizer", "engine", "rest") if part in memory
+            memory[part] for part in ("weights", "gradients", "optimizer", "engine", "vllm", "rest") if part in memory
         )
         seconds += (
             tokens / gpus / _decoding_rate(stage, model.config, model.parameters, length, card, card.memory - resident)
@@ -212,7 +233,9 @@ def plan_stage(
     return StagePlan(name, model.parameters, memory, rows, steps, tokens, None if tokens is None else seconds / 3600)
 
 
-def memory_of(stage: TrainedStage, model: Size, teacher: Size | None, tokens: int, gpus: int) -> dict[str, float]:
+def memory_of(
+    stage: TrainedStage, model: Size, teacher: Size | None, tokens: int, gpus: int, card: Card
+) -> dict[str, float]:
     """Bytes per GPU of a stage, by the parts that the module's formula names. `tokens` are those of a pass."""
     config, layers = model.config, model.config.num_hidden_layers
     sharded, align = stage.shard and gpus > 1, stage.kind == "align"
@@ -234,8 +257,10 @@ def memory_of(stage: TrainedStage, model: Size, teacher: Size | None, tokens: in
         width = 4 if stage.teacher_dtype == "float32" else 2
         gathered = 2 * teacher.largest_layer + teacher.root if sharded else 0
         parts["teacher"] = width * (teacher.parameters / n + gathered)
-    if isinstance(stage, GRPOStage):
+    if isinstance(stage, GRPOStage) and stage.rollout == "engine":
         parts["engine"] = 2 * model.parameters + slot_bytes(config, tokens, torch.bfloat16)
+    elif isinstance(stage, GRPOStage) and stage.trainer.get("vllm_mode", "colocate") == "colocate":
+        parts["vllm"] = stage.trainer.get("vllm_gpu_memory_utilization", VLLM_SHARE) * card.memory
     return {part: size for part, size in parts.items() if size}
 
 

@@ -57,6 +57,8 @@ def _rank(stage: RankLayersStage, teacher: Path, force: bool, progress: Progress
     config = load_config(teacher, TEACHERS)
     layers = config.num_hidden_layers
     settings = stage.settings() | {"weights": _fingerprint(teacher)}
+    if stage.aligned:
+        settings["aligned_weights"] = _fingerprint(Path(stage.aligned))
     with Run(stage.kind, stage.out, settings, is_file=True, force=force) as folder:
         if folder.finished:
             return read_json(stage.out)

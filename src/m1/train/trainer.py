@@ -111,9 +111,11 @@ def trainer_arguments(cls: type[Arguments], out: str | Path, given: dict[str, An
         common |= {"dataloader_num_workers": 1, "accelerator_config": {"non_blocking": True}}
     given = {key: value for key, value in given.items() if key != "model_init_kwargs"}  # see model_options
     try:
-        return cls(**(common | defaults | given))
+        arguments = cls(**(common | defaults | given))
     except Exception as error:
         raise UserError(f"[trainer]: {' '.join(str(error).split()) or type(error).__name__}") from None
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # with more, one process would train copies in threads (DataParallel)
+    return arguments
 
 
 def refuse_ignored(given: dict[str, Any], ignored: Iterable[str], why: str) -> None:
