@@ -547,7 +547,7 @@ MUTANTS = [
         "train/test_divergence.py", "logits rounded to bfloat16",
     ),
     Mutant(
-        "train/divergence.py", "share * s.exp()", "s.exp()", "train/test_divergence.py",
+        "train/divergence.py", "probabilities, total = probabilities / 2,", "total =", "train/test_divergence.py",
         "the gradient of JSD is twice too large",
     ),
     Mutant(

@@ -78,7 +78,7 @@ class ChunkedDivergence(torch.autograd.Function):
             if of_states is not None:
                 of_states[start : start + chunk] = product(gradient, own_head)
             if of_head is not None:
-                of_head += product(gradient.T, own)
+                add_product(of_head, gradient.T, own)
         ctx.gradients = [
             None if gradient is None else gradient.to(t.dtype)
             for gradient, t in zip((of_states, of_head), (student_states, student_head), strict=True)
@@ -97,6 +97,14 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b) if a.dtype == torch.float32 else torch.mm(a, b, out_dtype=torch.float32)
 
 
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, as `product`; in float32 without a copy of the product, which a head's gradient would cost."""
+    if a.dtype == torch.float32:
+        total.addmm_(a, b)
+    else:
+        total += product(a, b)
+
+
 @cache
 def compiled() -> Any:
     """`divergence_and_gradient` for a GPU, which then reads the logits three times, not once per operation."""
@@ -112,22 +120,17 @@ def divergence_and_gradient(
     """
     s, t = student_logits.log_softmax(-1), teacher_logits.log_softmax(-1)
     if kind == "forward_kl":
-        return _kl(t, s), None if dtype is None else (s.exp() - t.exp()).to(dtype)
-    if kind == "reverse_kl":
-        own = total = _kl(s, t)
-        other, share = t, 1.0
-    else:
-        other, share = torch.logaddexp(s, t) - math.log(2), 0.5
-        own = _kl(s, other)
-        total = (own + _kl(t, other)) / 2
-    return total, None if dtype is None else (share * s.exp() * (s - other - own.unsqueeze(-1))).to(dtype)
+        probabilities = t.exp()
+        total = (probabilities * (t - s)).sum(-1)
+        return total, None if dtype is None else (s.exp() - probabilities).to(dtype)
+    other = t if kind == "reverse_kl" else torch.logaddexp(s, t) - math.log(2)
+    probabilities, log_ratio = s.exp(), s - other
+    own = total = (probabilities * log_ratio).sum(-1)
+    if kind == "jsd":
+        probabilities, total = probabilities / 2, (own + (t.exp() * (t - other)).sum(-1)) / 2
+    return total, None if dtype is None else (probabilities * (log_ratio - own.unsqueeze(-1))).to(dtype)
 
 
 def divergence(student_logits: Tensor, teacher_logits: Tensor, kind: Divergence) -> Tensor:
     """[tokens, V] logits of both -> [tokens] divergence in nats, float32."""
     return divergence_and_gradient(student_logits.float(), teacher_logits.float(), kind, None)[0]
-
-
-def _kl(p: Tensor, q: Tensor) -> Tensor:
-    """KL(p || q) of log-probabilities."""
-    return (p.exp() * (p - q)).sum(-1)

@@ -185,17 +185,16 @@ def size_of(config: PreTrainedConfig) -> Size:
 
 def with_attention(size: Size) -> Size:
     """The size of a model whose Mamba layers have attention, too."""
-    config = size.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads = 2 * (config.num_attention_heads + config.num_key_value_heads)
-    one, layers = heads * head_dim * config.hidden_size, layer_kinds(config).count(MAMBA)
+    config, layers = size.config, layer_kinds(size.config).count(MAMBA)
+    width = 2 * (config.mamba_size + config.mamba_kv_size)  # of attention's four projections, too
+    one = width * config.hidden_size
     return replace(
         size,
         parameters=size.parameters + layers * one,
         largest_layer=size.largest_layer + one,
         products=size.products + layers * one,
-        widths=size.widths + heads * head_dim,
-        attention=size.attention + layers * config.num_attention_heads * head_dim,
+        widths=size.widths + width,
+        attention=size.attention + layers * config.mamba_size,
     )
 
 
