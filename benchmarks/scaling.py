@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from training import WARMUP, Meter, documents
-from transformers import TrainerCallback
 from trl import SFTConfig
 
 from m1.bench.decoders import make_model
@@ -44,29 +44,32 @@ WAYS = ("replicated", "sharded")
 Row = dict[str, Any]
 
 
-class Losses(TrainerCallback):
-    """The loss of each step."""
+def keep_losses(trainer: Trainer, steps: int) -> Tensor:
+    """The losses of all steps, as they come. They stay on the device: reading one would wait for it."""
+    losses, training_step = torch.zeros(steps, device=trainer.accelerator.device), trainer.training_step
 
-    def __init__(self) -> None:
-        self.values: list[float] = []
+    def keep(*args: Any, **kwargs: Any) -> Tensor:
+        loss = training_step(*args, **kwargs)
+        losses[trainer.state.global_step] += loss
+        return loss
 
-    def on_log(self, *args: Any, logs: dict[str, float], **kwargs: Any) -> None:
-        self.values += [logs["loss"]] if "loss" in logs else []
+    trainer.training_step = keep
+    return losses
 
 
 def work(way: str, options: argparse.Namespace, folder: str) -> Row:
     """Trains for some steps in this process, one of several. Returns the row's numbers."""
-    passes = split_batch(options.global_batch, options.rows, world_size())
+    passes, steps = split_batch(options.global_batch, options.rows, world_size()), options.warmup + options.steps
     cuda = options.device == "cuda"
     given = {
-        "max_steps": WARMUP + options.steps, "per_device_train_batch_size": passes[0],
+        "max_steps": steps, "per_device_train_batch_size": passes[0],
         "gradient_accumulation_steps": passes[1], "packing": True, "max_length": options.length,
         "gradient_checkpointing": True, "learning_rate": 1e-4, "report_to": [], "save_strategy": "no",
-        "logging_steps": 1, "disable_tqdm": True, "bf16": cuda, "use_cpu": not cuda,
+        "disable_tqdm": True, "bf16": cuda, "use_cpu": not cuda,
     }  # fmt: skip
     arguments = trainer_arguments(SFTConfig, folder, given)  # from here on the processes know each other
     torch.manual_seed(0)
-    tokens = 2 * options.length * options.global_batch * (WARMUP + options.steps)
+    tokens = 2 * options.length * options.global_batch * steps
     common: Row = {
         "args": arguments, "train_dataset": documents(SHAPES[options.shape]["vocab_size"], options.length, tokens),
         "processing_class": byte_tokenizer(options.length), "shard": way == "sharded",
@@ -76,7 +79,7 @@ def work(way: str, options: argparse.Namespace, folder: str) -> Row:
         model = make_model(options.shape, torch.float32, True, options.length).train()
         if options.task == "distill":
             teacher = make_model(options.shape, torch.bfloat16 if cuda else torch.float32, False, options.length)
-    meter, losses = Meter(model), Losses()
+    meter = Meter(model, options.warmup)
     trainer: Trainer
     if options.task == "distill":
         trainer = DistillTrainer(model=model, teacher=teacher, **common)
@@ -85,7 +88,7 @@ def work(way: str, options: argparse.Namespace, folder: str) -> Row:
     for network in trainer.networks:
         speed_up(network, options.compile)
     trainer.add_callback(meter)
-    trainer.add_callback(losses)
+    losses = keep_losses(trainer, steps)
     trainer.train()
     device = trainer.accelerator.device
     counted = trainer.accelerator.reduce(torch.tensor(float(meter.tokens), device=device))
@@ -94,7 +97,7 @@ def work(way: str, options: argparse.Namespace, folder: str) -> Row:
         "tokens_per_step": float(counted) / options.steps,
         "passes_per_step": passes[1],
         "memory_gib": most_memory(device) / 2**30,
-        "losses": losses.values,
+        "losses": trainer.accelerator.reduce(losses, "mean").tolist(),
     }
 
 
@@ -121,8 +124,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--length", type=int, default=8192, help="tokens of a packed row")
     parser.add_argument("--global-batch", type=int, default=4, help="rows of a step")
     parser.add_argument("--rows", type=int, default=1, help="maximum number of rows of a pass")
+    parser.add_argument("--warmup", type=int, default=WARMUP, help="steps before them, which compile and allocate")
     parser.add_argument("--steps", type=int, default=12, help="measured steps")
     parser.add_argument("--processes", type=int, nargs="+", default=(1, 2, 4))
+    parser.add_argument("--ways", choices=WAYS, nargs="+", default=WAYS, help="how several processes share the work")
     parser.add_argument("--compile", action="store_true", help="compile the layers")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default_device())
     parser.add_argument("--out", type=Path, help="default: results/scaling-DEVICE.json")
@@ -136,13 +141,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
 
     out = options.out or Path(__file__).parents[1] / f"results/scaling-{options.device}.json"
-    settings = {k: v for k, v in vars(options).items() if k not in ("out", "worker", "processes", "device")}
+    settings = {k: v for k, v in vars(options).items() if k not in ("out", "worker", "processes", "ways", "device")}
     result: Row = {"machine": describe_machine(torch.device(options.device)), "settings": settings, "rows": {}}
     most = torch.cuda.device_count() if options.device == "cuda" else max(options.processes)
     for processes in options.processes:
         for way in WAYS[:1] if processes == 1 else WAYS:
             if processes > most:
                 row: Row = {"not_run": f"this host has {most} GPUs"}
+            elif processes > 1 and way not in options.ways:
+                row = {"not_run": "not asked for"}
             else:
                 row = measure(way, processes, sys.argv[1:] if argv is None else argv)
             one = result["rows"].get("1 replicated", {})

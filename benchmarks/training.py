@@ -55,8 +55,8 @@ Row = dict[str, Any]
 class Meter(TrainerCallback):
     """Counts tokens and pairs of attention, and takes the time of the steps after the warm-up."""
 
-    def __init__(self, model: PreTrainedModel):
-        self.device = model.device
+    def __init__(self, model: PreTrainedModel, warmup: int = WARMUP):
+        self.device, self.warmup = model.device, warmup
         self.tokens, self.pairs = torch.zeros(2, dtype=torch.float64, device=model.device)
         model.register_forward_pre_hook(self.count, with_kwargs=True)
 
@@ -66,11 +66,11 @@ class Meter(TrainerCallback):
         self.tokens, self.pairs = self.tokens + lengths.sum(), self.pairs + lengths.square().sum() / 2
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step not in (WARMUP, state.max_steps):
+        if state.global_step not in (self.warmup, state.max_steps):
             return
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        if state.global_step == WARMUP:
+        if state.global_step == self.warmup:
             self.tokens, self.pairs = torch.zeros(2, dtype=torch.float64, device=self.device)
             self.started = time.perf_counter()
         else:

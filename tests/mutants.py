@@ -535,15 +535,15 @@ MUTANTS = [
     ),
     # training
     Mutant(
-        "train/distill.py", "count = len(positions) if num_items_in_batch is None else num_items_in_batch",
-        "count = len(positions)", "train/test_distill.py", "accumulated batches are weighed alike",
+        "train/sft.py", "number = count if num_items_in_batch is None else num_items_in_batch",
+        "number = count", "train/test_distill.py", "accumulated batches are weighed alike",
     ),
     Mutant(
         "train/distill.py", "if known.get(token) != i:", "if token not in known:", "train/test_distill.py",
         "a teacher whose tokens have other ids",
     ),
     Mutant(
-        "train/divergence.py", "with torch.autocast(device, enabled=False):", "if True:",
+        "train/chunked_loss.py", "with torch.autocast(states.device.type, enabled=False):", "if True:",
         "train/test_divergence.py", "logits rounded to bfloat16",
     ),
     Mutant(
@@ -551,7 +551,7 @@ MUTANTS = [
         "the gradient of JSD is twice too large",
     ),
     Mutant(
-        "train/distill.py", "return self.accelerator.autocast()", "return super().autocast_smart_context_manager()",
+        "train/sft.py", "return self.accelerator.autocast()", "return super().autocast_smart_context_manager()",
         "train/test_distill.py", "mixed precision leaves out the teacher and the loss",
     ),
     Mutant(

@@ -1,9 +1,10 @@
-"""This machine: what it is, how fast its matrix products are, how long a call takes and how much memory is in use."""
+"""This machine: what it is, how fast its matrix products are, how long a call takes, which memory and ports it uses."""
 
 import os
 import platform
 import re
 import resource
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -129,3 +130,10 @@ def _ulimit_memory() -> Iterator[int]:
     limit, used = resource.getrlimit(resource.RLIMIT_AS)[0], process_bytes("VmSize")
     if limit != resource.RLIM_INFINITY and used is not None:
         yield limit - used
+
+
+def free_port() -> int:
+    """A TCP port that no program of this machine uses at present."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

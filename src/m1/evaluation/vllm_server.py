@@ -3,7 +3,6 @@
 import contextlib
 import os
 import re
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from transformers import GenerationConfig
 from m1.engine import LLM
 from m1.errors import UserError
 from m1.evaluation.endpoint import ServerLost
+from m1.machine import free_port
 from m1.peers.vllm_client import find_python, plugin_path
 from m1.peers.vllm_worker import cpu_environment, fast_settings
 
@@ -84,13 +84,6 @@ def vllm_server(llm: LLM, max_model_len: int, max_num_seqs: int) -> Iterator[str
                     server.wait(timeout=2 * ENDS_WITHIN)
                     raise failed("has ended", log) from None
                 raise
-
-
-def free_port() -> int:
-    """A TCP port that no program of this machine uses at present."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def arguments(settings: Mapping[str, Any]) -> list[str]:

@@ -18,7 +18,8 @@ from m1.errors import UserError
 from m1.model.configuration import MAMBA, layer_kinds
 from m1.recipe import AlignStage
 from m1.train import distill
-from m1.train.distill import DistillTrainer, forward_arguments, load_pair
+from m1.train.distill import DistillTrainer, load_pair
+from m1.train.sft import forward_arguments
 from m1.train.stage_trainer import weights_in_products
 from m1.train.trainer import refuse_ignored, run_training
 

@@ -4,13 +4,10 @@ A student far from a near-deterministic teacher learns little from reverse KL (d
 where the student has no mass on the teacher's token. `forward_kl_steps` sets the length of a warm-up with forward KL.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
@@ -22,6 +19,7 @@ from m1.recipe import DistillStage, TaughtStage
 from m1.train import sft
 from m1.train.distributed import world_size
 from m1.train.divergence import Divergence, divergence_from_states
+from m1.train.sft import forward_arguments, last_states, trained_positions
 from m1.train.stage_trainer import weights_in_products
 from m1.train.trainer import model_options, refuse_ignored, run_training, split
 
@@ -135,56 +133,19 @@ class DistillTrainer(sft.Trainer):
         """Operations per trained token, with the teacher's forward pass."""
         return super().flops_per_token + 2 * weights_in_products(self.teacher)
 
-    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager:
-        """Autocast for all of `compute_loss`. accelerate has it in the model's forward pass only, and so neither the
-        teacher nor the loss."""
-        return self.accelerator.autocast()
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """The divergence from the teacher, averaged over assistant tokens. Overrides TRL's loss."""
-        self.count_tokens(inputs)
-        trained = F.pad(inputs["labels"][:, 1:] != -100, (0, 1)).flatten()
-        # the model's own forward, with its wrappers, runs for its last hidden states
-        forward = forward_arguments(inputs)
-        student = self.accelerator.unwrap_model(model)
-        states, outputs = last_states(student.get_decoder(), partial(model, **forward))
-        teacher_states = self.teacher_states(forward)
-        positions = trained.nonzero().squeeze(1)  # the step's only wait for a GPU, behind both forward passes
+    def summed_loss(self, model: nn.Module, states: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, int]:
+        """The sum over trained tokens of the divergence from the teacher, and their number."""
+        teacher_states = self.teacher_states(forward_arguments(inputs))
+        positions, _ = trained_positions(inputs)
         total = divergence_from_states(
             states.flatten(0, 1)[positions],
-            student.get_output_embeddings().weight,
+            self.accelerator.unwrap_model(model).get_output_embeddings().weight,
             teacher_states.flatten(0, 1)[positions],
             self.teacher.get_output_embeddings().weight.to(self.accelerator.device),
             self.current_divergence,
         )
-        count = len(positions) if num_items_in_batch is None else num_items_in_batch
-        loss = total / (count.to(total.device).clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes
         self.note(self.current_divergence, total, len(positions))
-        return (loss, outputs) if return_outputs else loss
-
-    def note(self, name: str, total: Tensor, count: int) -> None:
-        """Notes a sum and how many numbers it is of, for the mean that is logged."""
-        mode = "train" if self.model.training else "eval"
-        # filled on the device: a copy would wait for it
-        self._metrics[mode][name].append(torch.stack([total.detach(), torch.full_like(total, count)]))
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Logs as TRL does, with the means of what was noted since the last log, in all processes.
-
-        The sums are read now, which waits for a GPU once.
-        """
-        for sums in self._metrics["train" if self.model.training else "eval"].values():
-            total, count = self.accelerator.reduce(torch.stack(sums).sum(dim=0)).tolist()
-            sums[:] = [total / max(count, 1)]
-        super().log(logs, start_time)
+        return total, len(positions)
 
     @torch.no_grad()
     def teacher_states(self, inputs: dict[str, Any]) -> Tensor:
@@ -200,22 +161,3 @@ class DistillTrainer(sft.Trainer):
     def current_divergence(self) -> Divergence:
         """The divergence of the current step: forward KL during the warm-up."""
         return "forward_kl" if self.state.global_step < self.forward_kl_steps else self.divergence
-
-
-def forward_arguments(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a model's forward pass on a batch, for its states alone: it makes logits of one position."""
-    return {k: v for k, v in inputs.items() if k != "labels"} | {"use_cache": False, "logits_to_keep": 1}
-
-
-def last_states(decoder: nn.Module, forward: Callable[[], Any]) -> tuple[Tensor, Any]:
-    """Runs a model's forward pass. Returns the last hidden states of its decoder, behind the last norm, and its output.
-
-    `output_hidden_states` would keep those of all layers.
-    """
-    found: list[Tensor] = []
-    hook = decoder.register_forward_hook(lambda module, inputs, output: found.append(output[0]))
-    try:
-        output = forward()
-    finally:
-        hook.remove()
-    return found[0], output

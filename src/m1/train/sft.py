@@ -1,10 +1,16 @@
 """Supervised fine-tuning with TRL, of a checkpoint or of a new small transformer (the pocket recipe's teacher)."""
 
 import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from datasets import Dataset, IterableDataset
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
@@ -16,6 +22,7 @@ from m1.model.configuration import TEACHERS, check_sizes
 from m1.model.tokenizer import byte_tokenizer
 from m1.options import check_keys
 from m1.recipe import SFTStage, TaughtStage
+from m1.train.cross_entropy import cross_entropy_from_states
 from m1.train.data_cache import Preparation
 from m1.train.data_mask import ChatEncoder
 from m1.train.data_report import report
@@ -42,7 +49,9 @@ def sft(stage: SFTStage, resume: bool = False, force: bool = False) -> None:
 
 
 class Trainer(StageTrainer, SFTTrainer):
-    """TRL's SFTTrainer with what all stages have in common.
+    """TRL's SFTTrainer with what all stages have in common, and a loss that waits for no other process.
+
+    TRL's own gathers its metrics at each pass, where all GPUs wait for the slowest, and computes logits twice.
 
     Args:
         global_batch: rows per optimizer step. Rows that don't fill an epoch's last step are then left out: several
@@ -59,6 +68,93 @@ class Trainer(StageTrainer, SFTTrainer):
             if left:
                 logger.info("%d of %d rows are left out: they don't fill a step", left, len(rows))
                 self.train_dataset = rows.select(range(steps * global_batch))
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager:
+        """Autocast for all of `compute_loss`. accelerate has it in the model's forward pass only, and so neither a
+        teacher nor the loss."""
+        return self.accelerator.autocast()
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The loss, averaged over trained tokens. TRL computes those that it is asked for by name."""
+        if self.args.loss_type != "nll" or self.label_smoother is not None or self.compute_loss_func is not None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self.count_tokens(inputs)
+        # the model's own forward, with its wrappers, runs for its last hidden states
+        decoder = self.accelerator.unwrap_model(model).get_decoder()
+        states, outputs = last_states(decoder, partial(model, **forward_arguments(inputs)))
+        total, count = self.summed_loss(model, states, inputs)
+        number = count if num_items_in_batch is None else num_items_in_batch
+        loss = total / (number.to(total.device).clamp(min=1) if isinstance(number, Tensor) else max(number, 1))
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def summed_loss(self, model: nn.Module, states: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, int]:
+        """The sum of the loss over trained tokens, and their number. Notes what is logged.
+
+        Args:
+            model: the model, which may be wrapped.
+            states: [b, T, H] its last hidden states.
+            inputs: the batch.
+        """
+        positions, labels = trained_positions(inputs)
+        head = self.accelerator.unwrap_model(model).get_output_embeddings().weight
+        loss, entropy, correct = cross_entropy_from_states(states.flatten(0, 1)[positions], head, labels)
+        self.note("entropy", entropy, len(positions))
+        self.note("mean_token_accuracy", correct, len(positions))
+        return loss, len(positions)
+
+    def note(self, name: str, total: Tensor, count: int) -> None:
+        """Notes a sum and how many numbers it is of, for the mean that is logged."""
+        mode = "train" if self.model.training else "eval"
+        # filled on the device: a copy would wait for it
+        self._metrics[mode][name].append(torch.stack([total.detach(), torch.full_like(total, count)]))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Logs as TRL does, with the means of what was noted since the last log, in all processes.
+
+        The sums are read now, which waits for a GPU once.
+        """
+        for values in self._metrics["train" if self.model.training else "eval"].values():
+            if isinstance(values[0], Tensor):
+                total, count = self.accelerator.reduce(torch.stack(values).sum(dim=0)).tolist()
+                values[:] = [total / max(count, 1)]
+        super().log(logs, start_time)
+
+
+def trained_positions(inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Of a batch [b, T], the flat positions whose next token is trained, and these tokens.
+
+    It is a step's only wait for a GPU, so call it once the forward passes are on their way.
+    """
+    labels = F.pad(inputs["labels"][:, 1:], (0, 1), value=-100).flatten()
+    positions = (labels != -100).nonzero().squeeze(1)
+    return positions, labels[positions]
+
+
+def forward_arguments(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a model's forward pass on a batch, for its states alone: it makes logits of one position."""
+    return {k: v for k, v in inputs.items() if k != "labels"} | {"use_cache": False, "logits_to_keep": 1}
+
+
+def last_states(decoder: nn.Module, forward: Callable[[], Any]) -> tuple[Tensor, Any]:
+    """Runs a model's forward pass. Returns the last hidden states of its decoder, behind the last norm, and its output.
+
+    `output_hidden_states` would keep those of all layers.
+    """
+    found: list[Tensor] = []
+    hook = decoder.register_forward_hook(lambda module, inputs, output: found.append(output[0]))
+    try:
+        output = forward()
+    finally:
+        hook.remove()
+    return found[0], output
 
 
 def sft_trainer(stage: SFTStage, arguments: SFTConfig) -> Trainer:

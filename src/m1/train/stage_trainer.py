@@ -131,10 +131,11 @@ class StageTrainer(Trainer):
     # Sharding
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        """Shards the model before the optimizer is made. transformers then takes it for one that was loaded sharded."""
+        """Shards the model before the optimizer is made. accelerate then leaves it as it is, without DDP around it."""
         if self.shard and world_size() > 1 and not is_sharded(self.model):
             shard(self.model, self.args.device)
-            self.is_distributed_loading_by_transformers = True
+            self.accelerator.prepare_model(self.model, device_placement=False, evaluation_mode=True)
+            self.model._is_accelerate_prepared = True
         return super()._prepare_for_training(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -24,6 +24,7 @@ from trl.generation import vllm_generation
 from trl.generation.vllm_generation import VLLMGeneration
 
 from m1.errors import UserError
+from m1.machine import free_port
 from m1.model.checkpoint import one_line
 from m1.model.parallelize import is_sharded, whole_weights
 from m1.model.tokenizer import encode_chat
@@ -126,6 +127,7 @@ class VLLMRollouts(VLLMGeneration):
             options["enforce_eager"] = True  # compiling makes it no faster there, and takes 20 s
             use_weights_as_they_are()
         before = {name: os.environ.get(name) for name in LAUNCHERS}
+        os.environ.setdefault("MASTER_PORT", str(free_port()))  # TRL's may be another's that starts at this moment
         vllm_generation.LLM = partial(LLM, **options)  # TRL has no arguments for these
         try:
             with seeded(0, self.accelerator.device):  # vLLM seeds the process's generators
