@@ -1,4 +1,4 @@
-"""What a recipe made of SmolLM2: how far each trained model is from the teacher on unseen text, and its accuracy.
+"""What a recipe made of SmolLM2: how far each trained model is from the teacher on unseen text, and how accurate it is.
 
     python benchmarks/smollm2.py [--recipe recipes/smollm2] [--rows 500] [--out results/smollm2.json]
 
@@ -8,6 +8,9 @@ skip, and the teacher's answers to problems that no stage trains on. On a text's
     kl            mean of KL(teacher || model), nats a token
     perplexity    of the model, and `ratio` to the teacher's
     same          share of tokens at which both models have the same likeliest token
+
+`accuracy` has each eval stage's numbers, by model: the pipeline's, and those of the recipe's other files, which this
+runs first. `compared` has the differences between each hybrid and the transformer that was trained as it was.
 """
 
 import argparse
@@ -23,12 +26,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from m1.data_options import Data
+from m1.evaluation.compare import compare as compare_results
 from m1.jsonl import read_json, write_json
 from m1.machine import describe_machine
 from m1.model.checkpoint import load_model
 from m1.ops.backend import default_device
 from m1.pipeline import load_pipeline
-from m1.recipe import ConvertStage, EvalStage, GenerateStage, Stage
+from m1.recipe import ConvertStage, EvalStage, GenerateStage, Stage, load_stage
 from m1.runs import MANIFEST, run_folder
 from m1.tasks.prompts import MATH_PROMPT
 from m1.train.data_cache import Preparation
@@ -47,21 +51,32 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "smollm2.json")
     options = parser.parse_args()
     pipeline, stages = load_pipeline(options.recipe)
+    evaluations = run_evaluations(Path(options.recipe), stages)
     device = default_device()
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     source = next(stage.teacher for stage in stages.values() if isinstance(stage, ConvertStage))
     teacher, tokenizer = load_model(source, device, dtype=dtype)
     texts = tokenized(unseen(stages, options.rows), tokenizer)
     found: dict[str, Any] = {}
-    evaluation = next(stage for stage in stages.values() if isinstance(stage, EvalStage))
-    for name, folder in evaluation.models.items():
+    for name, folder in next(iter(evaluations.values())).models.items():
         if folder != source:
             model, _ = load_model(folder, device, dtype=dtype)
             found[name] = {text: compare(model.eval(), teacher.eval(), rows) for text, rows in texts.items()}
             print(name, {text: round(numbers["kl"], 4) for text, numbers in found[name].items()}, flush=True)
     result = {"machine": describe_machine(torch.device(device)), "recipe": pipeline.name}
-    result |= {"seconds": seconds(stages), "divergence": found, "accuracy": accuracy(evaluation)}
+    result |= {"seconds": seconds(stages), "divergence": found}
+    result |= {"accuracy": {name: accuracy(stage) for name, stage in evaluations.items()}}
+    result |= {"compared": {name: compared(stage) for name, stage in evaluations.items()}}
     write_json(options.out, result)
+
+
+def run_evaluations(recipe: Path, stages: dict[str, Stage]) -> dict[str, EvalStage]:
+    """The eval stages by name: the pipeline's own first, then those that aren't part of it. Runs the latter."""
+    further = {path.stem: load_stage(path) for path in sorted(recipe.glob("eval-*.toml")) if path.stem not in stages}
+    for stage in further.values():
+        if not stage.finished():
+            stage.run()
+    return {name: stage for name, stage in (stages | further).items() if isinstance(stage, EvalStage)}
 
 
 def unseen(stages: dict[str, Stage], rows: int) -> dict[str, Data]:
@@ -128,6 +143,12 @@ def accuracy(stage: EvalStage) -> dict[str, Any]:
     """Each evaluated model's numbers."""
     results = {model: read_json(Path(stage.out, model, "result.json")) for model in stage.models}
     return {model: {key: result[key] for key in KEPT} for model, result in results.items()}
+
+
+def compared(stage: EvalStage) -> dict[str, Any]:
+    """transformer -> hybrid, for each pair: pass@1, the vote, and their differences with intervals."""
+    pairs = [(f"{name}-transformer", name) for name in stage.models if f"{name}-transformer" in stage.models]
+    return {" -> ".join(pair): compare_results(*(Path(stage.out, name) for name in pair))["measures"] for pair in pairs}
 
 
 KEPT = (
