@@ -37,6 +37,8 @@ SPECULATIVE = {
     "speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3},
 }
 SETTINGS = {"llama": CACHED | LORA, "qwen2": UNCACHED, "qwen3": CACHED}
+# Of 7, 4 and 4 layers. Two or three, one, and three Mamba layers share a page.
+KEPT = {"llama": [3, 6], "qwen2": [1, 3], "qwen3": [2]}
 
 
 def prompts():
@@ -53,10 +55,10 @@ def prompts():
 
 def make_model(folder, family, mixer):
     """A checkpoint of a hybrid, all of whose weights matter, and an adapter of all its linear layers."""
-    rope = {"rope_parameters": LLAMA3_ROPE} if family == "llama" else {}
-    teacher = save_checkpoint(tiny_teacher(family, **rope), folder / f"teacher-{family}-{mixer}")
+    options = {"rope_parameters": LLAMA3_ROPE, "num_hidden_layers": 7} if family == "llama" else {}
+    teacher = save_checkpoint(tiny_teacher(family, **options), folder / f"teacher-{family}-{mixer}")
     out = folder / f"{family}-{mixer}"
-    convert(teacher, out, [1, 3], mixer=mixer, head_alignment="official" if mixer == "mamba2" else "attention")
+    convert(teacher, out, KEPT[family], mixer=mixer, head_alignment="official" if mixer == "mamba2" else "attention")
     model = scramble(M1ForCausalLM.from_pretrained(out))
     model.save_pretrained(out)
     adapter = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))

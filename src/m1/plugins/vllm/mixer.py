@@ -3,10 +3,14 @@
 They are the model's own mixers (`m1.model.mamba`, `m1.model.mamba2`) and run M1's ops. vLLM provides the projections,
 so that adapters and tensor parallelism work; the pages; and, for each step, which rows belong to which sequence. With
 several ranks, each has a share of the KV heads and the query heads that they serve: a mixer with fewer heads.
+
+vLLM manages pages for groups of equally many layers, and a group costs time for each sequence at each step. Of four
+layers one is attention, so the Mamba layers would be three groups. Here several of them share a page (`States`).
 """
 
 import copy
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +36,9 @@ from m1.model.configuration import MAMBA, M1Config
 from m1.model.mamba import MambaMixer
 from m1.model.mamba2 import Mamba2Mixer
 from m1.model.mixer import Constants, Mixer
+
+ALIGNMENT = 16  # bytes
+LIKE = 1.5  # vLLM puts layers of one kind into one group if they are fewer than this many times the other kind's
 
 
 @dataclass
@@ -104,7 +111,67 @@ def state_layout(vllm_config: VllmConfig) -> MambaState[Buffer]:
     return layer_layout(config, MAMBA, 0, model.dtype)  # type: ignore[return-value]
 
 
-class PagedMixer(Mixer, MambaBase):
+def shared_pages(layer_types: Sequence[str]) -> list[list[int]]:
+    """The Mamba layers that share pages. There are as many kinds of pages as attention layers, if these are few."""
+    mamba = [i for i, kind in enumerate(layer_types) if kind == MAMBA]
+    attention = len(layer_types) - len(mamba)
+    pages = attention if 0 < LIKE * attention <= len(mamba) else len(mamba)
+    return [mamba[i * len(mamba) // pages : (i + 1) * len(mamba) // pages] for i in range(pages)]
+
+
+def aligned_bytes(buffer: Buffer) -> int:
+    """Bytes of a buffer in a page."""
+    return -(-math.prod(buffer.shape) * buffer.dtype.itemsize // ALIGNMENT) * ALIGNMENT
+
+
+def page_bytes(vllm_config: VllmConfig) -> int:
+    """Bytes of a page of states."""
+    most = max(map(len, shared_pages(vllm_config.model_config.hf_config.layer_types)))
+    return most * sum(map(aligned_bytes, state_layout(vllm_config)))
+
+
+class States(MambaBase):
+    """What vLLM takes for a Mamba layer: the pages of a few layers' states. A page has those of one sequence.
+
+    Args:
+        vllm_config: of the engine.
+        prefix: a name of its own, with the number of the first of these layers.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, prefix: str):
+        self.prefix, self.bytes, self.layout = prefix, page_bytes(vllm_config), state_layout(vllm_config)
+        self.kv_cache = (torch.empty(0),)
+        vllm_config.compilation_config.static_forward_context[prefix] = self
+
+    def of_layer(self, place: int) -> MambaState[Tensor]:
+        """All pages' states of the layer at this place among those that share them, without a copy."""
+        (pages,), views = self.kv_cache, []
+        pages, start = pages.view(len(pages), -1), place * sum(map(aligned_bytes, self.layout))
+        for buffer in self.layout:
+            own = pages[:, start : start + math.prod(buffer.shape) * buffer.dtype.itemsize]
+            views.append(own.view(buffer.dtype).view(-1, *buffer.shape))
+            start += aligned_bytes(buffer)
+        return MambaState(*views)
+
+    def get_state_shape(self) -> tuple[tuple[int, ...], ...]:
+        """The shape of a page."""
+        return ((self.bytes,),)
+
+    def get_state_dtype(self) -> tuple[torch.dtype, ...]:
+        """Its dtype: bytes."""
+        return (torch.int8,)
+
+    @property
+    def mamba_type(self) -> MambaAttentionBackendEnum:
+        """What vLLM takes both kinds of mixer for: it chooses how pages are copied, which `M1ForCausalLM` says."""
+        return MambaAttentionBackendEnum.MAMBA1
+
+    def get_attn_backend(self) -> type[M1Backend]:
+        """What describes a step to the layers."""
+        return M1Backend
+
+
+class PagedMixer(Mixer):
     """What M1's two mixers need in vLLM: its linear layers, its pages, and its steps with several prompts and rows.
 
     Args:
@@ -114,11 +181,14 @@ class PagedMixer(Mixer, MambaBase):
 
     def __init__(self, vllm_config: VllmConfig, prefix: str):
         config, ranks = vllm_config.model_config.hf_config, get_tensor_model_parallel_world_size()
-        share = shared_config(config, ranks)
-        super().__init__(share, extract_layer_index(prefix))  # type: ignore[call-arg]
+        share, layer = shared_config(config, ranks), extract_layer_index(prefix)
+        super().__init__(share, layer)  # type: ignore[call-arg]
         self.prefix = prefix
-        self.layout = state_layout(vllm_config)
-        self.kv_cache = (torch.empty(0), torch.empty(0))
+        layers = next(layers for layers in shared_pages(config.layer_types) if layer in layers)
+        self.place, first = layers.index(layer), f"{prefix}.states".replace(f".{layer}.", f".{layers[0]}.")
+        context = vllm_config.compilation_config.static_forward_context
+        self.states: States = context[first] if self.place else States(vllm_config, first)
+        self.pages: tuple[Tensor, MambaState[Tensor]] | None = None  # all, and what this layer has in them
         self.fixed: Constants | None = None
         self.has_adapters = vllm_config.lora_config is not None
         parallel: Any = {"quant_config": vllm_config.quant_config, "return_bias": False}
@@ -134,7 +204,7 @@ class PagedMixer(Mixer, MambaBase):
             if not hasattr(parameter, "weight_loader"):
                 parts = getattr(self, "conv_widths", None) if name.startswith("conv1d") else None
                 parameter.weight_loader = share_loader(parts or [len(parameter)])  # type: ignore[attr-defined]
-        vllm_config.compilation_config.static_forward_context[prefix] = self
+        context[prefix] = self
 
     def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
         """hidden_states [T, H] -> [T, H]. One operator, on whose name vLLM splits compiled graphs."""
@@ -147,7 +217,7 @@ class PagedMixer(Mixer, MambaBase):
         if self.fixed is None:
             self.fix_constants()
         batches = get_forward_context().attn_metadata
-        batch = batches.get(self.prefix) if isinstance(batches, dict) else None
+        batch = batches.get(self.states.prefix) if isinstance(batches, dict) else None
         if batch is None:  # a dummy run, which measures memory
             output.copy_(self.out_proj(self.activations(hidden_states).z.contiguous()))
             return
@@ -166,7 +236,7 @@ class PagedMixer(Mixer, MambaBase):
         Rows that pad a CUDA graph have page 0, which is nobody's.
         """
         pages = batch.state_indices_tensor_d[: len(activations.z), 0]
-        return self.step(activations, self.fixed, MambaState(*self.kv_cache), pages)
+        return self.step(activations, self.fixed, self.state, pages)
 
     def prefill_chunks(self, activations: Any, batch: PromptLengths) -> Tensor:
         """Chunks of prompts, one after another: activations [T, ...] -> y [T, D].
@@ -174,12 +244,20 @@ class PagedMixer(Mixer, MambaBase):
         They run on copies of the pages' states. A prompt's first chunk starts from zero: its page isn't cleared.
         """
         pages, first = batch.state_indices_tensor_p.long(), ~batch.has_initial_states_p
-        state = MambaState(*(t[pages].masked_fill(first.view(-1, *[1] * (t.dim() - 1)), 0) for t in self.kv_cache))
+        state = MambaState(*(t[pages].masked_fill(first.view(-1, *[1] * (t.dim() - 1)), 0) for t in self.state))
         own = torch.arange(len(pages), device=pages.device)
         y = self.prefill(activations, self.fixed, state, own, batch.query_start_loc_p, batch.max_length)
-        for paged, new in zip(self.kv_cache, state, strict=True):
+        for paged, new in zip(self.state, state, strict=True):
             paged[pages] = new
         return y
+
+    @property
+    def state(self) -> MambaState[Tensor]:
+        """All pages' states of this layer."""
+        (pages,) = self.states.kv_cache
+        if self.pages is None or self.pages[0] is not pages:
+            self.pages = pages, self.states.of_layer(self.place)
+        return self.pages[1]
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """As `Mixer.project`; dt is contiguous, as an adapter of dt_proj requires."""
@@ -194,23 +272,6 @@ class PagedMixer(Mixer, MambaBase):
             self.fixed = Constants(*(t.float().clone() for t in constants))
         for fixed, new in zip(self.fixed, constants, strict=True):
             fixed.copy_(new)
-
-    def get_state_shape(self) -> tuple[tuple[int, ...], ...]:
-        """Shapes of a sequence's convolution inputs and recurrent state."""
-        return tuple(buffer.shape for buffer in self.layout)
-
-    def get_state_dtype(self) -> tuple[torch.dtype, ...]:
-        """Their dtypes."""
-        return tuple(buffer.dtype for buffer in self.layout)
-
-    @property
-    def mamba_type(self) -> MambaAttentionBackendEnum:
-        """What vLLM takes both kinds of mixer for: it chooses how pages are copied, which `M1ForCausalLM` says."""
-        return MambaAttentionBackendEnum.MAMBA1
-
-    def get_attn_backend(self) -> type[M1Backend]:
-        """What describes a step to the layer."""
-        return M1Backend
 
 
 class PagedMamba(PagedMixer, MambaMixer):

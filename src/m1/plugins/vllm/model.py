@@ -16,7 +16,7 @@ from vllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer, 
 from vllm.model_executor.models.utils import extract_layer_index
 
 from m1.model.configuration import ATTENTION, M1Config
-from m1.plugins.vllm.mixer import PagedMamba, PagedMamba2, state_layout
+from m1.plugins.vllm.mixer import PagedMamba, PagedMamba2, page_bytes
 
 
 class M1Attention(LlamaAttention):
@@ -118,15 +118,15 @@ class M1ForCausalLM(LlamaForCausalLM, HasInnerState, IsHybrid):
 
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int, ...], ...]:
-        """Shapes of a sequence's convolution inputs and recurrent state in a Mamba layer, on one rank."""
-        return tuple(buffer.shape for buffer in state_layout(vllm_config))
+        """The shape of a page of states, on one rank."""
+        return ((page_bytes(vllm_config),),)
 
     @classmethod
     def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:
-        """Their dtypes."""
-        return tuple(buffer.dtype for buffer in state_layout(vllm_config))
+        """Its dtype: bytes."""
+        return (torch.int8,)
 
     @classmethod
     def get_mamba_state_copy_func(cls) -> tuple[Any, ...]:
-        """How the prefix cache copies them: whole."""
-        return get_temporal_copy_spec, get_temporal_copy_spec
+        """How the prefix cache copies it: whole."""
+        return (get_temporal_copy_spec,)
