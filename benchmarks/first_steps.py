@@ -73,6 +73,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="default: results/first-steps-DEVICE.json")
     options = parser.parse_args(argv)
 
+    if "M1_DATA" not in os.environ:
+        parser.error("set M1_DATA to the folder that has the data")
     out = options.out or ROOT / "results" / f"first-steps-{options.device}.json"
     result: dict[str, Any] = {
         "machine": describe_machine(torch.device(options.device)), "recipe": options.recipe.name,

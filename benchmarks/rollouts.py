@@ -31,13 +31,14 @@ from m1.bench.decoders import make_model
 from m1.bench.models import SHAPES
 from m1.data_options import Data
 from m1.jsonl import read_jsonl, write_json
-from m1.machine import describe_machine
+from m1.machine import describe_machine, free_port
 from m1.model.tokenizer import byte_tokenizer
 from m1.ops.backend import default_device
 from m1.recipe import GRPOStage
 
 MODELS, SAMPLERS = ("hybrid", "transformer"), ("engine", "colocate", "server")
-CONTEXT, PORT, START = 4096, 8642, 300  # seconds in which a server must start
+CONTEXT = 4096
+START, END = 300, 30  # seconds in which a server must start and end
 Row = dict[str, Any]
 
 
@@ -58,14 +59,15 @@ def work(kind: str, sampler: str, options: argparse.Namespace) -> Row:
             "steps_per_generation": 1, "max_completion_length": options.new_tokens, "learning_rate": 1e-3,
             "lr_scheduler_type": "constant", "report_to": [], "save_strategy": "no", "bf16": options.device == "cuda",
         }  # fmt: skip
+        port = free_port()
         if sampler != "engine":
-            trainer |= {"vllm_mode": sampler, "vllm_server_port": PORT}
+            trainer |= {"vllm_mode": sampler, "vllm_server_port": port}
         stage = GRPOStage(
             model=str(model), out=str(Path(folder, "out")), trainer=trainer, max_num_seqs=options.completions,
             rollout="engine" if sampler == "engine" else "vllm", rewards={f"{Path(__file__).resolve()}:letters": 1.0},
             data=Data(task="chain", count=4096, min_steps=1, max_steps=2), gate_steps=1,
         )  # fmt: skip
-        with server(model) if sampler == "server" else no_server():
+        with server(model, port) if sampler == "server" else no_server():
             stage.run()
         rows = [row for row in read_jsonl(Path(stage.out, "metrics.jsonl")) if "loss" in row]
     seconds = median(row["time/rollout"] for row in rows[1:])
@@ -88,29 +90,33 @@ def no_server() -> Iterator[None]:
 
 
 @contextmanager
-def server(model: Path) -> Iterator[None]:
+def server(model: Path, port: int) -> Iterator[None]:
     """vLLM's server on the last GPU, as docs/training.md starts it."""
     options = "--dtype bfloat16 --gpu-memory-utilization 0.5 --logprobs-mode processed_logprobs --max-logprobs -1"
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), *options.split()]
-    command += ["--port", str(PORT), "--max-model-len", str(CONTEXT), "--weight-transfer-config", '{"backend": "nccl"}']
-    own = {"VLLM_SERVER_DEV_MODE": "1", "CUDA_VISIBLE_DEVICES": str(torch.cuda.device_count() - 1)}
+    command += ["--port", str(port), "--max-model-len", str(CONTEXT), "--weight-transfer-config", '{"backend": "nccl"}']
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    own = {"VLLM_SERVER_DEV_MODE": "1", "CUDA_VISIBLE_DEVICES": gpus.split(",")[-1]}
     process = subprocess.Popen(command, env=os.environ | own)
     try:
         deadline = time.monotonic() + START
-        while not answers():
+        while not answers(port):
             if process.poll() is not None or time.monotonic() > deadline:
                 raise SystemExit("vLLM's server doesn't start")
             time.sleep(1)
         yield
     finally:
         process.terminate()
-        process.wait()
+        try:
+            process.wait(END)
+        except subprocess.TimeoutExpired:
+            process.kill()
 
 
-def answers() -> bool:
+def answers(port: int) -> bool:
     """Whether the server does."""
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{PORT}/health", timeout=5) as response:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as response:
             return response.status == 200
     except OSError:
         return False

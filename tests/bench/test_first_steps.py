@@ -22,4 +22,6 @@ def test_every_stage_runs(tmp_path):
     stages = json.loads(out.read_text())["stages"]
     assert list(stages) == ["distill", "math", "reasoning", "grpo"]
     assert all(len(stage["losses"]) == 2 and stage["tokens_per_second"] > 0 for stage in stages.values())
-    assert 0 <= stages["grpo"]["k3"] < 0.015 and stages["math"]["planned_gib"] > 3
+    assert 0 <= stages["grpo"]["k3"] < 0.015
+    planned = [stages[name]["planned_gib"] for name in stages]
+    assert planned[0] > planned[1] == planned[2] and all(stage["memory_gib"] > 0 for stage in stages.values())

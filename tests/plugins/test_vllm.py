@@ -125,6 +125,12 @@ def test_prompts_that_begin_alike_are_found_in_the_cache(answers):
         assert all(found) if SETTINGS[family]["enable_prefix_caching"] else not any(found)
 
 
+def test_layers_are_scheduled_in_two_groups(answers):
+    """Each group costs time for every sequence at every step."""
+    found = {(family, mixer): answers[family, mixer]["groups"] for family in FAMILIES for mixer in MIXERS}
+    assert found == dict.fromkeys(found, 2)
+
+
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_adapters_are_applied(models, answers, mixer):
     out, answer = models["llama", mixer], answers["llama", mixer]

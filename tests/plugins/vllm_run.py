@@ -5,7 +5,7 @@
 JOBS is a list of {"model": folder, "prompts": [[token, ...], ...], "settings": arguments of vLLM's `LLM`, "adapter":
 folder or null, "renewed": folder of other weights or null}. Each answer has greedy tokens and their log-probabilities:
 of "all" prompts together, of all "again" in reverse after requests were aborted, with the adapter ("adapted"), and with
-the other weights ("renewed"); or why vLLM has "refused" to start.
+the other weights ("renewed"), and how many "groups" of layers there are; or why vLLM has "refused" to start.
 """
 
 import gc
@@ -71,6 +71,12 @@ def renew(llm, folder, count=5):
     llm.reset_prefix_cache()
 
 
+def groups(llm):
+    """How many groups of layers the scheduler manages; None if it runs in another process."""
+    core = getattr(llm.llm_engine.engine_core, "engine_core", None)
+    return core and len(core.scheduler.kv_cache_config.kv_cache_groups)
+
+
 def run(job):
     from vllm import LLM
     from vllm.lora.request import LoRARequest
@@ -83,7 +89,7 @@ def run(job):
     except ValueError as error:
         return {"refused": str(error)}
     started = time.perf_counter() - began
-    answers = {"all": greedy(llm, job["prompts"])}
+    answers = {"all": greedy(llm, job["prompts"]), "groups": groups(llm)}
     abort_some(llm, job["prompts"])
     answers["again"] = greedy(llm, job["prompts"][::-1])[::-1]
     if job["adapter"]:

@@ -70,6 +70,18 @@ def main() -> int:
     return 0
 
 
+def kinds_of_pages(config: dict[str, Any], dtype: str) -> int:
+    """How many kinds of pages the states of an M1 model's Mamba layers have in vLLM."""
+    import torch
+
+    from m1.model.cache_layout import layer_layout
+    from m1.model.configuration import MAMBA, M1Config
+    from m1.plugins.vllm.pages import shared_pages
+
+    own, kept = M1Config.from_dict(config), getattr(torch, dtype)
+    return len(shared_pages(own, layer_layout(own, MAMBA, 0, kept), kept))  # type: ignore[arg-type]
+
+
 class VLLM:
     """vLLM on one model, with the settings that are fastest on its device. It does the three kinds of work.
 
@@ -86,7 +98,7 @@ class VLLM:
         kinds = config.get("layer_types", [])
         mamba, attention = kinds.count("linear_attention"), max(1, kinds.count("full_attention"))
         # Blocks of the cache that hold the states of a sequence: layers share them in groups of equal size.
-        self.state_blocks = math.ceil(mamba / attention)
+        self.state_blocks = math.ceil(kinds_of_pages(config, options.dtype) / attention) if mamba else 0
         self.max_model_len, self.max_num_seqs = options.max_model_len, options.max_num_seqs
         self.begun = 0
         if options.device == "cuda" and not installed("vllm"):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 HALF = (torch.bfloat16, torch.float16)
 CHUNK_TOKENS = 256  # tokens of a chunk on a CPU; more aren't faster
-CHUNK_BYTES = 2**30  # of two models' logits of a chunk on a GPU
+CHUNK_BYTES = 2**29  # of a model's logits of a chunk on a GPU
 
 # (logits [tokens, V], their target, further arguments, dtype) -> numbers per token, and the first's gradient to the
 # logits, rounded to `dtype`; None instead of it if `dtype` is None.
@@ -67,7 +67,7 @@ class ChunkedLoss(torch.autograd.Function):
         totals = torch.zeros(count, device=states.device)
         tokens = CHUNK_TOKENS
         if states.is_cuda:
-            compare, tokens = compiled(compare), max(CHUNK_TOKENS, CHUNK_BYTES // (2 * 4 * len(head)))
+            compare, tokens = compiled(compare), max(CHUNK_TOKENS, CHUNK_BYTES // (4 * len(head)))
         for start in range(0, len(states), tokens):
             chunk = slice(start, start + tokens)
             own = states[chunk].to(dtype)

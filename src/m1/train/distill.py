@@ -133,6 +133,11 @@ class DistillTrainer(sft.Trainer):
         """Operations per trained token, with the teacher's forward pass."""
         return super().flops_per_token + 2 * weights_in_products(self.teacher)
 
+    @property
+    def computes_loss(self) -> bool:
+        """Always."""
+        return True
+
     def summed_loss(self, model: nn.Module, states: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, int]:
         """The sum over trained tokens of the divergence from the teacher, and their number."""
         teacher_states = self.teacher_states(forward_arguments(inputs))

@@ -69,6 +69,13 @@ class Trainer(StageTrainer, SFTTrainer):
                 logger.info("%d of %d rows are left out: they don't fill a step", left, len(rows))
                 self.train_dataset = rows.select(range(steps * global_batch))
 
+    @property
+    def computes_loss(self) -> bool:
+        """Whether the loss is computed here. Others than `nll`, and those of models whose logits are more than a
+        product with the head, are TRL's."""
+        asked = self.label_smoother is not None or self.compute_loss_func is not None or self.args.loss_type != "nll"
+        return not asked and self.accelerator.unwrap_model(self.model).config.model_type in ("m1", *TEACHERS)
+
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager:
         """Autocast for all of `compute_loss`. accelerate has it in the model's forward pass only, and so neither a
         teacher nor the loss."""
@@ -81,8 +88,8 @@ class Trainer(StageTrainer, SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The loss, averaged over trained tokens. TRL computes those that it is asked for by name."""
-        if self.args.loss_type != "nll" or self.label_smoother is not None or self.compute_loss_func is not None:
+        """The loss, averaged over trained tokens."""
+        if not self.computes_loss:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self.count_tokens(inputs)
         # the model's own forward, with its wrappers, runs for its last hidden states

@@ -102,7 +102,6 @@ def trainer_arguments(cls: type[Arguments], out: str | Path, given: dict[str, An
         "save_total_limit": 2,  # if the last one is damaged, the one before is still there
         "logging_steps": 10,
         "logging_nan_inf_filter": False,  # it would log a NaN as 0
-        "ddp_find_unused_parameters": False,  # there are none, and looking for them takes time in each pass
         "report_to": ["tensorboard"],
         "use_cpu": not torch.cuda.is_available(),
         "bf16": torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported(),  # else emulated and slow

@@ -3,9 +3,7 @@
 They are the model's own mixers (`m1.model.mamba`, `m1.model.mamba2`) and run M1's ops. vLLM provides the projections,
 so that adapters and tensor parallelism work; the pages; and, for each step, which rows belong to which sequence. With
 several ranks, each has a share of the KV heads and the query heads that they serve: a mixer with fewer heads.
-
-vLLM manages pages for groups of equally many layers, and a group costs time for each sequence at each step. Of four
-layers one is attention, so the Mamba layers would be three groups. Here several of them share a page (`States`).
+Several layers share a page (pages.py).
 """
 
 import copy
@@ -36,9 +34,7 @@ from m1.model.configuration import MAMBA, M1Config
 from m1.model.mamba import MambaMixer
 from m1.model.mamba2 import Mamba2Mixer
 from m1.model.mixer import Constants, Mixer
-
-ALIGNMENT = 16  # bytes
-LIKE = 1.5  # vLLM puts layers of one kind into one group if they are fewer than this many times the other kind's
+from m1.plugins.vllm.pages import aligned_bytes, shared_pages
 
 
 @dataclass
@@ -111,23 +107,15 @@ def state_layout(vllm_config: VllmConfig) -> MambaState[Buffer]:
     return layer_layout(config, MAMBA, 0, model.dtype)  # type: ignore[return-value]
 
 
-def shared_pages(layer_types: Sequence[str]) -> list[list[int]]:
-    """The Mamba layers that share pages. There are as many kinds of pages as attention layers, if these are few."""
-    mamba = [i for i, kind in enumerate(layer_types) if kind == MAMBA]
-    attention = len(layer_types) - len(mamba)
-    pages = attention if 0 < LIKE * attention <= len(mamba) else len(mamba)
-    return [mamba[i * len(mamba) // pages : (i + 1) * len(mamba) // pages] for i in range(pages)]
-
-
-def aligned_bytes(buffer: Buffer) -> int:
-    """Bytes of a buffer in a page."""
-    return -(-math.prod(buffer.shape) * buffer.dtype.itemsize // ALIGNMENT) * ALIGNMENT
+def page_layers(vllm_config: VllmConfig) -> list[list[int]]:
+    """The Mamba layers that share pages."""
+    model, ranks = vllm_config.model_config, vllm_config.parallel_config.tensor_parallel_size
+    return shared_pages(shared_config(model.hf_config, ranks), state_layout(vllm_config), model.dtype)
 
 
 def page_bytes(vllm_config: VllmConfig) -> int:
     """Bytes of a page of states."""
-    most = max(map(len, shared_pages(vllm_config.model_config.hf_config.layer_types)))
-    return most * sum(map(aligned_bytes, state_layout(vllm_config)))
+    return max(map(len, page_layers(vllm_config))) * sum(map(aligned_bytes, state_layout(vllm_config)))
 
 
 class States(MambaBase):
@@ -143,15 +131,26 @@ class States(MambaBase):
         self.kv_cache = (torch.empty(0),)
         vllm_config.compilation_config.static_forward_context[prefix] = self
 
+    @property  # type: ignore[override]
+    def kv_cache(self) -> Sequence[Tensor]:
+        """All pages [pages, bytes], alone in a sequence. vLLM sets it, and sets it anew."""
+        return self._kv_cache
+
+    @kv_cache.setter
+    def kv_cache(self, kv_cache: Sequence[Tensor]) -> None:
+        self._kv_cache, self._views = kv_cache, dict[int, MambaState[Tensor]]()  # views would keep old pages alive
+
     def of_layer(self, place: int) -> MambaState[Tensor]:
         """All pages' states of the layer at this place among those that share them, without a copy."""
-        (pages,), views = self.kv_cache, []
-        pages, start = pages.view(len(pages), -1), place * sum(map(aligned_bytes, self.layout))
-        for buffer in self.layout:
-            own = pages[:, start : start + math.prod(buffer.shape) * buffer.dtype.itemsize]
-            views.append(own.view(buffer.dtype).view(-1, *buffer.shape))
-            start += aligned_bytes(buffer)
-        return MambaState(*views)
+        if place not in self._views:
+            (pages,), views = self.kv_cache, []
+            start = place * sum(map(aligned_bytes, self.layout))
+            for buffer in self.layout:
+                own = pages[:, start : start + math.prod(buffer.shape) * buffer.dtype.itemsize]
+                views.append(own.view(buffer.dtype).view(-1, *buffer.shape))
+                start += aligned_bytes(buffer)
+            self._views[place] = MambaState(*views)
+        return self._views[place]
 
     def get_state_shape(self) -> tuple[tuple[int, ...], ...]:
         """The shape of a page."""
@@ -184,11 +183,10 @@ class PagedMixer(Mixer):
         share, layer = shared_config(config, ranks), extract_layer_index(prefix)
         super().__init__(share, layer)  # type: ignore[call-arg]
         self.prefix = prefix
-        layers = next(layers for layers in shared_pages(config.layer_types) if layer in layers)
+        layers = next(layers for layers in page_layers(vllm_config) if layer in layers)
         self.place, first = layers.index(layer), f"{prefix}.states".replace(f".{layer}.", f".{layers[0]}.")
         context = vllm_config.compilation_config.static_forward_context
         self.states: States = context[first] if self.place else States(vllm_config, first)
-        self.pages: tuple[Tensor, MambaState[Tensor]] | None = None  # all, and what this layer has in them
         self.fixed: Constants | None = None
         self.has_adapters = vllm_config.lora_config is not None
         parallel: Any = {"quant_config": vllm_config.quant_config, "return_bias": False}
@@ -254,10 +252,7 @@ class PagedMixer(Mixer):
     @property
     def state(self) -> MambaState[Tensor]:
         """All pages' states of this layer."""
-        (pages,) = self.states.kv_cache
-        if self.pages is None or self.pages[0] is not pages:
-            self.pages = pages, self.states.of_layer(self.place)
-        return self.pages[1]
+        return self.states.of_layer(self.place)
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """As `Mixer.project`; dt is contiguous, as an adapter of dt_proj requires."""
