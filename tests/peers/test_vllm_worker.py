@@ -53,11 +53,17 @@ def test_good_work():
 class FakeLLM:
     """Stands in for vLLM's `LLM`: keeps its arguments, and samples token 0 alone."""
 
+    layers = ()  # classes of what the layers keep in the cache
+
     def __init__(self, model, **settings):
         self.settings, self.asked = settings, []
 
     def reset_prefix_cache(self):
         pass
+
+    def collective_rpc(self, method):
+        assert method == "get_kv_cache_spec"
+        return [{str(i): kind() for i, kind in enumerate(self.layers)}]
 
     def generate(self, prompts, params, use_tqdm):
         params = params if isinstance(params, list) else [params] * len(prompts)
@@ -103,11 +109,12 @@ def test_settings_of_hybrids_and_several_gpus(make_vllm, monkeypatch, tmp_path):
     """States at the ends of blocks would cost time; their blocks are counted when a cache's room is."""
     monkeypatch.setattr(vllm_worker, "installed", lambda name: "0.1" if name == "vllm" else None)
     assert make_vllm("cuda", tensor_parallel_size=2).llm.settings["tensor_parallel_size"] == 2
-    assert make_vllm("cpu").state_blocks == 0
+    assert make_vllm("cpu").state_blocks() == 0
     kinds = ["linear_attention"] * 5 + ["full_attention"] * 2
-    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 100, "num_hidden_layers": 7, "layer_types": kinds}))
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 100, "layer_types": kinds}))
     hybrid = make_vllm("cpu")
-    assert not hybrid.llm.settings["enable_prefix_caching"] and hybrid.state_blocks == 1
+    hybrid.llm.layers = [type("MambaSpec", (), {})] * 5 + [object] * 2
+    assert not hybrid.llm.settings["enable_prefix_caching"] and hybrid.state_blocks() == 3
 
 
 def test_the_most_likely_tokens_of_prompts(make_vllm):

@@ -70,18 +70,6 @@ def main() -> int:
     return 0
 
 
-def kinds_of_pages(config: dict[str, Any], dtype: str) -> int:
-    """How many kinds of pages the states of an M1 model's Mamba layers have in vLLM."""
-    import torch
-
-    from m1.model.cache_layout import layer_layout
-    from m1.model.configuration import MAMBA, M1Config
-    from m1.plugins.vllm.pages import shared_pages
-
-    own, kept = M1Config.from_dict(config), getattr(torch, dtype)
-    return len(shared_pages(own, layer_layout(own, MAMBA, 0, kept), kept))  # type: ignore[arg-type]
-
-
 class VLLM:
     """vLLM on one model, with the settings that are fastest on its device. It does the three kinds of work.
 
@@ -96,9 +84,7 @@ class VLLM:
         config = json.loads((options.model / "config.json").read_text())
         self.vocabulary = config["vocab_size"]
         kinds = config.get("layer_types", [])
-        mamba, attention = kinds.count("linear_attention"), max(1, kinds.count("full_attention"))
-        # Blocks of the cache that hold the states of a sequence: layers share them in groups of equal size.
-        self.state_blocks = math.ceil(kinds_of_pages(config, options.dtype) / attention) if mamba else 0
+        mamba = kinds.count("linear_attention")
         self.max_model_len, self.max_num_seqs = options.max_model_len, options.max_num_seqs
         self.begun = 0
         if options.device == "cuda" and not installed("vllm"):
@@ -115,6 +101,12 @@ class VLLM:
         from vllm import LLM  # takes seconds, so a folder without a checkpoint is refused first
 
         self.llm = LLM(str(options.model), **self.settings)
+
+    def state_blocks(self) -> int:
+        """Blocks of the cache that hold a sequence's states: layers share them in groups of equal size."""
+        specs = self.llm.collective_rpc("get_kv_cache_spec")[0].values()
+        states = [type(spec).__name__ == "MambaSpec" for spec in specs]
+        return math.ceil(states.count(True) / max(1, states.count(False)))
 
     def do(self, work: dict[str, Any]) -> dict[str, Any]:
         """Does one piece of work, of any kind."""
@@ -170,7 +162,7 @@ class VLLM:
         engine, config = self.llm.llm_engine, self.llm.llm_engine.vllm_config
         block, budget = config.cache_config.block_size, config.scheduler_config.max_num_batched_tokens
         room = (config.cache_config.num_gpu_blocks - 1) * block
-        rest = room // budget + warmups + steps + block * (1 + self.state_blocks)
+        rest = room // budget + warmups + steps + block * (1 + self.state_blocks())
         together = max(1, min(batch, self.max_num_seqs, room // (context + rest)))
         ahead = together * context // budget
         length = max(1, context - ahead // 2 - warmups - steps // 2)
