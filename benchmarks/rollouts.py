@@ -1,7 +1,7 @@
 """GRPO with rollouts from this engine and from vLLM: their seconds, and how far they are from the trainer.
 
     python benchmarks/rollouts.py                          # under a Python that has vLLM; results/rollouts-DEVICE.json
-    python benchmarks/rollouts.py --device cpu --shape tiny --steps 2 --new-tokens 16 --samplers engine colocate
+    python benchmarks/rollouts.py --device cpu --shape 30m --steps 2 --new-tokens 16 --samplers engine colocate
 
 Each row trains in a process of its own, from the same random weights, at a learning rate that moves all probabilities
 at each step. A server has the last GPU, and the trainer the first.
@@ -18,9 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -30,6 +29,7 @@ import torch
 from m1.bench.decoders import make_model
 from m1.bench.models import SHAPES
 from m1.data_options import Data
+from m1.evaluation.vllm_server import answers
 from m1.jsonl import read_jsonl, write_json
 from m1.machine import describe_machine, free_port
 from m1.model.tokenizer import byte_tokenizer
@@ -67,7 +67,7 @@ def work(kind: str, sampler: str, options: argparse.Namespace) -> Row:
             rollout="engine" if sampler == "engine" else "vllm", rewards={f"{Path(__file__).resolve()}:letters": 1.0},
             data=Data(task="chain", count=4096, min_steps=1, max_steps=2), gate_steps=1,
         )  # fmt: skip
-        with server(model, port) if sampler == "server" else no_server():
+        with server(model, port) if sampler == "server" else nullcontext():
             stage.run()
         rows = [row for row in read_jsonl(Path(stage.out, "metrics.jsonl")) if "loss" in row]
     seconds = median(row["time/rollout"] for row in rows[1:])
@@ -85,11 +85,6 @@ def work(kind: str, sampler: str, options: argparse.Namespace) -> Row:
 
 
 @contextmanager
-def no_server() -> Iterator[None]:
-    yield
-
-
-@contextmanager
 def server(model: Path, port: int) -> Iterator[None]:
     """vLLM's server on the last GPU, as docs/training.md starts it."""
     options = "--dtype bfloat16 --gpu-memory-utilization 0.5 --logprobs-mode processed_logprobs --max-logprobs -1"
@@ -100,7 +95,7 @@ def server(model: Path, port: int) -> Iterator[None]:
     process = subprocess.Popen(command, env=os.environ | own)
     try:
         deadline = time.monotonic() + START
-        while not answers(port):
+        while not answers(f"http://127.0.0.1:{port}/health"):
             if process.poll() is not None or time.monotonic() > deadline:
                 raise SystemExit("vLLM's server doesn't start")
             time.sleep(1)
@@ -111,15 +106,6 @@ def server(model: Path, port: int) -> Iterator[None]:
             process.wait(END)
         except subprocess.TimeoutExpired:
             process.kill()
-
-
-def answers(port: int) -> bool:
-    """Whether the server does."""
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as response:
-            return response.status == 200
-    except OSError:
-        return False
 
 
 def measure(kind: str, sampler: str, argv: Sequence[str]) -> Row:

@@ -83,8 +83,7 @@ class VLLM:
     def __init__(self, options: argparse.Namespace):
         config = json.loads((options.model / "config.json").read_text())
         self.vocabulary = config["vocab_size"]
-        kinds = config.get("layer_types", [])
-        mamba = kinds.count("linear_attention")
+        hybrid = "linear_attention" in config.get("layer_types", [])
         self.max_model_len, self.max_num_seqs = options.max_model_len, options.max_num_seqs
         self.begun = 0
         if options.device == "cuda" and not installed("vllm"):
@@ -94,7 +93,7 @@ class VLLM:
             dtype=options.dtype,
             max_model_len=options.max_model_len,
             max_num_seqs=options.max_num_seqs,
-            **fast_settings(options.device, hybrid=mamba > 0),
+            **fast_settings(options.device, hybrid=hybrid),
         )
         if options.tensor_parallel_size > 1:
             self.settings["tensor_parallel_size"] = options.tensor_parallel_size
