@@ -18,13 +18,14 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 from trl import GRPOTrainer
 
 from m1.engine import fold_in
 from m1.history import SAMPLES
 from m1.model.tokenizer import encode_chat
 from m1.recipe import GRPOStage
+from m1.train.packed_scores import PackedScores, can_pack
 from m1.train.rollout import EngineRollouts, Sample, check_drift, check_samples, drift_of, seed_of
 from m1.train.stage_trainer import StageTrainer, not_finite
 from m1.train.vllm_rollout import VLLMRollouts
@@ -117,6 +118,11 @@ class Trainer(StageTrainer, GRPOTrainer):
             self._leave_out(batch, equal)
         self._write_samples(mode)
         return batch
+
+    def _get_per_token_logps_and_entropies(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """TRL's scores of completions, without its padding where the model takes packed rows."""
+        packs = can_pack(self.accelerator.unwrap_model(model).config)
+        return super()._get_per_token_logps_and_entropies(PackedScores(model) if packs else model, *args, **kwargs)
 
     # The engine's drift from the trainer
 

@@ -190,6 +190,8 @@ def run_training(
         source = getattr(stage, "teacher", None) or getattr(stage, "model", None)
         dtype = saved_dtype(source) if source else torch.float32
         set_seed(arguments.seed)
+        # with a mask, its gradients aren't finite at some lengths: github.com/pytorch/pytorch/issues/196678
+        torch.backends.cuda.enable_cudnn_sdp(False)
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.folder / "tensorboard")  # the trainer reads it when it is made
         trainer, interrupt = _made(make_trainer, stage, arguments), _InterruptCallback()
         trainer.write_row = run.append
