@@ -326,6 +326,28 @@ def test_groups_of_equal_rewards_are_replaced(stage, tmp_path):
     assert all(torch.equal(weights(again)[name], tensor) for name, tensor in weights(made).items())
 
 
+def test_a_draw_has_as_many_problems_as_give_the_missing_groups(stage, tmp_path, monkeypatch):
+    """Half of the groups are equal, so twice as many are drawn as are missing. It took eight draws of ever fewer."""
+    path, draws = tmp_path / "rows.jsonl", []
+    path.write_text("".join(f'{{"problem": "{i % 10}+{i}", "answer": "1"}}\n' for i in range(64)))
+
+    def sample(self, prompts, first, attempt=0, plain=Trainer._sample):
+        varied = sum(prompt[-1]["content"] < "5" for prompt in prompts) // 4
+        draws.append((self.state.global_step, attempt, len(prompts) // 4, varied))
+        return plain(self, prompts, first, attempt)
+
+    monkeypatch.setattr(Trainer, "_sample", sample)
+    options = {"data": Data(path=str(path)), "reward": "first_problems", "zero_variance": "resample"}
+    stage({"per_device_train_batch_size": 32, "max_steps": 2}, **options).run()
+    for _, generation in itertools.groupby(draws, key=lambda draw: draw[0]):
+        drawn = found = 0
+        for _, attempt, problems, varied in generation:
+            if attempt:
+                assert problems == min(math.ceil((8 - found) * drawn / max(found, 1)), 16)
+            drawn, found = drawn + problems, found + varied
+        assert attempt and found >= 8
+
+
 def test_replaced_groups_have_the_weights_of_their_step(stage):
     """They are drawn before TRL would renew the engine's copy of the weights: they had those of the step before."""
     made = stage({"bf16": True, "learning_rate": 3e-2}, zero_variance="resample", gate_steps=9)

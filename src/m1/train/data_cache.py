@@ -48,7 +48,7 @@ FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("in
 OF_SOURCES = (
     "path", "weights", "task", "count", "slip_rate", "seed", "min_steps", "max_steps", "period", "streaming", "bucket",
 )  # fmt: skip
-BATCH_ROWS = 32  # tokenized together: bounds memory
+BATCH_ROWS = 128  # tokenized together, by all cores; bounds memory
 SHUFFLE_BUFFER = 1000  # rows of a stream that are shuffled together
 
 

@@ -32,6 +32,7 @@ from m1.train.vllm_rollout import VLLMRollouts
 
 Group = tuple[dict[str, Any], list[Sample]]  # a problem and its samples
 RESAMPLINGS = 8  # maximum number of draws that replace groups of equal rewards
+DRAWN = 2  # maximum number of problems of such a draw, as a multiple of a generation's
 
 logger = logging.getLogger(__name__)
 
@@ -175,24 +176,29 @@ class Trainer(StageTrainer, GRPOTrainer):
     def resampled(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Replaces groups of equal rewards by other problems of the data (dynamic sampling, arXiv 2503.14476).
 
+        A draw has as many problems as give the missing groups if its share of equal ones is that of the draws before.
         Groups that are equal after RESAMPLINGS draws stay.
         """
         n = self.num_generations
+        wanted = len(inputs) // n
         rows = inputs[::n]
         varied: list[Group] = []
         left: list[Group] = []
         for attempt in range(1 + RESAMPLINGS):
             prompts = [row["prompt"] for row in rows for _ in range(n)]
-            sequences = self._sample(prompts, self.accelerator.process_index * len(inputs), attempt)
+            most = len(inputs) * (DRAWN if attempt else 1)
+            sequences = self._sample(prompts, self.accelerator.process_index * most, attempt)
             groups = [(row, sequences[i * n : (i + 1) * n]) for i, row in enumerate(rows)]
             for group, equal in zip(groups, self._are_equal(groups), strict=True):
                 (left if equal else varied).append(group)
-            missing = len(inputs) // n - len(varied)
-            if not missing:
+            missing = wanted - len(varied)
+            if missing <= 0:
                 break
+            drawn = len(varied) + len(left)
+            likely = math.ceil(missing * drawn / max(len(varied), 1))
             seed = fold_in(seed_of(self.args.seed, self._step // self.window, attempt), self.accelerator.process_index)
-            rows = [self._any_problem(seed, i) for i in range(missing)]
-        chosen = (varied + left)[: len(inputs) // n]
+            rows = [self._any_problem(seed, i) for i in range(min(likely, DRAWN * wanted))]
+        chosen = (varied + left)[:wanted]
         self._metrics["train"]["resampled_groups"].append(len(varied) + len(left) - len(chosen))
         self._drawn = [sequence for _, group in chosen for sequence in group]
         return [row for row, _ in chosen for _ in range(n)]
