@@ -45,7 +45,7 @@ def pocket() -> str:
     columns = ["model", "pass@1", "maj@32", "tokens/s", "parameters", "cache at 4k tokens"]
     return markdown(columns, rows) + (
         f"\n{count} held-out problems, 32 samples each at temperature 1, 95 % intervals over problems; "
-        f"all stages took {report['seconds'] / 60:.1f} minutes.\n"
+        f"all stages took {report['seconds'] / 60:.1f} minutes on {processor(report['machine'])}.\n"
     )
 
 
@@ -65,8 +65,8 @@ def pocket_budget() -> str:
     settings = bench["settings"]
     columns = ["model", "one sample right", "samples in the vote", "16 samples after", "vote right", "lead, points"]
     return markdown([*columns, "budgets ahead, behind"], rows) + (
-        f"\n{bench['problems']} problems, {settings['seconds']:g} s each, up to {settings['max_num_seqs']} "
-        "samples decoded together. Lead: how much more often the vote is right than the first model's, mean over "
+        f"\n{processor(bench['machine'])}; {bench['problems']} problems, {settings['seconds']:g} s each, up to "
+        f"{settings['max_num_seqs']} samples decoded together. Lead: how much more often the vote is right than the first model's, mean over "
         f"{POINTS} budgets from a 64th of the longest up to it, with its 95 % interval over problems.\n"
     )
 

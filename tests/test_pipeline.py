@@ -47,6 +47,7 @@ def test_report(pocket):
         assert model["tokens_per_second"] > 0 and model["parameters"] > 0
     budget = json.loads((pocket / "runs" / "budget" / "budget.json").read_text())
     assert list(budget["models"]) == ["transformer", "hybrid", "reinforced"] and budget["settings"]["seconds"] == 0.2
+    assert report["machine"]["cpu"] and budget["machine"] == report["machine"]
     caches = {name: model["cache_bytes_per_sequence_at_4k"] for name, model in report["models"].items()}
     assert caches["grpo"] < 0.3 * caches["teacher"]
     page = (pocket / "runs" / "report.html").read_text()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import torch
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -17,11 +18,13 @@ from m1.errors import UserError
 from m1.evaluation.curves import draw
 from m1.evaluation.intervals import percent
 from m1.jsonl import read_json, read_jsonl, write_json, write_text
+from m1.machine import describe_machine
+from m1.ops.backend import default_device
 
 PAGE = Path(__file__).with_name("report.html")
 MARK = '<meta name="generator" content="m1 pipeline">'
 LEAST_DRIFT = 1e-12  # drawn; float32 drifts less
-KEYS = {"seconds", "models"}  # keys of report.json
+KEYS = {"seconds", "models"}  # keys of every report.json
 
 
 def write_report(
@@ -47,7 +50,11 @@ def write_report(
     """
     refuse_foreign_report(out)
     out = Path(out)
-    report = {"seconds": round(seconds, 1), "models": {name: _summary(result) for name, result in results.items()}}
+    report = {
+        "machine": describe_machine(torch.device(default_device())),
+        "seconds": round(seconds, 1),
+        "models": {name: _summary(result) for name, result in results.items()},
+    }
     figures = [
         *([("Learning curves", _learning_curves(training))] if training else []),
         ("Accuracy against votes", _vote_curve(results)),
@@ -65,7 +72,7 @@ def write_report(
 def refuse_foreign_report(out: str | Path) -> None:
     """Raises UserError if OUT has a report.json or report.html that no pipeline wrote."""
     page, data = Path(out, "report.html"), Path(out, "report.json")
-    own = {page: lambda: MARK in page.read_text(errors="replace"), data: lambda: set(read_json(data)) == KEYS}
+    own = {page: lambda: MARK in page.read_text(errors="replace"), data: lambda: set(read_json(data)) >= KEYS}
     for path, is_own in own.items():
         if path.exists() and not is_own():
             raise UserError(f"{path} exists and isn't a pipeline's report: move it, or change the recipe's `out`")

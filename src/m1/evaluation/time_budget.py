@@ -20,6 +20,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from m1.engine import LLM, SamplingParams, fold_in
@@ -29,7 +30,9 @@ from m1.evaluation.endpoint import EndpointSampler
 from m1.evaluation.solvers import solve_served, vllm_solver
 from m1.grading import Grader
 from m1.jsonl import as_written, to_jsonl, write_json, write_text
+from m1.machine import describe_machine
 from m1.model.checkpoint import load_model, weights_hash
+from m1.ops.backend import default_device
 from m1.peers.vllm_client import version
 from m1.plots import save_figure
 from m1.progress import OnProgress, Progress, ignore, silent
@@ -124,7 +127,8 @@ def measure_budgets(
             rows.append(row)
             run.append("runs.jsonl", row)
         on_progress(len(jobs), len(jobs))
-        result = {"settings": used, "problems": len(problems), "versions": versions()}
+        machine = describe_machine(torch.device(default_device()))
+        result = {"machine": machine, "settings": used, "problems": len(problems), "versions": versions()}
         with as_written(run.folder / "runs.jsonl"):
             result |= accuracy_curves(rows, names, problems, settings.seconds, grader)
         result["grading"] = dict(grader.counts)
