@@ -11,8 +11,11 @@ import random
 import time
 from pathlib import Path
 
+import torch
+
 from m1.grading import Grader
 from m1.jsonl import write_json
+from m1.machine import describe_machine
 from m1.reasoning.voting import vote
 
 ROOT = Path(__file__).parents[1]
@@ -35,7 +38,7 @@ def main() -> None:
         seconds = [measure(votes, spellings, seed) for seed in range(REPEATS)]
         rows.append({"votes": votes, "spellings": spellings, "cpu_seconds": [round(s, 2) for s in seconds]})
         print(rows[-1])
-    write_json(ROOT / "results/clusters.json", rows)
+    write_json(ROOT / "results/clusters.json", {"machine": describe_machine(torch.device("cpu")), "rows": rows})
 
 
 def measure(votes: int, spellings: int, seed: int) -> float:

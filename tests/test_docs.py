@@ -174,7 +174,7 @@ def test_results_with_times_name_their_machine():
     for path in (ROOT / "results").glob("*.json"):
         text = path.read_text()
         if re.search(r'"\w*(seconds|per_second)\w*"', text):
-            assert re.search(r'"(cpu|gpu)": "', text), f"{path.name} doesn't say what machine it is of"
+            assert re.search(r'"(cpu|gpu|machine)": "', text), f"{path.name} doesn't say what machine it is of"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
