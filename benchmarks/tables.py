@@ -66,8 +66,9 @@ def pocket_budget() -> str:
     columns = ["model", "one sample right", "samples in the vote", "16 samples after", "vote right", "lead, points"]
     return markdown([*columns, "budgets ahead, behind"], rows) + (
         f"\n{processor(bench['machine'])}; {bench['problems']} problems, {settings['seconds']:g} s each, up to "
-        f"{settings['max_num_seqs']} samples decoded together. Lead: how much more often the vote is right than the first model's, mean over "
-        f"{POINTS} budgets from a 64th of the longest up to it, with its 95 % interval over problems.\n"
+        f"{settings['max_num_seqs']} samples decoded together. Lead: how much more often the vote is right than the "
+        f"first model's, mean over {POINTS} budgets from a 64th of the longest up to it, with its 95 % interval over "
+        "problems.\n"
     )
 
 
