@@ -79,7 +79,8 @@ def rows(path):
 def steady(value):
     """Without what a clock or an installation says."""
     if isinstance(value, dict):
-        return {key: steady(v) for key, v in value.items() if isinstance(v, dict | list) or not TIMES.search(str(key))}
+        kept = {key: v for key, v in value.items() if isinstance(v, dict | list) or not TIMES.search(str(key))}
+        return {key: steady(v) for key, v in kept.items() if key != "machine"}
     return [steady(v) for v in value] if isinstance(value, list) else value
 
 

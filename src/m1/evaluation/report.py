@@ -24,7 +24,8 @@ from m1.ops.backend import default_device
 PAGE = Path(__file__).with_name("report.html")
 MARK = '<meta name="generator" content="m1 pipeline">'
 LEAST_DRIFT = 1e-12  # drawn; float32 drifts less
-KEYS = {"seconds", "models"}  # keys of every report.json
+# keys of report.json, of earlier versions and now
+KEYS = ({"seconds", "models"}, {"machine", "seconds", "models"})
 
 
 def write_report(
@@ -40,7 +41,7 @@ def write_report(
     Args:
         out: the folder.
         title: heading of the page.
-        seconds: time spent in all stages.
+        seconds: time spent in all stages. The machine that is named is this one.
         results: what `evaluate` returned, per model, in the order in which the report lists them.
         training: each training stage's metrics.jsonl.
         budgets: what `measure_budgets` returned, one per budget stage.
@@ -72,7 +73,7 @@ def write_report(
 def refuse_foreign_report(out: str | Path) -> None:
     """Raises UserError if OUT has a report.json or report.html that no pipeline wrote."""
     page, data = Path(out, "report.html"), Path(out, "report.json")
-    own = {page: lambda: MARK in page.read_text(errors="replace"), data: lambda: set(read_json(data)) >= KEYS}
+    own = {page: lambda: MARK in page.read_text(errors="replace"), data: lambda: set(read_json(data)) in KEYS}
     for path, is_own in own.items():
         if path.exists() and not is_own():
             raise UserError(f"{path} exists and isn't a pipeline's report: move it, or change the recipe's `out`")

@@ -3,7 +3,7 @@
     OUT/settings.json    what the runs depend on (runs.py)
     OUT/runs.jsonl       one line per model, problem and seed: each sample's time of finishing, answer and tokens
     OUT/problems.jsonl   the problems and golds
-    OUT/budget.json      accuracy of each model at each budget
+    OUT/budget.json      accuracy of each model at each budget, and the machine that measured the last
     OUT/budget.png       the same as a figure; written last, and if it can't be, only a warning is logged
 
 A problem gets as many samples as fit into the longest budget. The answer under a shorter budget is the vote over the

@@ -54,6 +54,7 @@ class M1Config(PreTrainedConfig):
 
     model_type = "m1"
     keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012
+    auto_map = {}  # noqa: RUF012 (TRL reads it where it loads a reference model that isn't one of transformers')
 
     vocab_size: int = 32000
     hidden_size: int = 4096

@@ -51,7 +51,7 @@ def varlen_attention(
     """
     CHECK(query, key, value, cu_seqlens)
     scale = query.shape[2] ** -0.5 if scale is None else scale
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and "window_size" in PARAMETERS:
+    if is_one_kernel(query.device, query.dtype):
         options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0)}
         if "enable_gqa" in PARAMETERS:
             options["enable_gqa"] = True
@@ -60,6 +60,11 @@ def varlen_attention(
         edges = cu_seqlens.int()
         return cast(Tensor, varlen.varlen_attn(query, key, value, edges, edges, max_length, max_length, **options))
     return _by_document(query, key, value, cu_seqlens, max_length, scale)
+
+
+def is_one_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether one kernel attends in all documents. Otherwise they follow one another, each with kernels of its own."""
+    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and "window_size" in PARAMETERS
 
 
 @torch.library.custom_op("m1::varlen_attention", mutates_args=())

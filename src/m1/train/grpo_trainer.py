@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from trl import GRPOTrainer
 
 from m1.engine import fold_in
@@ -26,7 +27,7 @@ from m1.history import SAMPLES
 from m1.model.tokenizer import encode_chat
 from m1.recipe import GRPOStage
 from m1.train.packed_scores import PackedScores, can_pack
-from m1.train.rollout import EngineRollouts, Sample, check_drift, check_samples, drift_of, seed_of
+from m1.train.rollout import EngineRollouts, Sample, check_drift, check_samples, drift_of, rollout_dtype, seed_of
 from m1.train.stage_trainer import StageTrainer, not_finite
 from m1.train.vllm_rollout import VLLMRollouts
 
@@ -65,6 +66,12 @@ class Trainer(StageTrainer, GRPOTrainer):
         self.logged_at = time.monotonic()
         self._drawn: list[Sample] = []  # the next generation, if it has been sampled already
         self._eval_batches = 0
+
+    @property
+    def networks(self) -> list[PreTrainedModel]:
+        """The model, and the reference model of a KL term."""
+        reference = [] if self.ref_model is None else [self.accelerator.unwrap_model(self.ref_model)]
+        return super().networks + reference
 
     @property
     def flops_per_token(self) -> float:
@@ -122,7 +129,8 @@ class Trainer(StageTrainer, GRPOTrainer):
 
     def _get_per_token_logps_and_entropies(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """TRL's scores of completions, without its padding where the model takes packed rows."""
-        packs = can_pack(self.accelerator.unwrap_model(model).config)
+        own = self.accelerator.unwrap_model(model)
+        packs = can_pack(own, rollout_dtype(own, self.args))
         return super()._get_per_token_logps_and_entropies(PackedScores(model) if packs else model, *args, **kwargs)
 
     # The engine's drift from the trainer
@@ -176,8 +184,8 @@ class Trainer(StageTrainer, GRPOTrainer):
     def resampled(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Replaces groups of equal rewards by other problems of the data (dynamic sampling, arXiv 2503.14476).
 
-        A draw has as many problems as give the missing groups if its share of equal ones is that of the draws before.
-        Groups that are equal after RESAMPLINGS draws stay.
+        A draw has as many problems as give the missing groups if its share of equal ones is that of the draws before,
+        and at most DRAWN times as many as a generation. Groups that are equal after RESAMPLINGS draws stay.
         """
         n = self.num_generations
         wanted = len(inputs) // n

@@ -6,18 +6,31 @@ In RL, padding is more than half of a batch of short problems and long answers.
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import PreTrainedModel
 
 from m1.model.configuration import TEACHERS
 from m1.model.packed_attention import PACKED
+from m1.ops.varlen_attention import is_one_kernel
 
 
-def can_pack(config: PretrainedConfig) -> bool:
-    """Whether a model's attention takes packed rows without a mask of all pairs of tokens."""
+def can_pack(model: PreTrainedModel, dtype: torch.dtype) -> bool:
+    """Whether a model takes packed rows without a mask of all pairs of tokens, and is faster on them.
+
+    Args:
+        model: a causal LM.
+        dtype: what it computes in.
+    """
+    config, device = model.config, model.device
+    if config.model_type not in ("m1", *TEACHERS):
+        return False
     attention = config._attn_implementation or ""
-    return config.model_type in ("m1", *TEACHERS) and (attention == PACKED or "flash" in attention)
+    if attention != PACKED:
+        return "flash" in attention
+    slides = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+    return not slides and (device.type == "cpu" or is_one_kernel(device, dtype))
 
 
 class PackedScores:
@@ -36,11 +49,11 @@ class PackedScores:
         Args:
             input_ids: [b, T].
             attention_mask: [b, T], zero at padding, which may be left and right.
-            labels: [b, T], -100 where there is no score. A row's first real token has none.
+            labels: [b, T], -100 where there is no score. A row's first real token must have none.
             options: further arguments of the model.
 
         Returns:
-            Its `log_probs` and `entropy` for the labels behind the first: [b, T-1] each, zero without a label.
+            Its `log_probs` and `entropy` of labels 1 to T-1: [b, T-1] each, zero without a label.
         """
         real = attention_mask.bool()
         positions = (real.cumsum(dim=1) - 1)[real]

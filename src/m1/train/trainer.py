@@ -190,8 +190,7 @@ def run_training(
         source = getattr(stage, "teacher", None) or getattr(stage, "model", None)
         dtype = saved_dtype(source) if source else torch.float32
         set_seed(arguments.seed)
-        # with a mask, its gradients aren't finite at some lengths: github.com/pytorch/pytorch/issues/196678
-        torch.backends.cuda.enable_cudnn_sdp(False)
+        stack.enter_context(_without_cudnn_attention())
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.folder / "tensorboard")  # the trainer reads it when it is made
         trainer, interrupt = _made(make_trainer, stage, arguments), _InterruptCallback()
         trainer.write_row = run.append
@@ -237,6 +236,17 @@ def _made(make_trainer: Callable[[S, Any], StageTrainer], stage: S, arguments: T
         raise
     except (ValueError, TypeError, ImportError) as error:  # what TRL checks itself: choices, combinations, packages
         raise UserError(f"[trainer]: {' '.join(str(error).split())}") from error
+
+
+@contextmanager
+def _without_cudnn_attention() -> Iterator[None]:
+    """Behind a mask, its gradients aren't finite at some lengths (torch 2.11 to 2.13, pytorch/pytorch#196678)."""
+    enabled = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(enabled)
 
 
 @contextmanager
