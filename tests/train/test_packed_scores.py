@@ -14,7 +14,7 @@ from m1.model.convert import convert
 from m1.model.modeling import M1Model
 from m1.model.packed_attention import attend_without_mask
 from m1.train.grpo_trainer import Trainer
-from m1.train.packed_scores import PackedScores, can_pack
+from m1.train.packed_scores import can_pack, packed_scores
 
 PROMPT, COMPLETION = 9, 13  # tokens of the longest
 LENGTHS = ((9, 13), (1, 13), (4, 1), (9, 6), (2, 2), (3, 0))  # of each row's prompt and completion
@@ -51,7 +51,7 @@ def test_equals_padded_rows(kind, tmp_path):
     assert not can_pack(model, torch.float32)
     attend_without_mask(model)
     assert can_pack(model, torch.float32)
-    packed, padded = PackedScores(model)(**batch()), plain(**batch())
+    packed, padded = packed_scores(model, **batch()), plain(**batch())
     weight = torch.rand(padded.log_probs.shape, generator=torch.Generator().manual_seed(4))
     for scores in (packed, padded):
         assert scores.log_probs.shape == (len(LENGTHS), PROMPT + COMPLETION - 1)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from math import ceil
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -17,6 +17,7 @@ TEACHERS: dict[str, dict[str, Any]] = {
     "qwen2": {"attention_bias": True, "attention_out_bias": False},
     "qwen3": {"qk_norm": True},
 }
+MODEL_TYPES = ("m1", *TEACHERS)  # the models whose layers M1 knows
 
 # The largest sizes that M1 reads: some times those of the largest models, so that a damaged configuration is refused
 # before anything is allocated.
@@ -54,7 +55,7 @@ class M1Config(PreTrainedConfig):
 
     model_type = "m1"
     keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012
-    auto_map = {}  # noqa: RUF012 (TRL reads it where it loads a reference model that isn't one of transformers')
+    auto_map: ClassVar[dict[str, str]] = {}  # TRL reads it where it loads a reference model
 
     vocab_size: int = 32000
     hidden_size: int = 4096

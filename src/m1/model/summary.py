@@ -14,7 +14,7 @@ from m1.errors import UserError
 from m1.hub import checkpoint_folder
 from m1.model.cache_layout import layer_bytes, slot_bytes
 from m1.model.checkpoint import load_config, model_without_weights
-from m1.model.configuration import ATTENTION, MAMBA, TEACHERS, layer_kinds
+from m1.model.configuration import ATTENTION, MAMBA, MODEL_TYPES, layer_kinds
 
 DEFAULT_CONTEXT = 4096
 
@@ -95,7 +95,7 @@ def summarize(folder: str | Path, context: int | None = None) -> Summary:
         UserError: a context below 1 or longer than the model's; as `checkpoint_folder` and `checkpoint.load_config`.
     """
     folder = checkpoint_folder(folder, config_only=True)
-    config = load_config(folder, ("m1", *TEACHERS))
+    config = load_config(folder, MODEL_TYPES)
     longest = config.max_position_embeddings
     context = min(longest, DEFAULT_CONTEXT) if context is None else context
     if not 1 <= context <= longest:

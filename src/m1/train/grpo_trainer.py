@@ -14,11 +14,12 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from trl import GRPOTrainer
 
@@ -26,7 +27,7 @@ from m1.engine import fold_in
 from m1.history import SAMPLES
 from m1.model.tokenizer import encode_chat
 from m1.recipe import GRPOStage
-from m1.train.packed_scores import PackedScores, can_pack
+from m1.train.packed_scores import can_pack, packed_scores
 from m1.train.rollout import EngineRollouts, Sample, check_drift, check_samples, drift_of, rollout_dtype, seed_of
 from m1.train.stage_trainer import StageTrainer, not_finite
 from m1.train.vllm_rollout import VLLMRollouts
@@ -127,11 +128,12 @@ class Trainer(StageTrainer, GRPOTrainer):
         self._write_samples(mode)
         return batch
 
-    def _get_per_token_logps_and_entropies(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         """TRL's scores of completions, without its padding where the model takes packed rows."""
         own = self.accelerator.unwrap_model(model)
-        packs = can_pack(own, rollout_dtype(own, self.args))
-        return super()._get_per_token_logps_and_entropies(PackedScores(model) if packs else model, *args, **kwargs)
+        if can_pack(own, rollout_dtype(own, self.args)):
+            model = partial(packed_scores, model)
+        return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
 
     # The engine's drift from the trainer
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from m1.model.configuration import TEACHERS
+from m1.model.configuration import MODEL_TYPES
 from m1.model.packed_attention import PACKED
 from m1.ops.varlen_attention import is_one_kernel
 
@@ -24,7 +24,7 @@ def can_pack(model: PreTrainedModel, dtype: torch.dtype) -> bool:
         dtype: what it computes in.
     """
     config, device = model.config, model.device
-    if config.model_type not in ("m1", *TEACHERS):
+    if config.model_type not in MODEL_TYPES:
         return False
     attention = config._attn_implementation or ""
     if attention != PACKED:
@@ -33,36 +33,31 @@ def can_pack(model: PreTrainedModel, dtype: torch.dtype) -> bool:
     return not slides and (device.type == "cpu" or is_one_kernel(device, dtype))
 
 
-class PackedScores:
-    """A model with TRL's fused head, called with padded rows and run on one packed row.
+def packed_scores(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, **options: Any
+) -> SimpleNamespace:
+    """Calls a model with TRL's fused head on padded rows, and runs it on one packed row.
+
+    Each token that has a label is scored from the tokens before it.
 
     Args:
         model: returns `log_probs` and `entropy` of labels; it may be wrapped.
+        input_ids: [b, T].
+        attention_mask: [b, T], zero at padding, which may be left and right.
+        labels: [b, T], -100 where there is no score. A row's first real token must have none.
+        options: further arguments of the model.
+
+    Returns:
+        Its `log_probs` and `entropy` of labels 1 to T-1: [b, T-1] each, zero without a label.
     """
+    real = attention_mask.bool()
+    positions = (real.cumsum(dim=1) - 1)[real]
+    row = {"input_ids": input_ids[real], "position_ids": positions, "labels": labels[real]}
+    scores = model(**{name: values.unsqueeze(0) for name, values in row.items()}, **options)
 
-    def __init__(self, model: nn.Module):
-        self.model = model
+    def padded(values: Tensor | None) -> Tensor | None:
+        if values is None:
+            return None
+        return values.new_zeros(real.shape).masked_scatter(real, F.pad(values[0], (1, 0)))[:, 1:]
 
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, **options: Any) -> Any:
-        """Scores each token that has a label from the tokens before it.
-
-        Args:
-            input_ids: [b, T].
-            attention_mask: [b, T], zero at padding, which may be left and right.
-            labels: [b, T], -100 where there is no score. A row's first real token must have none.
-            options: further arguments of the model.
-
-        Returns:
-            Its `log_probs` and `entropy` of labels 1 to T-1: [b, T-1] each, zero without a label.
-        """
-        real = attention_mask.bool()
-        positions = (real.cumsum(dim=1) - 1)[real]
-        row = {"input_ids": input_ids[real], "position_ids": positions, "labels": labels[real]}
-        scores = self.model(**{name: values.unsqueeze(0) for name, values in row.items()}, **options)
-
-        def padded(values: Tensor | None) -> Tensor | None:
-            if values is None:
-                return None
-            return values.new_zeros(real.shape).masked_scatter(real, F.pad(values[0], (1, 0)))[:, 1:]
-
-        return SimpleNamespace(log_probs=padded(scores.log_probs), entropy=padded(scores.entropy))
+    return SimpleNamespace(log_probs=padded(scores.log_probs), entropy=padded(scores.entropy))

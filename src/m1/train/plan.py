@@ -36,7 +36,7 @@ from m1.hub import checkpoint_folder
 from m1.layer_choice import choose_layers
 from m1.model.cache_layout import slot_bytes
 from m1.model.checkpoint import load_config, model_without_weights
-from m1.model.configuration import ATTENTION, MAMBA, TEACHERS, layer_kinds
+from m1.model.configuration import ATTENTION, MAMBA, MODEL_TYPES, layer_kinds
 from m1.model.convert import hybrid_config
 from m1.recipe import ChooseLayersStage, ConvertStage, GRPOStage, SFTStage, Stage, TaughtStage, TrainedStage
 from m1.train.distributed import split_batch
@@ -132,7 +132,7 @@ def plan(stages: Mapping[str, Stage], gpus: int, card_name: str, mfu: float) -> 
 
     def config_of(name: str) -> PreTrainedConfig:
         if name not in configs:
-            configs[name] = load_config(checkpoint_folder(name, config_only=True), ("m1", *TEACHERS))
+            configs[name] = load_config(checkpoint_folder(name, config_only=True), MODEL_TYPES)
         return configs[name]
 
     for name, stage in stages.items():

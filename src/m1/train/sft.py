@@ -18,7 +18,7 @@ from m1.engine.engine import stop_tokens
 from m1.errors import UserError
 from m1.hub import checkpoint_folder
 from m1.model.checkpoint import load_config, load_model, load_tokenizer, one_line
-from m1.model.configuration import TEACHERS, check_sizes
+from m1.model.configuration import MODEL_TYPES, check_sizes
 from m1.model.tokenizer import byte_tokenizer
 from m1.options import check_keys
 from m1.recipe import SFTStage, TaughtStage
@@ -74,7 +74,7 @@ class Trainer(StageTrainer, SFTTrainer):
         """Whether the loss is computed here. Others than `nll`, and those of models whose logits are more than a
         product with the head, are TRL's."""
         asked = self.label_smoother is not None or self.compute_loss_func is not None or self.args.loss_type != "nll"
-        return not asked and self.accelerator.unwrap_model(self.model).config.model_type in ("m1", *TEACHERS)
+        return not asked and self.accelerator.unwrap_model(self.model).config.model_type in MODEL_TYPES
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager:
         """Autocast for all of `compute_loss`. accelerate has it in the model's forward pass only, and so neither a
@@ -225,7 +225,7 @@ def data_report(stage: SFTStage | TaughtStage, samples: int) -> tuple[str, np.nd
         config, tokenizer = new_config(stage.init)
     else:
         folder = checkpoint_folder(str(stage.model))
-        config, tokenizer = load_config(folder, ("m1", *TEACHERS)), load_tokenizer(folder)
+        config, tokenizer = load_config(folder, MODEL_TYPES), load_tokenizer(folder)
     preparation = preparation_of(stage, arguments_of(stage), tokenizer, config.max_position_embeddings)
     prepared = preparation.run()
     return report(prepared, preparation, samples), prepared.lengths
